@@ -71,7 +71,9 @@ class RolloutTable(dy.Schema):
     response_token_ids = dy.List(dy.Int32(min=0), description="Exact token ids of the response, end-of-sequence included")
     loss_mask = dy.List(dy.Bool(), description="True where the student wrote the token")
     sampled_logprobs = dy.List(
-        dy.Float32(nullable=True), nullable=True, description="ln P of each sampled token at temperature 1, as generation saw it"
+        dy.Float32(nullable=True),
+        nullable=True,
+        description="ln P of each sampled token at temperature 1, as generation saw it",
     )
     finish_reason = dy.Enum(FinishReason, description="`stop`, `length` or `given`")
     temperature = dy.Float32(nullable=True, min=0, description="Sampling temperature; null if unknown")
@@ -80,7 +82,9 @@ class RolloutTable(dy.Schema):
     seed = dy.Int64(nullable=True, description="Seed of the sampling; null if unknown")
     reward = dy.Float32(nullable=True, description="The grader's verdict, or the source's; null if ungraded")
     ground_truth = dy.String(nullable=True, description="Reference answer")
-    solution = dy.String(nullable=True, description="Reference solution: the privileged context of `--teacher-context solution`")
+    solution = dy.String(
+        nullable=True, description="Reference solution: the privileged context of `--teacher-context solution`"
+    )
     tokenizer_fingerprint = dy.String(description="Hash of the token-to-id map that the ids belong to")
     ids_origin = dy.Enum(["exact", "retokenized"], description="Whether the ids are the author's own")
     template_origin = dy.Enum(["exact", "reapplied", "none"], description="Whether the chat template is the author's own")
