@@ -13,7 +13,8 @@ from rich.text import Text
 class Advance(Protocol):
     """Reports work done: `advance(items, tokens=n)`."""
 
-    def __call__(self, items: float = 1, *, tokens: int = 0) -> None: ...
+    def __call__(self, items: float = 1, *, tokens: int = 0) -> None:
+        """Report `items` done, and the tokens in them."""
 
 
 class _Rate(ProgressColumn):
