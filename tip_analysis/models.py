@@ -8,6 +8,7 @@ which turns any [N, D] of them into logits [N, V]. The [B, T, V] tensor that the
 The head is checked against the model's own logits when a model is loaded.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from tip_analysis.arithmetic import weights_path
 from tip_analysis.errors import ModelError, OptionError, UnknownNameError, VocabularyMismatchError
@@ -99,21 +100,22 @@ class OutputHead:
         self.linear: nn.Module = linear
         self.vocab_size = int(linear.weight.shape[0])  # pyright: ignore[reportArgumentType]
         self._finish = _logit_transform(self._model.config.get_text_config())
-        self._own_forward = False
+        self._body_output: ModelOutput | None = None  # set where the model's own forward must be used
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of last hidden states [N, D]."""
-        if self._own_forward:
-            return self._through_model(hidden)
+        if self._body_output is not None:
+            return self._through_model(hidden, self._body_output)
         return self._finish(self.linear(hidden))
 
-    def _through_model(self, hidden: Tensor) -> Tensor:
-        """The model's whole forward with its body replaced by one that answers `hidden`: slower, but always its own logits."""
+    def _through_model(self, hidden: Tensor, body_output: ModelOutput) -> Tensor:
+        """The model's whole forward, its body replaced by one that answers `hidden`: slower, but always its own logits."""
+        answer = copy.copy(body_output)
+        answer["last_hidden_state"] = hidden.unsqueeze(0)
         body = model_body(self._model)
-        tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-        answer = BaseModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))  # pyright: ignore[reportArgumentType]
         body.forward = lambda *args, **kwargs: answer  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
             return self._model(input_ids=tokens, use_cache=False).logits[0]
         finally:
             del body.forward
@@ -125,10 +127,11 @@ class OutputHead:
         size = min(self.vocab_size, int(weight.shape[0]))  # pyright: ignore[reportArgumentType]
         tokens = torch.arange(8, device=weight.device).mul(max(1, size // 8)).remainder(size)[None]  # pyright: ignore
         own = self._model(input_ids=tokens, use_cache=False).logits[0]
-        hidden = hidden_states(self._model, tokens)[0]
+        body_output = model_body(self._model)(input_ids=tokens, use_cache=False)
+        hidden = body_output.last_hidden_state[0]
         if _close(self(hidden), own):
             return
-        self._own_forward = True
+        self._body_output = body_output
         if not _close(self(hidden), own):
             raise ModelError(f"the logits of {type(self._model).__name__} cannot be rebuilt from its last hidden states")
         logger.warning("%s: logits go through the model's own forward, which is slower", type(self._model).__name__)
