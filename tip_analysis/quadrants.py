@@ -1,0 +1,464 @@
+"""Cut-offs on student entropy and divergence, and the quadrants Q1–Q4 that they make (Table 1).
+
+Reads the token table; writes nothing. The paper gives no cut-offs, so a cut is a named choice per axis that is measured
+once and recorded (`Cut`): `median`, `mean`, a quantile (`q0.8`), a number in nats, `otsu` (the split with the largest
+between-class variance), or the joint preset `paper`. High means strictly above the cut.
+
+The preset `paper` looks for the pair of cuts whose shares lie in the ranges that the paper reports over its pairs
+(`PAPER_RANGES`), as near as possible to 46.5 % of tokens uncertain and 9.5 % in Q3. It makes the shares, so shares under
+it are no evidence that a pair is like the paper's; `Cuts.paper_ranges_met` says whether the data allowed it.
+
+A divergence of +inf is high whatever the cut, and takes no part in measuring one; it is counted (`Cuts.num_infinite`).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import polars as pl
+
+from tip_analysis.errors import OptionError, SchemaError
+from tip_analysis.importance import check_scope
+from tip_analysis.schema import Quadrant, require_columns
+
+Axis = Literal["entropy", "divergence"]
+CutScope = Literal["batch", "run"]
+"""Whose tokens a cut is measured on: those of one `batch_id`, or all."""
+
+AXIS_COLUMNS: dict[Axis, str] = {"entropy": "student_entropy", "divergence": "reverse_kl"}
+"""The column of each axis, both in nats."""
+
+DEFAULT_CUTS: dict[Axis, str] = {"entropy": "median", "divergence": "mean"}
+
+PAPER_RANGES: dict[str, tuple[float, float]] = {"Q4": (0.40, 0.47), "Q1+Q2": (0.40, 0.52), "Q3": (0.03, 0.15)}
+"""Shares that the paper reports over its pairs."""
+
+PAPER_TARGET = (0.465, 0.095)
+"""Share of uncertain tokens and share of Q3 that the preset `paper` aims at: the middles of the ranges, made to sum to 1."""
+
+CONFIDENT_TOP1 = 0.95
+"""A token whose likeliest continuation has more than this is not uncertain by any reading."""
+
+CUT_FORMS = "median, mean, otsu, paper, a quantile such as q0.8, or a number in nats"
+
+Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class CutSpec:
+    """A cut as it is asked for: its kind, and the quantile or the nats where the kind has one."""
+
+    kind: Literal["median", "mean", "quantile", "nats", "otsu", "paper"]
+    number: float | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "quantile":
+            return f"q{self.number:g}"
+        return f"{self.number:g}" if self.kind == "nats" else self.kind
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut as it was measured: high is strictly above `value`."""
+
+    axis: Axis
+    spec: str
+    scope: CutScope
+    value: float | None
+    """Nats; None under scope `batch`, or where no token can be measured."""
+    batch_values: tuple[tuple[int, float], ...] = ()
+    """(batch_id, nats) under scope `batch`."""
+
+    def is_high(self) -> pl.Expr:
+        """Whether a token is strictly above the cut; +inf always is."""
+        column = pl.col(AXIS_COLUMNS[self.axis]).cast(pl.Float64)
+        if self.scope == "run":
+            threshold = pl.lit(self.value, dtype=pl.Float64)
+        else:
+            batches = [batch for batch, _ in self.batch_values]
+            values = [value for _, value in self.batch_values]
+            threshold = pl.col("batch_id").replace_strict(
+                pl.Series(batches, dtype=pl.Int32), pl.Series(values, dtype=pl.Float64), default=None, return_dtype=pl.Float64
+            )
+        return pl.when(column.is_infinite()).then(True).otherwise(column > threshold)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Both cuts, with what is needed to judge them."""
+
+    entropy: Cut
+    divergence: Cut
+    num_infinite: int
+    """Tokens whose divergence is +inf: high, and left out of the cut."""
+    paper_ranges_met: bool | None = None
+    """Under the preset `paper`: whether all shares lie in the paper's ranges (in every batch). None under other cuts."""
+
+    def quadrant(self) -> pl.Expr:
+        """The quadrant of each token; null where a statistic is null."""
+        high_entropy, high_divergence = self.entropy.is_high(), self.divergence.is_high()
+        uncertain = pl.when(high_divergence).then(pl.lit("Q1")).otherwise(pl.lit("Q2"))
+        confident = pl.when(high_divergence).then(pl.lit("Q3")).otherwise(pl.lit("Q4"))
+        known = pl.col("student_entropy").is_not_null() & pl.col("reverse_kl").is_not_null()
+        named = pl.when(known).then(pl.when(high_entropy).then(uncertain).otherwise(confident))
+        return named.cast(pl.Enum(Quadrant)).alias("quadrant")
+
+
+@dataclass(frozen=True)
+class CutWarning:
+    """An entropy cut that calls tokens uncertain whose top-1 probability is above `CONFIDENT_TOP1`."""
+
+    num_tokens: int
+    """Such tokens."""
+    share_of_uncertain: float
+    """Among all tokens above the entropy cut."""
+    entropy_cut: str
+    message: str
+
+
+def parse_cut(cut: str | float, axis: Axis = "entropy") -> CutSpec:
+    """Read a cut: a name, `q` and a quantile, or a number in nats (as a number or as text).
+
+    Raises:
+        OptionError: it is none of these, or out of its range.
+    """
+    text = str(cut).strip()
+    if text in ("median", "mean", "otsu", "paper"):
+        return CutSpec(text)
+    is_quantile = text.startswith("q")
+    try:
+        number = float(text.removeprefix("q"))
+    except ValueError:
+        raise OptionError(f"{axis} cut must be {CUT_FORMS}; found {text!r}") from None
+    if is_quantile:
+        if not 0.0 <= number <= 1.0:
+            raise OptionError(f"{axis} cut: a quantile lies in [0, 1]; found {text!r}")
+        return CutSpec("quantile", number)
+    if not (math.isfinite(number) and number >= 0.0):
+        raise OptionError(f"{axis} cut: nats are finite and not negative; found {text!r}")
+    return CutSpec("nats", number)
+
+
+def otsu_cut(values: Floats) -> float:
+    """The value that splits `values` into two classes with the largest between-class variance (Otsu 1979), exactly.
+
+    The cut is the largest value of the lower class, so that strictly above it is the upper class; the first such split
+    among equals. A constant column is its own cut: nothing lies above it.
+
+    Naive equivalent: for every distinct value c but the largest, n₀·n₁·(mean of ≤ c − mean of > c)².
+    """
+    ordered = np.sort(values)
+    ends = np.flatnonzero(ordered[1:] > ordered[:-1])
+    if ends.size == 0:
+        return float(ordered[-1])
+    totals = np.cumsum(ordered)
+    below = (ends + 1).astype(np.float64)
+    above = ordered.size - below
+    difference = totals[ends] / below - (totals[-1] - totals[ends]) / above
+    return float(ordered[ends[int(np.argmax(below * above * difference**2))]])
+
+
+def measure_cut(values: Floats, spec: CutSpec) -> float | None:
+    """The cut in nats that `spec` means on these values; +inf is left out. None where no value is left.
+
+    Args:
+        values: [N] nats.
+        spec: Any kind but `paper`, which is about both axes at once.
+    """
+    if spec.kind == "nats":
+        return spec.number
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return None
+    if spec.kind == "mean":
+        return float(finite.mean())
+    if spec.kind == "otsu":
+        return otsu_cut(finite)
+    quantile = 0.5 if spec.number is None else spec.number
+    return float(np.quantile(finite, quantile))
+
+
+def paper_range_distance(uncertain: float, q3: float) -> float:
+    """How far shares lie outside `PAPER_RANGES`, summed over the three ranges; 0 where all hold (to 1e-12)."""
+    shares = {"Q1+Q2": uncertain, "Q3": q3, "Q4": 1.0 - uncertain - q3}
+    excess = sum(max(low - shares[name], shares[name] - high, 0.0) for name, (low, high) in PAPER_RANGES.items())
+    return 0.0 if excess < 1e-12 else excess
+
+
+def paper_cuts(entropy: Floats, divergence: Floats) -> tuple[float, float, bool]:
+    """The joint preset: the pair of cuts whose shares come nearest to `PAPER_TARGET` inside `PAPER_RANGES`.
+
+    A cut is one of the values seen (or 0), since only those change the shares. Entropy cuts: for every share of uncertain
+    tokens in 0.400, 0.405 … 0.520, the value that comes nearest. For each, the divergence cuts: the two values around the
+    target, and the two nearest to either end of what the ranges allow beside it. Of all pairs the one with the smallest
+    (distance outside the ranges, squared distance to the target) is taken, the higher cuts among equals.
+
+    Args:
+        entropy: [N] student entropy, nats.
+        divergence: [N] divergence, nats; +inf is high whatever the cut.
+
+    Returns:
+        Both cuts, and whether all three shares lie in the ranges.
+    """
+    num_tokens = entropy.size
+    ordered = np.sort(entropy)
+    aims = [PAPER_TARGET[0], *np.round(np.arange(0.400, 0.5201, 0.005), 3)]
+    best: tuple[float, float, float, float] = (math.inf, math.inf, 0.0, 0.0)
+    for cut in sorted({value for aim in aims for value in _values_around(ordered, aim * num_tokens)}):
+        uncertain = float(num_tokens - np.searchsorted(ordered, cut, side="right")) / num_tokens
+        confident = np.sort(divergence[entropy <= cut])
+        for divergence_cut in _q3_candidates(confident, uncertain, num_tokens):
+            q3 = float(confident.size - np.searchsorted(confident, divergence_cut, side="right")) / num_tokens
+            distance = (uncertain - PAPER_TARGET[0]) ** 2 + (q3 - PAPER_TARGET[1]) ** 2
+            best = min(best, (paper_range_distance(uncertain, q3), distance, -cut, -divergence_cut))
+    return -best[2] + 0.0, -best[3] + 0.0, best[0] == 0.0
+
+
+def _values_around(ordered: Floats, num_above: float) -> set[float]:
+    """The finite values of `ordered` that leave just under and just over `num_above` strictly above them; 0 counts as one."""
+    finite = ordered[: np.searchsorted(ordered, math.inf)]
+    index = int(np.clip(ordered.size - 1 - math.floor(num_above), 0, max(finite.size - 1, 0)))
+    if finite.size == 0:
+        return {0.0}
+    under = float(finite[index])
+    smaller = int(np.searchsorted(finite, under, side="left")) - 1
+    return {under, float(finite[smaller]) if smaller >= 0 else 0.0}
+
+
+def _q3_candidates(confident: Floats, uncertain: float, num_tokens: int) -> set[float]:
+    low = max(PAPER_RANGES["Q3"][0], 1.0 - uncertain - PAPER_RANGES["Q4"][1])
+    high = min(PAPER_RANGES["Q3"][1], 1.0 - uncertain - PAPER_RANGES["Q4"][0])
+    aims = {PAPER_TARGET[1], low, high}
+    return {value for aim in aims for value in _values_around(confident, max(aim, 0.0) * num_tokens)}
+
+
+def resolve_cuts(
+    tokens: pl.LazyFrame | pl.DataFrame,
+    *,
+    entropy_cut: str | float = "median",
+    divergence_cut: str | float = "mean",
+    cut_scope: str = "run",
+) -> Cuts:
+    """Measure both cuts on the tokens that the student wrote.
+
+    Args:
+        tokens: Rows of the token table.
+        entropy_cut: On `student_entropy`: `median`, `mean`, `q0.8`, `otsu`, `paper` or nats.
+        divergence_cut: On `reverse_kl`, likewise. `paper` is a joint preset: named for one axis it holds for both, and
+            the other axis may name nothing but `paper` or its default.
+        cut_scope: `run`, or `batch` for one cut per `batch_id`.
+
+    Raises:
+        OptionError: a cut or the scope is none of the valid forms, or `paper` meets another cut.
+        SchemaError: a column is missing.
+    """
+    check_scope("cut_scope", cut_scope, get_args(CutScope))
+    specs = _joint_specs(entropy_cut, divergence_cut)
+    tokens = tokens.lazy()
+    require_columns(tokens, ["batch_id", "loss_mask", "student_entropy", "reverse_kl"], "assign_quadrants")
+    written = tokens.filter("loss_mask", pl.col("student_entropy").is_not_null(), pl.col("reverse_kl").is_not_null())
+    frame = written.select("batch_id", "student_entropy", "reverse_kl").collect(engine="streaming")
+    num_infinite = int(frame["reverse_kl"].is_infinite().sum())
+    if cut_scope == "run":
+        entropy, divergence, met = _measure_pair(frame, specs)
+        return Cuts(
+            Cut("entropy", str(specs[0]), "run", entropy),
+            Cut("divergence", str(specs[1]), "run", divergence),
+            num_infinite,
+            met,
+        )
+    measured = [(key, *_measure_pair(group, specs)) for key, group in _batches(frame)]
+    entropies = tuple((key, math.inf if value is None else value) for key, value, _, _ in measured)
+    divergences = tuple((key, math.inf if value is None else value) for key, _, value, _ in measured)
+    met = all(met for *_, met in measured) if specs[0].kind == "paper" else None
+    return Cuts(
+        Cut("entropy", str(specs[0]), "batch", None, entropies),
+        Cut("divergence", str(specs[1]), "batch", None, divergences),
+        num_infinite,
+        met,
+    )
+
+
+def _joint_specs(entropy_cut: str | float, divergence_cut: str | float) -> tuple[CutSpec, CutSpec]:
+    entropy, divergence = parse_cut(entropy_cut, "entropy"), parse_cut(divergence_cut, "divergence")
+    if "paper" not in (entropy.kind, divergence.kind):
+        return entropy, divergence
+    if str(entropy) not in ("paper", DEFAULT_CUTS["entropy"]) or str(divergence) not in ("paper", DEFAULT_CUTS["divergence"]):
+        raise OptionError(
+            f"`paper` chooses both cuts together; found entropy cut {str(entropy)!r} and divergence cut {str(divergence)!r}: "
+            "name it for both, or for neither"
+        )
+    return CutSpec("paper"), CutSpec("paper")
+
+
+def _batches(frame: pl.DataFrame) -> Iterable[tuple[int, pl.DataFrame]]:
+    parts = frame.partition_by("batch_id", as_dict=True)
+    return ((int(key[0]), parts[key]) for key in sorted(parts))
+
+
+def _measure_pair(frame: pl.DataFrame, specs: tuple[CutSpec, CutSpec]) -> tuple[float | None, float | None, bool | None]:
+    entropy = frame["student_entropy"].cast(pl.Float64).to_numpy()
+    divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
+    if specs[0].kind != "paper":
+        return measure_cut(entropy, specs[0]), measure_cut(divergence, specs[1]), None
+    if entropy.size == 0:
+        return None, None, False
+    return paper_cuts(entropy, divergence)
+
+
+def assign_quadrants(
+    tokens: pl.LazyFrame | pl.DataFrame,
+    *,
+    entropy_cut: str | float = "median",
+    divergence_cut: str | float = "mean",
+    cut_scope: str = "run",
+    cuts: Cuts | None = None,
+) -> pl.LazyFrame:
+    """Add `quadrant`: Q1 high entropy and high divergence, Q2 high and low, Q3 low and high, Q4 low and low.
+
+    High is strictly above the cut. The cuts are measured when this is called (`resolve_cuts` explains the options), or
+    given as `cuts`; what is returned is lazy.
+
+    Returns:
+        The rows in their order with `quadrant` (Enum of `Quadrant`); null where `loss_mask` is false.
+
+    Raises:
+        OptionError: a cut or the scope is none of the valid forms.
+        SchemaError: a column is missing.
+    """
+    tokens = tokens.lazy()
+    if cuts is None:
+        cuts = resolve_cuts(tokens, entropy_cut=entropy_cut, divergence_cut=divergence_cut, cut_scope=cut_scope)
+    return tokens.with_columns(pl.when("loss_mask").then(cuts.quadrant()).alias("quadrant"))
+
+
+def quadrant_shares(quadrants: pl.LazyFrame | pl.DataFrame) -> pl.DataFrame:
+    """How many tokens each quadrant has: one row per quadrant, empty ones included.
+
+    Returns:
+        quadrant, num_tokens, num_rollouts, num_prompts (with at least one such token), share (of all tokens that the
+        student wrote, in [0, 1]; null where there is none).
+    """
+    quadrants = quadrants.lazy()
+    require_columns(quadrants, ["quadrant", "rollout_id", "prompt_id"], "quadrant_shares")
+    counted = (
+        quadrants.filter(pl.col("quadrant").is_not_null())
+        .group_by("quadrant")
+        .agg(
+            pl.len().cast(pl.Int64).alias("num_tokens"),
+            pl.col("rollout_id").n_unique().cast(pl.Int64).alias("num_rollouts"),
+            pl.col("prompt_id").n_unique().cast(pl.Int64).alias("num_prompts"),
+        )
+        .collect(engine="streaming")
+    )
+    every = pl.DataFrame({"quadrant": list(Quadrant)}, schema={"quadrant": pl.Enum(Quadrant)})
+    filled = every.join(counted, on="quadrant", how="left", maintain_order="left").with_columns(
+        pl.col("num_tokens", "num_rollouts", "num_prompts").fill_null(0)
+    )
+    total = int(filled["num_tokens"].sum())
+    share = pl.col("num_tokens") / total if total else pl.lit(None, pl.Float64)
+    return filled.with_columns(share.alias("share"))
+
+
+def warn_about_cuts(tokens: pl.LazyFrame | pl.DataFrame, cuts: Cuts) -> CutWarning | None:
+    """A record of the tokens that the entropy cut calls uncertain though their top-1 probability is above 0.95, or None.
+
+    A quantile is about ranks, not confidence: where most tokens are nearly certain, so are many of the upper half.
+    """
+    tokens = tokens.lazy()
+    require_columns(tokens, ["loss_mask", "student_entropy", "student_top1_prob"], "warn_about_cuts")
+    confident = pl.col("student_top1_prob") > CONFIDENT_TOP1
+    counted = (
+        tokens.filter("loss_mask", cuts.entropy.is_high())
+        .select(pl.len().alias("uncertain"), confident.sum().alias("confident"))
+        .collect(engine="streaming")
+    )
+    num_uncertain, num_confident = int(counted["uncertain"][0]), int(counted["confident"][0])
+    if num_confident == 0:
+        return None
+    share = num_confident / num_uncertain
+    named = cuts.entropy.spec if cuts.entropy.value is None else f"{cuts.entropy.spec} ({cuts.entropy.value:.4g} nats)"
+    return CutWarning(
+        num_confident,
+        share,
+        cuts.entropy.spec,
+        f"the entropy cut {named} calls {num_confident} tokens uncertain ({share:.1%} of those above it) whose most likely "
+        f"token has a probability above {CONFIDENT_TOP1}: a cut in nats, or `otsu`, separates by confidence and not by rank",
+    )
+
+
+DEFAULT_GRID = tuple(f"q{step / 20:g}" for step in range(1, 20))
+"""Quantiles 0.05, 0.10 … 0.95."""
+
+
+def cut_sensitivity(
+    tokens: pl.LazyFrame | pl.DataFrame,
+    *,
+    entropy_cuts: Sequence[str | float] = DEFAULT_GRID,
+    divergence_cuts: Sequence[str | float] = DEFAULT_GRID,
+) -> pl.DataFrame:
+    """How the shares move with both cuts (scope `run`), and where the paper's ranges hold.
+
+    Returns:
+        One row per pair: entropy_spec, divergence_spec (as asked for), entropy_cut, divergence_cut (nats), Q1 … Q4
+        (shares in [0, 1]), num_tokens, q4_in_range, q1_q2_in_range, q3_in_range, in_paper_ranges (all three).
+
+    Raises:
+        OptionError: a cut has no valid form, or is `paper`, which is about both axes at once.
+        SchemaError: a column is missing, or no token has statistics.
+    """
+    tokens = tokens.lazy()
+    require_columns(tokens, ["loss_mask", "student_entropy", "reverse_kl"], "cut_sensitivity")
+    frame = tokens.filter("loss_mask").select("student_entropy", "reverse_kl").drop_nulls().collect(engine="streaming")
+    if frame.height == 0:
+        raise SchemaError("cut_sensitivity needs at least one token that the student wrote; the table has none")
+    entropy = frame["student_entropy"].cast(pl.Float64).to_numpy()
+    divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
+    entropy_axis = _measured_grid(entropy, entropy_cuts, "entropy")
+    divergence_axis = _measured_grid(divergence, divergence_cuts, "divergence")
+    above = _counts_above(entropy, divergence, [cut for _, cut in entropy_axis], [cut for _, cut in divergence_axis])
+    rows = []
+    for i, (entropy_spec, entropy_value) in enumerate(entropy_axis):
+        for j, (divergence_spec, divergence_value) in enumerate(divergence_axis):
+            rows.append((entropy_spec, divergence_spec, entropy_value, divergence_value, *above[:, i, j]))
+    names = ["entropy_spec", "divergence_spec", "entropy_cut", "divergence_cut", *Quadrant]
+    table = pl.DataFrame(rows, schema=names, orient="row")
+    uncertain = pl.col("Q1") + pl.col("Q2")
+    return table.with_columns(
+        pl.lit(frame.height).alias("num_tokens"),
+        _in_range(pl.col("Q4"), "Q4").alias("q4_in_range"),
+        _in_range(uncertain, "Q1+Q2").alias("q1_q2_in_range"),
+        _in_range(pl.col("Q3"), "Q3").alias("q3_in_range"),
+    ).with_columns(pl.all_horizontal("q4_in_range", "q1_q2_in_range", "q3_in_range").alias("in_paper_ranges"))
+
+
+def _in_range(share: pl.Expr, name: str) -> pl.Expr:
+    low, high = PAPER_RANGES[name]
+    return share.is_between(low - 1e-12, high + 1e-12)
+
+
+def _measured_grid(values: Floats, cuts: Sequence[str | float], axis: Axis) -> list[tuple[str, float]]:
+    specs = [parse_cut(cut, axis) for cut in cuts]
+    if any(spec.kind == "paper" for spec in specs):
+        raise OptionError("`paper` is about both axes at once and cannot be one point of a grid")
+    ordered = np.sort(values)
+    measured = ((str(spec), measure_cut(ordered, spec)) for spec in specs)
+    return [(name, math.inf if cut is None else cut) for name, cut in measured]
+
+
+def _counts_above(entropy: Floats, divergence: Floats, entropy_cuts: list[float], divergence_cuts: list[float]) -> np.ndarray:
+    """[4, E, D] shares of Q1 … Q4 for every pair of cuts, from one joint histogram over the cells between cuts."""
+    rows, columns = np.unique(entropy_cuts), np.unique(divergence_cuts)
+    finite_columns = columns[np.isfinite(columns)]
+    cell = np.searchsorted(rows, entropy, side="left") * (columns.size + 1)
+    cell += np.where(np.isinf(divergence), columns.size, np.searchsorted(finite_columns, divergence, side="left"))
+    counts = np.bincount(cell, minlength=(rows.size + 1) * (columns.size + 1)).reshape(rows.size + 1, columns.size + 1)
+    above = counts[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
+    i = np.searchsorted(rows, entropy_cuts) + 1
+    j = np.searchsorted(columns, divergence_cuts) + 1
+    both, high_entropy, high_divergence = above[np.ix_(i, j)], above[i, 0][:, None], above[0, j][None, :]
+    total = entropy.size
+    parts = [both, high_entropy - both, high_divergence - both, total - high_entropy - high_divergence + both]
+    return np.stack(np.broadcast_arrays(*parts)) / total
