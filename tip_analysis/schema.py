@@ -195,14 +195,65 @@ class EvaluationTable(dy.Schema):
     seed = dy.Int64(primary_key=True, description="Seed of the sampling")
 
 
+class AblationTable(dy.Schema):
+    """One row per evaluation of one arm (rule and retention ratio) under one seed; step 0 is the student before training."""
+
+    arm_key = dy.String(primary_key=True, description="Hash of everything that decides the arm's numbers")
+    rule = dy.String(min_length=1, description="Selection rule; `untrained` for the student as it was")
+    retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
+    selection_scope = dy.Enum(["rollout", "batch", "run"], description="Within what tokens compete")
+    seed = dy.Int64(description="Seed of prompt order, sampling, selection and evaluation: equal across arms")
+    mode = dy.Enum(["on_policy", "offline"], description="Fresh rollouts each step, or a fixed table of them")
+    loss = dy.Enum(["reverse_kl", "forward_kl", "jsd"], description="The per-token loss that was minimised")
+    loss_normalizer = dy.Enum(["selected", "all"], description="Tokens that the loss is divided by")
+    loss_aggregation = dy.Enum(["rollout", "token"], description="Mean of rollout means, or mean over tokens")
+    step = dy.Int32(primary_key=True, min=0, description="Optimizer steps done when the student was evaluated")
+    num_steps = dy.Int32(min=0, description="Steps of the whole training")
+    accuracy = dy.Float64(min=0.0, max=1.0, description="mean@k: mean reward over samples and problems")
+    accuracy_se = dy.Float64(nullable=True, min=0.0, description="Its standard error, over problems and samples")
+    best_at_k = dy.Float64(min=0.0, max=1.0, description="Best@k: mean over problems of the best of k samples")
+    num_problems = dy.Int32(min=1, description="Problems of the evaluation")
+    num_samples = dy.Int32(min=1, description="k, samples a problem")
+    heldout_reverse_kl = dy.Float64(
+        nullable=True, min=0.0, allow_inf=True, description="Mean KL(P_S ‖ P_T) on the student's own held-out samples, nats a token"
+    )
+    tokens_trained = dy.Int64(min=0, description="Tokens that carried loss up to this step")
+    tokens_seen = dy.Int64(min=0, description="Tokens that the student wrote in the rollouts up to this step")
+    train_loss = dy.Float64(nullable=True, allow_inf=True, description="Mean loss of the steps since the evaluation before")
+    losses = dy.List(dy.Float64(allow_inf=True), description="Loss of each of these steps")
+    learning_rate = dy.Float64(min=0.0, description="Learning rate of the last step")
+    step_time_s = dy.Float64(nullable=True, min=0.0, description="Median wall time of these steps, evaluation left out, s")
+    peak_memory_bytes = dy.Int64(min=0, description="Peak of device memory, or of the resident set on a CPU")
+    drift_reverse_kl = dy.Float64(
+        nullable=True, min=0.0, allow_inf=True, description="Offline: mean KL(student ‖ rollouts' author), nats a token"
+    )
+    effective_sample_size = dy.Float64(
+        nullable=True, min=0.0, max=1.0 + 1e-6, description="Offline: share of rollouts that importance weights leave, in (0, 1]"
+    )
+    problem_ids = dy.List(dy.String(), description="The problems")
+    problem_accuracy = dy.List(dy.Float64(min=0.0, max=1.0), description="Mean reward over the k samples of each problem")
+    problem_best = dy.List(dy.Float64(min=0.0, max=1.0), description="Best reward of the k samples of each problem")
+
+    @dy.rule()
+    def problems_have_results(cls) -> pl.Expr:
+        count = pl.col("problem_ids").list.len()
+        return (pl.col("problem_accuracy").list.len() == count) & (pl.col("problem_best").list.len() == count)
+
+
 TABLES: dict[str, type[dy.Schema]] = {
     "rollouts": RolloutTable,
     "tokens": TokenTable,
     "gradients": GradientTable,
     "masks": MaskTable,
+    "ablations": AblationTable,
     "evaluations": EvaluationTable,
 }
 """Name of the folder in a run, and the contract of the rows in it."""
+
+
+def polars_schema(schema: type[dy.Schema]) -> dict[str, pl.DataType]:
+    """Column names and dtypes of a contract, as polars takes them."""
+    return {name: column.dtype for name, column in schema.columns().items()}
 
 
 def validate(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
