@@ -215,7 +215,10 @@ class AblationTable(dy.Schema):
     num_problems = dy.Int32(min=1, description="Problems of the evaluation")
     num_samples = dy.Int32(min=1, description="k, samples a problem")
     heldout_reverse_kl = dy.Float64(
-        nullable=True, min=0.0, allow_inf=True, description="Mean KL(P_S ‖ P_T) on the student's own held-out samples, nats a token"
+        nullable=True,
+        min=0.0,
+        allow_inf=True,
+        description="Mean KL(P_S ‖ P_T) on the student's own held-out samples, nats a token",
     )
     tokens_trained = dy.Int64(min=0, description="Tokens that carried loss up to this step")
     tokens_seen = dy.Int64(min=0, description="Tokens that the student wrote in the rollouts up to this step")
@@ -228,7 +231,10 @@ class AblationTable(dy.Schema):
         nullable=True, min=0.0, allow_inf=True, description="Offline: mean KL(student ‖ rollouts' author), nats a token"
     )
     effective_sample_size = dy.Float64(
-        nullable=True, min=0.0, max=1.0 + 1e-6, description="Offline: share of rollouts that importance weights leave, in (0, 1]"
+        nullable=True,
+        min=0.0,
+        max=1.0 + 1e-6,
+        description="Offline: share of rollouts that importance weights leave, in (0, 1]",
     )
     problem_ids = dy.List(dy.String(), description="The problems")
     problem_accuracy = dy.List(dy.Float64(min=0.0, max=1.0), description="Mean reward over the k samples of each problem")
