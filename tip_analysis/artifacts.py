@@ -325,8 +325,8 @@ class Stage:
             part.unlink(missing_ok=True)
         return path
 
-    def finish(self, **summary: Any) -> None:
-        """Record that every shard is there, with what the stage found (counts, tokens per second …)."""
+    def finish(self, **summary: Any) -> Record:
+        """Record that every shard is there, with what the stage found (counts, tokens per second …); returns that summary."""
 
         def change(record: Record) -> None:
             entry = record["stages"][self.key]
@@ -335,6 +335,7 @@ class Stage:
             entry["summary"] = entry["summary"] | _jsonable(summary)
 
         self.run.update(change)
+        return self.run.stages()[self.key]["summary"]
 
 
 def environment() -> Record:

@@ -45,25 +45,33 @@ def pad_sequences(
     return PaddedBatch(input_ids.to(device), mask.to(device), position_ids.to(device), starts)
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], token_budget: int, groups: Sequence[str] | None = None) -> list[list[int]]:
     """Group sequences of similar length so that each padded batch holds at most `token_budget` tokens.
 
     Args:
         lengths: tokens of each sequence.
         token_budget: B·T at most, padding included; a longer sequence makes a batch of its own.
+        groups: a name for each sequence; sequences of one group (the rollouts of a prompt) stay next to each other.
 
     Returns:
         Batches of indices into `lengths`, longest first (so that memory runs out at once if it does), each index once.
     """
     if token_budget < 1:
         raise OptionError(f"token_budget must be at least 1, found {token_budget}")
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    names = groups if groups is not None else [str(index) for index in range(len(lengths))]
+    longest_of: dict[str, int] = {}
+    for name, length in zip(names, lengths, strict=True):
+        longest_of[name] = max(length, longest_of.get(name, 0))
+    order = sorted(range(len(lengths)), key=lambda i: (-longest_of[names[i]], names[i] if groups else "", -lengths[i], i))
     batches: list[list[int]] = []
+    longest = 0
     for index in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+        longest = max(longest, lengths[index])
+        if batches and (len(batches[-1]) + 1) * longest <= token_budget:
             batches[-1].append(index)
         else:
             batches.append([index])
+            longest = lengths[index]
     return batches
 
 
@@ -81,8 +89,10 @@ class TokenBudget:
             raise OptionError(f"--token-budget must be at least 1, found {tokens}")
         self.tokens = tokens
 
-    def run(self, lengths: Sequence[int], work: Callable[[list[int]], Result]) -> Iterator[tuple[list[int], Result]]:
-        """Call `work` on batches of indices into `lengths`; yields each batch with its result.
+    def run(
+        self, lengths: Sequence[int], work: Callable[[list[int]], Result], groups: Sequence[str] | None = None
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Call `work` on batches of indices into `lengths` (see `plan_batches`); yields each batch with its result.
 
         When memory runs out the budget is halved, said once for each halving, and what is left is planned again.
 
@@ -91,7 +101,8 @@ class TokenBudget:
         """
         pending = list(range(len(lengths)))
         while pending:
-            batch = [pending[index] for index in plan_batches([lengths[index] for index in pending], self.tokens)[0]]
+            names = None if groups is None else [groups[index] for index in pending]
+            batch = [pending[index] for index in plan_batches([lengths[index] for index in pending], self.tokens, names)[0]]
             try:
                 result = work(batch)
             except (MemoryError, RuntimeError) as error:

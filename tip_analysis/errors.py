@@ -58,6 +58,18 @@ class ContextLengthError(InputError):
 class LogitsError(InputError, ArithmeticError):
     """Logits hold NaN, +inf, or a row without any finite value."""
 
+    def __init__(self, message: str, *, model: str | None = None, row: int | None = None) -> None:
+        super().__init__(message)
+        self.model = model
+        """`student` or `teacher`."""
+        self.row = row
+        """Index of the first such row among those that were given."""
+
+    model: str | None = None
+    """Whose logits: `student` or `teacher`."""
+    row: int | None = None
+    """The first such row of the array that was given."""
+
 
 class RunError(InputError):
     """A run folder is missing, unreadable, or lacks the stage that is needed first."""

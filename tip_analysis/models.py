@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -214,6 +214,21 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
             f"the tokenizer has ids up to {max(ours.values())}, but the smaller output head has only {shared} rows"
         )
     return shared
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> dict[int, str]:
+    """The text of each distinct token as it stands inside a response, spaces before it included.
+
+    Each is decoded after an ordinary token, since some tokenizers strip the space from the first. Bytes that are no text
+    on their own appear as U+FFFD.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # pyright: ignore[reportIndexIssue]
+    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    texts = {}
+    for token_id in set(token_ids):
+        text = tokenizer.decode([*anchor, token_id], clean_up_tokenization_spaces=False)
+        texts[token_id] = text.removeprefix(before)
+    return texts
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
