@@ -1,0 +1,338 @@
+"""Figures: each takes a result table and returns a `matplotlib.figure.Figure`. No statistics are computed here.
+
+Tables come from `quadrants`, `statistics` and `claims`, or from `report.summaries`; the docstring of a figure names the
+columns that it reads. `width` is in inches: `COLUMN_WIDTH` fits one column of a two-column paper (and a phone), `PAGE_WIDTH` the
+text block; figures lay themselves out for either. `save_figure` writes vector PDF or SVG.
+
+Colours are the Okabe-Ito set, told apart with any common colour-vision deficiency: the blues are the uncertain half of the
+taxonomy (Q1, Q2), vermilion the overconfident tokens (Q3), grey the solved ones (Q4). The paper's own values are
+always drawn as hollow marks or hatched bands, never in a colour of ours.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import polars as pl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+
+from tip_analysis.errors import SchemaError
+from tip_analysis.schema import Quadrant
+
+PAGE_WIDTH = 7.0
+"""Inches: the text block of a paper, or the column of the report."""
+COLUMN_WIDTH = 3.4
+"""Inches: one column of a two-column paper, or a phone."""
+
+QUADRANT_COLORS: dict[str, str] = {
+    Quadrant.Q1.value: "#0072b2",
+    Quadrant.Q2.value: "#56b4e9",
+    Quadrant.Q3.value: "#d55e00",
+    Quadrant.Q4.value: "#98a2ae",
+}
+QUADRANT_NAMES: dict[str, str] = {
+    Quadrant.Q1.value: "uncertain, disagreeing",
+    Quadrant.Q2.value: "uncertain, agreeing",
+    Quadrant.Q3.value: "confident, disagreeing",
+    Quadrant.Q4.value: "confident, agreeing",
+}
+INK, MUTED, GRID, SURFACE = "#1f2430", "#5b6472", "#d8dde4", "#fefefe"
+"""Text, secondary text, rules and the ground; the report replaces them by those of the reader's theme."""
+SEQUENTIAL = "mako_r"
+PAPER_LABEL = "the paper"
+WIDE = 5.0
+"""Inches from which panels stand side by side."""
+
+
+@contextmanager
+def figure_style(font_size: float = 9.0) -> Iterator[None]:
+    """The look of all figures: quiet axes, text kept as text, no state left behind."""
+    settings = {
+        "font.size": font_size,
+        "font.family": "DejaVu Sans",
+        "axes.titlesize": font_size,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": font_size,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": MUTED,
+        "axes.linewidth": 0.7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelsize": font_size - 1,
+        "ytick.labelsize": font_size - 1,
+        "legend.fontsize": font_size - 1,
+        "legend.frameon": False,
+        "hatch.linewidth": 0.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tip-analysis",
+        "pdf.fonttype": 42,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "axes.formatter.use_mathtext": False,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 300) -> Path:
+    """Write a figure as its suffix says: .pdf and .svg are vector, .png is for slides. Equal figures give equal bytes."""
+    path = Path(path)
+    metadata: dict[str, Any] = {".pdf": {"CreationDate": None, "ModDate": None}, ".svg": {"Date": None}}.get(path.suffix, {})
+    with figure_style():
+        figure.savefig(path, dpi=dpi, metadata=metadata)
+    return path
+
+
+def quadrant_shares(
+    table: pl.DataFrame, paper_ranges: Mapping[str, tuple[float, float]], *, width: float = PAGE_WIDTH
+) -> Figure:
+    """Share of tokens in each quadrant, with intervals, beside the ranges that the paper reports.
+
+    Args:
+        table: `run`, `quadrant`, `share` in [0, 1], `share_low`, `share_high` (95 % interval; may be null).
+        paper_ranges: quadrants as `Q3`, or a sum of two as `Q1+Q2`, to (low, high) in [0, 1].
+    """
+    _require(table, ["run", "quadrant", "share", "share_low", "share_high"])
+    runs = table["run"].unique(maintain_order=True).to_list()
+    groups = [("Q1", "Q2"), ("Q3",), ("Q4",)]
+    with figure_style():
+        figure, axes = _figure(width, 0.75 + len(groups) * (0.32 + 0.3 * len(runs)))
+        ticks, labels, y = [], [], 0.0
+        for group in groups:
+            key = "+".join(group)
+            top = y - 0.62
+            for run in runs:
+                _stacked_share(axes, table.filter(pl.col("run") == run), group, y, label_run=run if len(runs) > 1 else None)
+                ticks.append(y)
+                labels.append(key if len(runs) == 1 else f"{key}  {_short(run)}")
+                y += 1.0
+            if key in paper_ranges:
+                low, high = paper_ranges[key]
+                axes.add_patch(_paper_band(low, top, high - low, y - 1.0 + 0.62 - top))
+            y += 0.6
+        axes.set_yticks(ticks, labels)
+        axes.set_ylim(y - 0.8, -0.8)
+        axes.set_xlim(0, max(0.62, float(axes.get_xlim()[1])))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xlabel("share of response tokens")
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        handles = [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
+        handles.append(_paper_band(0, 0, 1, 1, label="the paper's range"))
+        figure.legend(handles=handles, loc="outside upper left", ncols=5 if width >= WIDE else 3, handlelength=1.2)
+    return figure
+
+
+def quadrant_map(
+    density: pl.DataFrame,
+    *,
+    entropy_cut: float | None,
+    divergence_cut: float | None,
+    shares: Mapping[str, float],
+    width: float = PAGE_WIDTH,
+) -> Figure:
+    """Density of tokens over student entropy and reverse KL, coloured by quadrant, with both cuts.
+
+    Args:
+        density: one row per cell that holds tokens: `entropy_left`, `entropy_right`, `divergence_left`, `divergence_right`
+            (nats, increasing, no cell crosses a cut), `num_tokens`, `quadrant`. Values below the first edge lie in the first cell.
+        entropy_cut: nats; None draws no line (one cut for each batch).
+        divergence_cut: likewise.
+        shares: share of each quadrant, in [0, 1].
+    """
+    _require(density, ["entropy_left", "entropy_right", "divergence_left", "divergence_right", "num_tokens", "quadrant"])
+    with figure_style():
+        figure, axes = _figure(width, min(width * 0.66, 4.4) if width >= WIDE else width * 1.0)
+        if density.height:
+            _density_image(axes, density)
+        if entropy_cut:
+            axes.axvline(entropy_cut, color=INK, lw=1.0)
+        if divergence_cut:
+            axes.axhline(divergence_cut, color=INK, lw=1.0)
+        axes.set_xlabel("student entropy, nats")
+        axes.set_ylabel("reverse KL, nats")
+        corners = {"Q1": (0.985, 0.975), "Q2": (0.985, 0.025), "Q3": (0.015, 0.975), "Q4": (0.015, 0.025)}
+        for name, (x, y) in corners.items():
+            text = f"{name}  {shares.get(name, 0.0):.1%}"
+            if width >= WIDE:
+                text += f"\n{QUADRANT_NAMES[name]}"
+            axes.text(
+                x, y, text, transform=axes.transAxes, ha="right" if x > 0.5 else "left", va="top" if y > 0.5 else "bottom",
+                fontweight="bold", color=INK, bbox={"facecolor": SURFACE, "alpha": 0.75, "edgecolor": "none", "pad": 2},
+            )  # fmt: skip
+    return figure
+
+
+def cut_sensitivity(
+    grid: pl.DataFrame, *, entropy_cut: float | None, divergence_cut: float | None, width: float = PAGE_WIDTH
+) -> Figure:
+    """How the shares move with both cuts: the Q3 share over the plane of cuts, and the four shares along each axis.
+
+    Args:
+        grid: `quadrants.cut_sensitivity`, a full product of cuts: `entropy_cut`, `divergence_cut` (nats), `Q1` … `Q4` (shares in
+            [0, 1]), `in_paper_ranges`.
+        entropy_cut: the cut in use, nats; None where there is one for each batch.
+        divergence_cut: likewise.
+    """
+    _require(grid, ["entropy_cut", "divergence_cut", *QUADRANT_COLORS, "in_paper_ranges"])
+    wide = width >= WIDE
+    rows, columns = (1, 3) if wide else (3, 1)
+    with figure_style():
+        figure = Figure(figsize=(width, 2.9 if wide else width * 2.3), layout="constrained")
+        plane, along_entropy, along_divergence = figure.subplots(rows, columns).flat
+        _plane_of_cuts(figure, plane, grid, entropy_cut, divergence_cut)
+        nearest = _nearest(grid["divergence_cut"], divergence_cut)
+        _shares_along(along_entropy, grid.filter(pl.col("divergence_cut") == nearest), "entropy_cut", entropy_cut)
+        along_entropy.set_xlabel("entropy cut, nats")
+        along_entropy.set_title(f"divergence cut {_plain_number(nearest)}")
+        nearest = _nearest(grid["entropy_cut"], entropy_cut)
+        _shares_along(along_divergence, grid.filter(pl.col("entropy_cut") == nearest), "divergence_cut", divergence_cut)
+        along_divergence.set_xlabel("divergence cut, nats")
+        along_divergence.set_title(f"entropy cut {_plain_number(nearest)}")
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _require(table: pl.DataFrame, columns: Sequence[str]) -> None:
+    if missing := [name for name in columns if name not in table.columns]:
+        raise SchemaError(f"the figure needs the column(s) {', '.join(missing)}; the table has {', '.join(table.columns)}")
+
+
+def _short(text: str, length: int = 24) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _paper_band(x: float, y: float, width: float, height: float, label: str | None = None) -> Rectangle:
+    """What the paper reports: always a hatched band without a colour of its own."""
+    return Rectangle((x, y), width, height, facecolor="none", edgecolor=MUTED, hatch="////", lw=0.8, zorder=0.5, label=label)
+
+
+def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: float, label_run: str | None) -> None:
+    """One horizontal bar: the shares of a group of quadrants end to end, with the interval of the last quadrant's end."""
+    left = 0.0
+    values = {row["quadrant"]: row for row in rows.iter_rows(named=True)}
+    for name in group:
+        row = values.get(name)
+        share = float(row["share"] or 0.0) if row else 0.0
+        axes.barh(y, share, left=left, height=0.62, color=QUADRANT_COLORS[name], zorder=2)
+        if row and row["share_low"] is not None and row["share_high"] is not None:
+            low, high = left + row["share_low"], left + row["share_high"]
+            axes.plot([low, high], [y, y], color=INK, lw=1.2, zorder=3, solid_capstyle="butt")
+        if share > 0.045:
+            axes.text(
+                left + share / 2, y - 0.02, f"{share:.1%}", ha="center", va="bottom", fontsize=7.5, zorder=4, color="#101418"
+            )
+        left += share
+
+
+def _density_image(axes: Axes, density: pl.DataFrame) -> None:
+    """Cells as one raster image: hue from the quadrant, opacity from the logarithm of the density per cell."""
+    x = _edges(density, "entropy")
+    y = _edges(density, "divergence")
+    image = np.zeros((len(y) - 1, len(x) - 1, 4))
+    columns = np.searchsorted(x, density["entropy_left"].to_numpy())
+    rows = np.searchsorted(y, density["divergence_left"].to_numpy())
+    weight = np.log1p(density["num_tokens"].to_numpy())
+    image[rows, columns, :3] = [to_rgb(QUADRANT_COLORS[str(name)]) for name in density["quadrant"]]
+    image[rows, columns, 3] = 0.12 + 0.88 * weight / weight.max()
+    mesh = axes.pcolormesh(x, y, image, rasterized=True, zorder=1)
+    mesh.set_edgecolor("none")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(x[0], x[-1])
+    axes.set_ylim(y[0], y[-1])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(numticks=8))
+        axis.set_major_formatter(FuncFormatter(_plain_number))
+
+
+def _edges(density: pl.DataFrame, axis: str) -> np.ndarray:
+    left, right = density[f"{axis}_left"].to_numpy(), density[f"{axis}_right"].to_numpy()
+    return np.unique(np.concatenate([left, right]))
+
+
+def _plain_number(value: float, _position: int | None = None) -> str:
+    """0.001, 1, 10; powers only beyond what reads well."""
+    return f"{value:.2g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _plane_of_cuts(
+    figure: Figure, axes: Axes, grid: pl.DataFrame, entropy_cut: float | None, divergence_cut: float | None
+) -> None:
+    """Share of Q3 over all pairs of cuts, evenly spaced by rank, outlined where the paper's ranges hold."""
+    x, y = np.unique(grid["entropy_cut"].to_numpy()), np.unique(grid["divergence_cut"].to_numpy())
+    ordered = grid.unique(["entropy_cut", "divergence_cut"]).sort("divergence_cut", "entropy_cut")
+    q3 = ordered["Q3"].to_numpy().reshape(len(y), len(x))
+    holds = ordered["in_paper_ranges"].to_numpy().reshape(len(y), len(x))
+    left, bottom = np.arange(len(x) + 1) - 0.5, np.arange(len(y) + 1) - 0.5
+    colors = sns.color_palette(SEQUENTIAL, as_cmap=True)
+    mesh = axes.pcolormesh(left, bottom, q3, cmap=colors, vmin=0, rasterized=True)
+    for row, column in np.argwhere(holds):
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#ffffff", hatch="/////", lw=0))
+    if entropy_cut is not None and divergence_cut is not None:
+        place = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
+        axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec="#101418", mew=1.4)
+    _value_ticks(axes, x, y)
+    axes.set_xlabel("entropy cut, nats")
+    axes.set_ylabel("divergence cut, nats")
+    axes.set_title("share of Q3")
+    bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.02, aspect=30)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+
+def _value_ticks(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Cells are evenly spaced by rank of the cut; ticks name a few of the values."""
+    for values, setter in ((x, axes.set_xticks), (y, axes.set_yticks)):
+        chosen = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
+        setter(chosen, [_plain_number(values[index]) for index in chosen])
+
+
+def _index_of(values: np.ndarray, value: float) -> float:
+    """Fractional index of `value` among increasing `values`."""
+    return float(np.interp(value, values, np.arange(len(values))))
+
+
+def _nearest(values: pl.Series, value: float | None) -> float:
+    """The value of the grid next to `value`, or the middle one."""
+    unique = values.unique().sort().to_numpy()
+    return float(unique[len(unique) // 2 if value is None else np.abs(unique - value).argmin()])
+
+
+def _shares_along(axes: Axes, rows: pl.DataFrame, column: str, chosen: float | None) -> None:
+    """The four shares, stacked, along one cut."""
+    rows = rows.unique(column).sort(column)
+    x, values = np.arange(rows.height), rows[column].to_numpy()
+    shares = [rows[name].to_numpy() for name in QUADRANT_COLORS]
+    axes.stackplot(x, *shares, colors=list(QUADRANT_COLORS.values()), lw=0)
+    if chosen is not None:
+        axes.axvline(_index_of(values, chosen), color="#101418", lw=1.2)
+    bottom = np.cumsum([np.zeros(len(x)), *shares], axis=0)
+    for index, name in enumerate(QUADRANT_COLORS):
+        widest = int(np.argmax(shares[index][1:-1])) + 1 if len(x) > 2 else 0
+        if shares[index][widest] > 0.12:
+            height = (bottom[index][widest] + bottom[index + 1][widest]) / 2
+            axes.text(widest, height, name, ha="center", va="center", color="#101418", fontsize=8, fontweight="bold")
+    ticks = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
+    axes.set_xticks(ticks, [_plain_number(values[index]) for index in ticks])
+    axes.set_xlim(0, max(1, len(x) - 1))
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -1,0 +1,303 @@
+"""Sections on the run as a whole: overview with warnings, and provenance with the exact commands."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+
+from tip_analysis import figures
+from tip_analysis.quadrants import PAPER_RANGES, warn_about_cuts
+from tip_analysis.report import paper
+from tip_analysis.report.page import Block, Command, FromPaper, Numbers, Part, Section, Table, Tag, Warnings, picture
+from tip_analysis.report.reading import RunView
+from tip_analysis.report.summaries import planted_detection
+from tip_analysis.report.words import count, duration, listed, number, percent, plural, visible
+
+
+def overview(views: Sequence[RunView]) -> Section:
+    """Shares of the quadrants beside the paper's ranges, and what to know before trusting them."""
+    parts = [Part(_finding(view), _overview_blocks(view), population(view), label_of(view, views)) for view in views]
+    if len(views) > 1:
+        parts.insert(0, _comparison(views))
+    return Section(
+        "overview",
+        "Overview",
+        parts,
+        shows="which share of the student’s own tokens falls into each quadrant at the cuts named, and how far that is from "
+        "the shares that the paper reports over its pairs.",
+        shows_not="that a quadrant’s tokens are worth training on: shares depend on the cuts (see the sensitivity), and the "
+        "paper does not state its own.",
+    )
+
+
+def population(view: RunView) -> str:
+    """n in tokens, rollouts and prompts, with the cuts."""
+    counted = view.population
+    return (
+        f"n = {plural(counted.num_tokens, 'token')}, {plural(counted.num_rollouts, 'rollout')}, "
+        f"{plural(counted.num_prompts, 'prompt')}. {_cut_words(view)}"
+    )
+
+
+def share_table(view: RunView) -> pl.DataFrame:
+    """`run`, `quadrant`, `share`, `share_low`, `share_high`, as the figures take it."""
+    return view.shares.select(
+        pl.lit(view.name).alias("run"),
+        pl.col("quadrant").cast(pl.String),
+        "share",
+        pl.lit(None, pl.Float64).alias("share_low"),
+        pl.lit(None, pl.Float64).alias("share_high"),
+    )
+
+
+def provenance(views: Sequence[RunView], output: str) -> Section:
+    """Every stage of `run.json`: configuration, versions, fingerprints, time, rate and commands."""
+    parts = [Part(_provenance_finding(view), _provenance_blocks(view), run=label_of(view, views)) for view in views]
+    parts.append(Part("", [Command("This page is made by", command_of(views, output))]))
+    return Section(
+        "provenance",
+        "Provenance",
+        parts,
+        shows="what each table was made from and with, as recorded when it was written.",
+        shows_not="anything that was done to the models or the prompts before.",
+    )
+
+
+def warnings_of(view: RunView) -> list[str]:
+    """What is unusual about a run, in sentences."""
+    texts = [*_table_warnings(view), *_rollout_warnings(view)]
+    if (cut := warn_about_cuts(view.raw, view.cuts)) is not None:
+        texts.append(_sentence(cut.message))
+    if view.cuts.paper_ranges_met is not None:
+        verdict = "they do here" if view.cuts.paper_ranges_met else "the data do not allow it here"
+        texts.append(
+            "The cuts are the preset `paper`, which looks for shares inside the paper’s ranges "
+            f"({verdict}): shares under it are no evidence that this pair is like the paper’s."
+        )
+    return texts
+
+
+def _finding(view: RunView) -> str:
+    shares = view.share_of
+    if not view.population.num_tokens:
+        return "No response token has statistics: every rollout is empty, or nothing was written by the student."
+    uncertain = shares["Q1"] + shares["Q2"]
+    compared = {"Q1+Q2": uncertain, "Q3": shares["Q3"], "Q4": shares["Q4"]}
+    inside = [name for name, share in compared.items() if PAPER_RANGES[name][0] <= share <= PAPER_RANGES[name][1]]
+    outside = [name for name in compared if name not in inside]
+    if not outside:
+        verdict = "all three within the ranges that the paper reports"
+    else:
+        verdict = f"{listed(outside)} outside the range{'s' if len(outside) > 1 else ''} that the paper reports"
+        verdict += f", {listed(inside)} within" if inside else ""
+    return (
+        f"{percent(shares['Q3'])} of the tokens are confident and disagree with the teacher (Q3), {percent(uncertain)} are "
+        f"uncertain (Q1 and Q2), {percent(shares['Q4'])} are settled (Q4): {verdict}."
+    )
+
+
+def _overview_blocks(view: RunView) -> list[Block]:
+    student, teacher = view.model_names()
+    counted = view.population
+    entries = [
+        ("student", visible(student, 40), ""),
+        ("teacher", visible(teacher, 40), ""),
+        ("tokens", count(counted.num_tokens), f"{count(counted.num_masked)} not the student’s" if counted.num_masked else ""),
+        ("rollouts", count(counted.num_rollouts), plural(counted.num_prompts, "prompt")),
+    ]
+    rewards = view.rollouts["reward"].drop_nulls()
+    if rewards.len():
+        entries.append(("mean reward", number(float(rewards.mean())), f"over {plural(rewards.len(), 'graded rollout')}"))  # pyright: ignore[reportArgumentType]
+    table = share_table(view)
+    drawn = picture(
+        lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
+        key=f"shares-{slug_of(view)}",
+        caption="Share of response tokens in each quadrant. Hatched: the range that the paper reports over its pairs.",
+        alt="Bars of the quadrant shares beside the paper's ranges; the table below has the numbers.",
+    )
+    blocks: list[Block] = [Numbers(entries), Warnings(warnings_of(view)), drawn, _shares_block(view)]
+    if view.has_planted_labels:
+        blocks.append(_planted_block(view))
+    return blocks
+
+
+def _shares_block(view: RunView) -> Table:
+    rows = []
+    for row in view.shares.iter_rows(named=True):
+        name = str(row["quadrant"])
+        known = paper.range_of(name)
+        if name in ("Q1", "Q2"):
+            known = f"{paper.range_of('Q1+Q2')} (Q1+Q2)"
+        rows.append([
+            Tag(name), figures.QUADRANT_NAMES[name], count(row["num_tokens"]), count(row["num_rollouts"]),
+            count(row["num_prompts"]), percent(row["share"]), FromPaper(known),
+        ])  # fmt: skip
+    columns = ["quadrant", "student is", "tokens", "in rollouts", "in prompts", "share", "paper’s range"]
+    return Table(columns, rows, "Tokens of each quadrant.", frozenset({2, 3, 4, 5, 6}))
+
+
+def _planted_block(view: RunView) -> Table:
+    found = planted_detection(view.tokens)
+    rows = [
+        [
+            "recall",
+            percent(found.recall),
+            f"of {count(found.num_confident)} planted errors with student top-1 ≥ 0.9, called Q3",
+        ],
+        ["precision", percent(found.precision), "of the tokens called Q3, are planted errors"],
+        ["AUC", number(found.auc), f"of the Q3 score for {count(found.num_planted)} planted errors among all tokens"],
+    ]
+    caption = "The arithmetic pair has planted errors, so that the taxonomy can be checked against the truth."
+    return Table(["planted errors", "value", "meaning"], rows, caption, frozenset({1}))
+
+
+def _comparison(views: Sequence[RunView]) -> Part:
+    table = pl.concat([share_table(view) for view in views])
+    by_q3 = sorted(views, key=lambda view: view.share_of["Q3"])
+    drawn = picture(
+        lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
+        key="shares-all",
+        caption="The runs side by side, each with its own cuts where those are measured on the data.",
+        alt="Bars of the quadrant shares of each run; the table below has the numbers.",
+    )
+    rows = []
+    for view in views:
+        shares, cuts = view.share_of, view.cuts
+        rows.append([
+            view.name, *(visible(name, 40) for name in view.model_names()), count(view.population.num_tokens),
+            *(percent(shares[name]) for name in figures.QUADRANT_COLORS), number(cuts.entropy.value), number(cuts.divergence.value),
+        ])  # fmt: skip
+    columns = ["run", "student", "teacher", "tokens", *figures.QUADRANT_COLORS, "entropy cut", "divergence cut"]
+    finding = (
+        f"Of {len(views)} runs, Q3 is smallest in {by_q3[0].name} ({percent(by_q3[0].share_of['Q3'])}) and largest in "
+        f"{by_q3[-1].name} ({percent(by_q3[-1].share_of['Q3'])})."
+    )
+    return Part(
+        finding, [drawn, Table(columns, rows, "Runs side by side; cuts in nats.", frozenset(range(3, 10)))], run="All runs"
+    )
+
+
+def _cut_words(view: RunView) -> str:
+    words = []
+    for cut in (view.cuts.entropy, view.cuts.divergence):
+        where = "one for each batch" if cut.scope == "batch" else f"{number(cut.value)} nats"
+        words.append(f"{cut.axis} cut: {cut.spec} ({where})" if cut.spec != where.split()[0] else f"{cut.axis} cut: {where}")
+    return f"{'; '.join(words)}; high is strictly above."
+
+
+def _table_warnings(view: RunView) -> list[str]:
+    texts = []
+    if altered := view.run.altered_shards():
+        texts.append(
+            f"{plural(len(altered), 'shard')} changed since written ({visible(listed(altered[:5]), 300)}): numbers may not belong "
+            "to the recorded configuration. Run the stage again to make them anew."
+        )
+    counted = view.population
+    if counted.num_infinite_reverse or counted.num_infinite_forward:
+        texts.append(
+            f"{count(counted.num_infinite_reverse)} reverse and {count(counted.num_infinite_forward)} forward divergences are "
+            "+∞ (a model rules a token out entirely): they count as high, and take no part in means, cuts and normalisation."
+        )
+    if view.options.divergence_clip is not None:
+        texts.append(
+            f"Divergence is clipped at its {view.options.divergence_clip:g} quantile before min-max (off in the paper): Soft-OR "
+            "then ranks the tokens below the clip more apart, and those above it equal."
+        )
+    unfinished = [key for key, stage in view.stages.items() if not stage.get("finished")]
+    if unfinished:
+        texts.append(
+            f"Not finished when this was made: {listed(unfinished)}. The numbers are those of the shards written so far."
+        )
+    return texts
+
+
+def _rollout_warnings(view: RunView) -> list[str]:
+    rollouts, texts = view.rollouts, []
+    total = rollouts.height
+    retokenized = rollouts.filter(pl.col("ids_origin") == "retokenized").height
+    if retokenized:
+        texts.append(
+            f"{count(retokenized)} of {plural(total, 'rollout')} were imported as text and tokenised again: their token ids may "
+            "differ from those that the author sampled."
+        )
+    if reapplied := rollouts.filter(pl.col("template_origin") == "reapplied").height:
+        texts.append(
+            f"{plural(reapplied, 'rollout')} had the chat template applied again: markers may differ from the author’s."
+        )
+    tempered = rollouts.filter((pl.col("temperature") != 1.0) | (pl.col("top_p") < 1.0) | (pl.col("top_k") > 0)).height
+    if tempered:
+        texts.append(
+            f"{count(tempered)} of {plural(total, 'rollout')} were sampled at another temperature than 1 or from a truncated "
+            "distribution: statistics are those of temperature 1, and the tokens are not a sample from it."
+        )
+    unknown = rollouts.filter(pl.col("temperature").is_null()).height
+    if unknown:
+        texts.append(f"The sampling temperature of {plural(unknown, 'rollout')} is not known.")
+    cut_off = rollouts.filter(pl.col("finish_reason").cast(pl.String) == "length").height
+    if cut_off:
+        texts.append(
+            f"{count(cut_off)} of {plural(total, 'rollout')} reached the token limit before they ended ({percent(cut_off / total)})."
+        )
+    if empty := rollouts.filter(pl.col("num_tokens") == 0).height:
+        texts.append(f"{plural(empty, 'rollout')} {'has' if empty == 1 else 'have'} no response token, and no row below.")
+    return texts
+
+
+def _provenance_finding(view: RunView) -> str:
+    finished = [key for key, stage in view.stages.items() if stage.get("finished")]
+    seconds = sum(stage.get("wall_time_s") or 0.0 for stage in view.stages.values())
+    return f"{listed(finished) or 'No stage'} finished, in {duration(seconds)} in all."
+
+
+def _provenance_blocks(view: RunView) -> list[Block]:
+    rows = []
+    for key, stage in view.stages.items():
+        rate = stage.get("summary", {}).get("tokens_per_second")
+        versions = stage.get("environment", {}).get("versions", {})
+        rows.append([
+            key, stage.get("began") or "–", stage.get("finished") or "not finished", duration(stage.get("wall_time_s")),
+            number(rate) if rate else "–", count(len(stage.get("shards", {}))),
+            ", ".join(f"{name} {version}" for name, version in versions.items()),
+        ])  # fmt: skip
+    columns = ["stage", "began (UTC)", "finished", "time", "tokens/s", "shards", "versions"]
+    blocks: list[Block] = [Table(columns, rows, "Stages of this run.", frozenset({3, 4, 5}))]
+    for key, stage in view.stages.items():
+        entries = {
+            **stage.get("config", {}),
+            **stage.get("inputs", {}),
+            **stage.get("settings", {}),
+            **stage.get("summary", {}),
+        }
+        entries["git commit"] = stage.get("environment", {}).get("git_commit")
+        entries["shards"] = {name: shard["sha256"][:12] for name, shard in list(stage.get("shards", {}).items())[:4]}
+        blocks.append(
+            Table(["setting", "value"], [[name, _plain(value)] for name, value in entries.items()], f"{key}: as recorded.")
+        )
+    return blocks
+
+
+def command_of(views: Sequence[RunView], output: str) -> str:
+    """The command that makes this page."""
+    paths = " ".join(shlex.quote(str(view.run.path)) for view in views)
+    return f"python -m tip_analysis.report {paths} -o {shlex.quote(output)} {views[0].options.arguments()}"
+
+
+def _plain(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return visible(text, 400)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if not text.endswith(".") else f"{text[:1].upper()}{text[1:]}"
+
+
+def slug_of(view: RunView) -> str:
+    """The run's name as part of an id."""
+    return "".join(character if character.isalnum() else "-" for character in view.name)
+
+
+def label_of(view: RunView, views: Sequence[RunView]) -> str:
+    """The run's name where there are several."""
+    return view.name if len(views) > 1 else ""

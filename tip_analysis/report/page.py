@@ -1,0 +1,244 @@
+"""The page: what a section is made of, and its HTML.
+
+A section is plain data; `render` puts a list of them into one self-contained file. Everything that comes from a run goes
+through jinja2's autoescape or into a JSON block whose `<`, `>` and `&` are escaped. A content-security policy names the hash
+of the page's one script, so that a browser would refuse any other, and forbids every request.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from tip_analysis import figures
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A quadrant's name with its colour."""
+
+    quadrant: str
+
+
+@dataclass(frozen=True)
+class FromPaper:
+    """A value of the paper's, marked as such."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; `numeric` columns are set flush right, `from_paper` rows are marked."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Tag | FromPaper]]
+    caption: str
+    numeric: frozenset[int] = frozenset()
+    paper_rows: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure, drawn for a wide and a narrow screen. `alt` says in words what it shows."""
+
+    wide: Markup
+    narrow: Markup
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class TopToken:
+    """One of a model's most likely tokens: visible text, probability in [0, 1], and whether it was the sampled one."""
+
+    text: str
+    probability: float
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class StrongToken:
+    """One token in full: the fields of the paper's worked examples, with the text around it."""
+
+    quadrant: str
+    facts: Sequence[tuple[str, str]]
+    before: str
+    token: str
+    after: str
+    student_top: Sequence[TopToken]
+    teacher_top: Sequence[TopToken]
+    link: str | None = None
+    from_paper: bool = False
+
+
+@dataclass(frozen=True)
+class StrongList:
+    """A list of strong tokens under a heading."""
+
+    title: str
+    tokens: Sequence[StrongToken]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part whose stage has not been run, and the command that runs it."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Key figures: (name, value, note)."""
+
+    entries: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line under a short label."""
+
+    label: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Warnings:
+    """What a reader must know before trusting the numbers."""
+
+    texts: Sequence[str]
+
+
+Block = Table | Picture | StrongList | Missing | Numbers | Warnings | Command
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one run has to say in a section."""
+
+    finding: str
+    blocks: Sequence[Block] = ()
+    population: str = ""
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section: its parts (one per run), and what it does and does not show."""
+
+    key: str
+    title: str
+    parts: Sequence[Part]
+    shows: str = ""
+    shows_not: str = ""
+    template: str = "section.html.j2"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def absent(self) -> bool:
+        """Whether no run has anything to show yet."""
+        return bool(self.parts) and all(any(isinstance(block, Missing) for block in part.blocks) for part in self.parts)
+
+
+def picture(draw: Callable[[float], Figure], *, key: str, caption: str, alt: str) -> Picture:
+    """Draw a figure twice, for a page and for a phone.
+
+    Args:
+        draw: width in inches -> figure.
+        key: unique in the page; prefixes the ids inside the SVG.
+        caption: shown below.
+        alt: read out in place of the figure.
+    """
+    wide = inline_svg(draw(figures.PAGE_WIDTH), prefix=f"{key}-w", alt=alt)
+    narrow = inline_svg(draw(figures.COLUMN_WIDTH), prefix=f"{key}-n", alt=alt)
+    return Picture(wide, narrow, caption, alt)
+
+
+def inline_svg(figure: Figure, *, prefix: str, alt: str) -> Markup:
+    """The figure as an `<svg>` element: ids made unique, colours those of the reader's theme, text kept as text."""
+    buffer = io.StringIO()
+    with figures.figure_style():
+        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    referenced = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in referenced else "", svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{prefix}-", svg)
+    for color, variable in _theme_colors().items():
+        svg = svg.replace(color, f"var({variable})")
+    view_box = re.search(r'viewBox="[^"]+"', svg)
+    head = f'<svg {view_box[0] if view_box else ""} role="img" xmlns:xlink="http://www.w3.org/1999/xlink" aria-label="'
+    return Markup(head) + alt + Markup('"' + svg[svg.index(">", svg.index("<svg")) :])  # noqa: S704 (labels were escaped by matplotlib)
+
+
+def _theme_colors() -> dict[str, str]:
+    colors = {color: f"--{name.lower()}" for name, color in figures.QUADRANT_COLORS.items()}
+    return colors | {
+        figures.INK: "--ink",
+        figures.MUTED: "--soft",
+        figures.GRID: "--faint",
+        figures.SURFACE: "--figure-surface",
+    }
+
+
+def json_block(value: Any) -> Markup:
+    """JSON for a `<script type="application/json">`: no character in it can end the element or begin another."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704 (escaped above)
+
+
+def png_uri(content: bytes) -> str:
+    """A PNG file as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("tip_analysis.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["block"] = lambda value, kind: type(value).__name__ == kind
+    return environment
+
+
+def asset(name: str) -> str:
+    """A file of `assets/`."""
+    return files("tip_analysis.report").joinpath("assets", name).read_text("utf-8")
+
+
+def render(sections: Sequence[Section], **context: Any) -> str:
+    """The whole page."""
+    script = "\n".join(asset(name) for name in ("page.js", "browser.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            sections=sections,
+            style=Markup(asset("report.css")),  # noqa: S704 (our own file)
+            script=Markup(script),  # noqa: S704 (our own file)
+            script_hash=f"sha256-{digest}",
+            json_block=json_block,
+            **context,
+        )
+    )
