@@ -1,0 +1,342 @@
+"""Two rows of logits in, the numbers of a token out: entropies, divergences, logit gradients, top-k, and losses to train on.
+
+Nothing is read or written. Equation numbers are those of TIP (arXiv 2604.14084); P_S and P_T are the temperature-1
+distributions of student and teacher over all V tokens, z the student's logits; everything is in nats. How the numbers stay
+exact on nearly equal and nearly one-hot rows is told in `tip_analysis.logit_rows`; the losses live in `tip_analysis.losses`.
+
+The pass works on blocks of rows that stay in the processor's cache, compiled where that pays and a compiler is there.
+"""
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tip_analysis.errors import LogitsError, OptionError
+from tip_analysis.logit_rows import (
+    Ratio,
+    compute_dtype,
+    forward_kl_summands,
+    infinite_divergences,
+    jsd_summands,
+    log_ratio,
+    log_ratio_of_sums,
+    ratio_of,
+    relative_to_top,
+    rest_of_sum,
+    reverse_kl_summands,
+)
+from tip_analysis.losses import LOSSES, entropy, forward_kl, jsd, negative_logprob, reverse_kl
+
+__all__ = [
+    "LOSSES",
+    "entropy",
+    "forward_kl",
+    "jsd",
+    "negative_logprob",
+    "reverse_kl",
+    "rows_per_block",
+    "token_statistics",
+    "worth_compiling",
+]
+
+logger = logging.getLogger(__name__)
+
+COMPILE_VARIABLE = "TIP_ANALYSIS_COMPILE"
+"""Environment variable: `0` never compiles, `1` compiles whatever the size of the work."""
+
+_GRADIENT_SCALE = 2.0**60
+"""Differences of probabilities times this: their squares stay between float32's smallest and largest normal number."""
+_CENTRE_ON_TOP_ABOVE = 1e-3
+"""Curvature is a variance under P_S: about the top token it loses a factor 1/P_S(top) in precision, about the mean none."""
+
+
+# -------------------------------------------------------------------------------------------------------------- statistics
+
+
+def token_statistics(
+    *,
+    student: Tensor,
+    teacher: Tensor,
+    token_ids: Tensor | None = None,
+    top_k: int = 5,
+    support_k: int = 16,
+    compile: bool | None = None,
+) -> dict[str, Tensor]:
+    """Everything that a token row carries, off its two rows of logits, in one pass (natural logarithms, nats).
+
+    Args:
+        student: Logits of P_S, [N, V], of any floating dtype; any row stride.
+        teacher: Logits of P_T, [N, V].
+        token_ids: The sampled tokens, [N]; without them the two sampled-token log-probabilities are left out.
+        top_k: How many of the most likely tokens of each model to return; at most V are.
+        support_k: How many of the student's most likely tokens the teacher's mass is summed over.
+        compile: Whether to compile the pass (some tens of seconds, once for each V and dtype, then several times faster).
+            None compiles where these logits alone are worth it, see `worth_compiling`. The rounding of the two ways differs.
+
+    Returns:
+        The columns of `tip_analysis.schema.TokenTable` by name, each [N] (top-k: [N, k]), in float32 (float64 for float64
+        logits), ids in int64, `top1_agree` in bool. Top-k ids go by falling probability, the lower id first where tied.
+        `w_local` is NaN where gᵀHg or ‖g‖² is below the smallest normal number of the dtype; nothing else is ever NaN.
+        A Kullback-Leibler divergence, and with it the norm of its gradient, is +inf where a masked token has probability
+        under the other model.
+
+    Raises:
+        LogitsError: a row has NaN, +inf or no finite logit; `error.model` and `error.row` say which.
+        OptionError: shapes that do not agree, token ids outside [0, V), or k below 1.
+    """
+    _check_arguments(student, teacher, token_ids, top_k, support_k)
+    num_rows, vocab_size = student.shape
+    if compile is None:
+        compile = worth_compiling(student.numel())
+    step = rows_per_block(vocab_size, device=student.device)
+    blocks: list[dict[str, Tensor]] = []
+    with torch.no_grad():
+        for start in range(0, num_rows, step) or [0]:
+            rows = slice(start, start + step)
+            ids = None if token_ids is None else token_ids[rows].to(student.device)
+            block = _compiled_block if compile else _block_statistics
+            blocks.append(block(*_fill(student[rows], teacher[rows], ids, step if compile else 1), top_k, support_k))
+    columns = {name: torch.cat([block[name] for block in blocks])[:num_rows] for name in blocks[0]}
+    _check_maxima("student", columns.pop("student_max"))
+    _check_maxima("teacher", columns.pop("teacher_max"))
+    return columns
+
+
+def _block_statistics(
+    student: Tensor, teacher: Tensor, token_ids: Tensor | None, top_k: int, support_k: int
+) -> dict[str, Tensor]:
+    """`token_statistics` of one block of rows, and the largest logit of each row: NaN or infinite in a row that is refused."""
+    dtype = compute_dtype(student, teacher)
+    top_s, values_s, ids_s = _largest(student, max(top_k, support_k))
+    top_t, values_t, ids_t = _largest(teacher, top_k)
+    top_s, top_t = top_s.to(dtype), top_t.to(dtype)
+    row_s, row_t = relative_to_top(student, dtype, top_s), relative_to_top(teacher, dtype, top_t)
+    e_s, e_t = row_s.x.exp(), row_t.x.exp()
+    rest_s, rest_t = rest_of_sum(row_s.x, e_s), rest_of_sum(row_t.x, e_t)
+    r = log_ratio(row_s, row_t)
+    log_sums = log_ratio_of_sums(r, e_s, e_t, rest_s, rest_t)
+
+    support = relative_to_top(teacher.gather(1, ids_s[:, :support_k]), dtype, top_t)
+    r_top = -(support.x + support.error)[:, :1]
+    ratio = ratio_of(e_s / (1 + rest_s), e_t / (1 + rest_t), r - log_sums)
+    at_top = ratio_of(1 / (1 + rest_s), support.x[:, :1].exp() / (1 + rest_t), r_top - log_sums)
+    is_top = (row_s.x == 0) & (r == r_top)
+    square_norm, curvature = _forward_kl_moments(ratio, at_top, is_top, e_s, e_t, rest_s, rest_t)
+    square_norm, curvature = square_norm.squeeze(1), curvature.squeeze(1)
+    curvature_unscaled = curvature / _GRADIENT_SCALE / _GRADIENT_SCALE
+    tiny = torch.finfo(dtype).tiny
+    resolved = (curvature_unscaled >= tiny) & (square_norm / _GRADIENT_SCALE / _GRADIENT_SCALE >= tiny)
+
+    max_entropy = math.log(student.shape[1])
+    entropy_s = (rest_s.log1p() - (e_s * row_s.x).sum(-1, keepdim=True) / (1 + rest_s)).squeeze(1).clamp(max=max_entropy)
+    entropy_t = (rest_t.log1p() - (e_t * row_t.x).sum(-1, keepdim=True) / (1 + rest_t)).squeeze(1).clamp(max=max_entropy)
+    infinite = infinite_divergences(r)
+    columns = {
+        "student_max": top_s.squeeze(1),
+        "teacher_max": top_t.squeeze(1),
+        "student_entropy": entropy_s,
+        "student_entropy_norm": entropy_s / max_entropy if max_entropy > 0 else torch.zeros_like(entropy_s),
+        "teacher_entropy": entropy_t,
+        "reverse_kl": reverse_kl_summands(ratio).sum(-1).masked_fill(infinite.reverse, math.inf),
+        "forward_kl": forward_kl_summands(ratio).sum(-1).masked_fill(infinite.forward, math.inf),
+        "jsd": jsd_summands(ratio).sum(-1).clamp(max=math.log(2)),
+        "hellinger": _hellinger(ratio).clamp(max=1.0),
+    }
+    if token_ids is not None:
+        ids = token_ids.long().unsqueeze(1)
+        columns["student_logprob"] = (student.gather(1, ids).to(dtype) - top_s - rest_s.log1p()).squeeze(1)
+        columns["teacher_logprob"] = (teacher.gather(1, ids).to(dtype) - top_t - rest_t.log1p()).squeeze(1)
+    columns |= {
+        "student_top1_prob": (1 / (1 + rest_s)).squeeze(1),
+        "teacher_top1_prob": (1 / (1 + rest_t)).squeeze(1),
+        "top1_agree": ids_s[:, 0] == ids_t[:, 0],
+        "teacher_mass_on_student_topk": (support.x.exp().sum(-1) / (1 + rest_t).squeeze(1)).clamp(max=1.0),
+        "reverse_kl_logit_grad_norm": _reverse_kl_norm(ratio.p, r - r_top, e_s, rest_s).masked_fill(infinite.reverse, math.inf),
+        "forward_kl_logit_grad_norm": square_norm.sqrt() / _GRADIENT_SCALE,
+        "logit_curvature": curvature_unscaled,
+        "w_local": torch.where(resolved, square_norm / curvature, math.nan),
+        "student_topk_ids": ids_s[:, :top_k],
+        "student_topk_logprobs": values_s[:, :top_k].to(dtype) - top_s - rest_s.log1p(),
+        "teacher_topk_ids": ids_t,
+        "teacher_topk_logprobs": values_t.to(dtype) - top_t - rest_t.log1p(),
+    }
+    return columns
+
+
+def _hellinger(ratio: Ratio) -> Tensor:
+    """√(½ Σ(√P_S − √P_T)²), [N], with √P_S − √P_T = (P_S − P_T) / (√P_S + √P_T)."""
+    roots = ratio.p.sqrt() + ratio.q.sqrt() + torch.finfo(ratio.p.dtype).tiny
+    return (0.5 * (ratio.difference * _GRADIENT_SCALE / roots).square().sum(-1)).sqrt() / _GRADIENT_SCALE
+
+
+def _reverse_kl_norm(p: Tensor, centred: Tensor, e: Tensor, rest: Tensor) -> Tensor:
+    """‖P_S (d − δ)‖₂, [N], of d − d(top): nearly one-hot rows keep what is left of it at the top token."""
+    mean = (e * centred).sum(-1, keepdim=True) / (1 + rest)
+    scale = math.sqrt(_GRADIENT_SCALE)
+    return (p * scale * (centred - mean)).square().sum(-1).sqrt() / scale
+
+
+def _forward_kl_moments(
+    ratio: Ratio, at_top: Ratio, is_top: Tensor, e_s: Tensor, e_t: Tensor, rest_s: Tensor, rest_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """‖g‖² and gᵀHg = Var_{P_S}(g) of g = P_S − P_T times `_GRADIENT_SCALE`, [N, 1] each.
+
+    The variance is taken about g of the top token, or, where that token is a small part of the row, about an estimate
+    of the mean: E(g − a)² − (E g − a)².
+    """
+    g = ratio.difference * _GRADIENT_SCALE
+    g_top = at_top.difference * _GRADIENT_SCALE
+    estimate = (e_s * e_s).sum(-1, keepdim=True) / (1 + rest_s) - (e_s * e_t).sum(-1, keepdim=True) / (1 + rest_t)
+    centre = torch.where(at_top.p > _CENTRE_ON_TOP_ABOVE, g_top, estimate / (1 + rest_s) * _GRADIENT_SCALE)
+    centred = torch.where(is_top, g_top, g) - centre
+    weighted = ratio.p * centred
+    curvature = (weighted * centred).sum(-1, keepdim=True) - weighted.sum(-1, keepdim=True).square()
+    return g.square().sum(-1, keepdim=True), curvature.clamp(min=0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- top-k
+
+_TOP_BLOCK = 64
+
+
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(max [N, 1], the k largest values [N, k], their ids [N, k]), by falling value, then rising id; max is NaN if any is.
+
+    The k largest lie in the k blocks of 64 tokens that have the largest maxima, so most of the row is only ever maximised.
+    """
+    num_rows, vocab_size = logits.shape
+    k = min(k, vocab_size)
+    num_blocks = vocab_size // _TOP_BLOCK
+    if num_blocks < 4 * k:
+        ids = torch.arange(vocab_size, device=logits.device).expand(num_rows, -1)
+        return logits.amax(-1, keepdim=True), *_first_largest(logits, ids, k)
+    within = torch.arange(_TOP_BLOCK, device=logits.device)
+    body = logits[:, : num_blocks * _TOP_BLOCK].unflatten(1, (num_blocks, _TOP_BLOCK))
+    tail = logits[:, num_blocks * _TOP_BLOCK :]
+    maxima = body.amax(-1)
+    numbers = torch.arange(num_blocks, device=logits.device).expand(num_rows, -1)
+    blocks = _first_largest(maxima, numbers, k)[1].sort(-1).values.unsqueeze(-1)
+    ids = (blocks * _TOP_BLOCK + within).flatten(1)
+    values = body.gather(1, blocks.expand(-1, -1, _TOP_BLOCK)).flatten(1)
+    top = maxima.amax(-1, keepdim=True)
+    if tail.shape[1]:
+        tail_ids = torch.arange(num_blocks * _TOP_BLOCK, vocab_size, device=logits.device).expand(num_rows, -1)
+        values, ids = torch.cat([values, tail], 1), torch.cat([ids, tail_ids], 1)
+        top = torch.maximum(top, tail.amax(-1, keepdim=True))
+    return top, *_first_largest(values, ids, k)
+
+
+def _first_largest(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their ids, by falling value, then rising id; ids rise along the row and fit 32 bits."""
+    if values.dtype == torch.float64:
+        order = torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :k]
+    else:
+        bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: −0 and 0 are one value
+        rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders as the floats do
+        order = ((rank.long() << 32) - ids).topk(k, sorted=True).indices  # unique keys: no tie is left to topk
+    return values.gather(1, order), ids.gather(1, order)
+
+
+# ----------------------------------------------------------------------------------------------------- blocks and compiler
+
+
+def rows_per_block(vocab_size: int, device: torch.device | str = "cpu") -> int:
+    """How many rows of logits to work on at once, so that both models' logits of a block stay in the processor's cache.
+
+    Callers that compute logits just before (an output head) do well to go by the same blocks.
+    """
+    if torch.device(device).type != "cpu":
+        return max(64, 2**27 // vocab_size)
+    return max(8, min(4096, 2**21 // vocab_size))
+
+
+def worth_compiling(num_logits: int) -> bool:
+    """Whether that many logits of each model (rows times V) take so long that compiling first is faster.
+
+    The environment variable TIP_ANALYSIS_COMPILE decides where it is set: 0 never, 1 always.
+    """
+    choice = os.environ.get(COMPILE_VARIABLE, "").strip()
+    if choice in ("0", "1"):
+        return choice == "1"
+    return num_logits >= 2**31
+
+
+def _fill(student: Tensor, teacher: Tensor, token_ids: Tensor | None, num_rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Repeat the last row until there are `num_rows`: a compiled pass knows one shape only."""
+    missing = num_rows - student.shape[0]
+    if missing <= 0:
+        return student, teacher, token_ids
+    if student.shape[0] == 0:
+        empty = student.new_zeros(num_rows, student.shape[1])
+        return empty, empty.to(teacher.dtype), None if token_ids is None else token_ids.new_zeros(num_rows)
+    rows = torch.arange(num_rows, device=student.device).clamp(max=student.shape[0] - 1)
+    return student[rows], teacher[rows], None if token_ids is None else token_ids[rows]
+
+
+@functools.cache
+def _compiler() -> Callable[..., dict[str, Tensor]]:
+    return torch.compile(_block_statistics, dynamic=False)
+
+
+_compiler_failed = False
+
+
+def _compiled_block(*arguments: Any) -> dict[str, Tensor]:
+    """`_block_statistics`, compiled; uncompiled for the rest of the process, which is said once, if compiling fails."""
+    global _compiler_failed
+    if not _compiler_failed:
+        try:
+            with torch._dynamo.config.patch(recompile_limit=64):
+                return _compiler()(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            logger.warning("logit statistics run uncompiled, several times slower: the compiler failed (%s)", reason)
+            _compiler_failed = True
+    return _block_statistics(*arguments)
+
+
+def _check_arguments(student: Tensor, teacher: Tensor, token_ids: Tensor | None, top_k: int, support_k: int) -> None:
+    if student.ndim != 2 or student.shape != teacher.shape or student.shape[1] == 0:
+        raise OptionError(
+            f"student and teacher logits must be [N, V] each, over one shared vocabulary; found {list(student.shape)} and "
+            f"{list(teacher.shape)} (slice padded heads to the shared tokens)"
+        )
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not logits.is_floating_point():
+            raise OptionError(f"{name} logits must be of a floating dtype; found {logits.dtype}")
+    for name, k in (("top_k", top_k), ("support_k", support_k)):
+        if k < 1:
+            raise OptionError(f"{name} must be at least 1; found {k}")
+    if token_ids is None:
+        return
+    if token_ids.shape != student.shape[:1] or token_ids.is_floating_point():
+        raise OptionError(f"token_ids must be {student.shape[0]} integers; found {list(token_ids.shape)} of {token_ids.dtype}")
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < student.shape[1]:
+        raise OptionError(
+            f"token_ids must lie in [0, {student.shape[1]}); found {int(token_ids.min())} … {int(token_ids.max())}"
+        )
+
+
+def _check_maxima(model: str, maxima: Tensor) -> None:
+    """Refuse a row by its largest logit, which is NaN where any is.
+
+    Raises:
+        LogitsError: with `model` and `row` (the first such row).
+    """
+    usable = maxima.isfinite()
+    if bool(usable.all()):
+        return
+    row = int((~usable).nonzero()[0, 0])
+    value = float(maxima[row])
+    found = "no finite logit" if value == -math.inf else "NaN" if math.isnan(value) else "+inf"
+    error = LogitsError(f"{model} logits of row {row}: expected finite values or -inf with at least one finite, found {found}")
+    error.model, error.row = model, row
+    raise error
