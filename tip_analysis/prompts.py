@@ -120,7 +120,9 @@ def _hub_rows(source: str, name: str, config: str | None, split: str | None) -> 
         raise PromptFileError(f"{source!r} is no file here and could not be loaded as a hub dataset: {reason}") from problem
     if isinstance(loaded, Mapping):
         if len(loaded) != 1:
-            raise PromptFileError(f"{source!r}: choose a split, as in {name}:{next(iter(loaded))}; it has {', '.join(loaded)}")
+            raise PromptFileError(
+                f"{source!r}: choose a split, as in {name}:{next(iter(loaded))}; it has {', '.join(map(str, loaded))}"
+            )
         loaded = next(iter(loaded.values()))
     for index, values in enumerate(loaded):
         present = {key: value for key, value in dict(values).items() if value is not None}
