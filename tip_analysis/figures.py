@@ -1,8 +1,8 @@
 """Figures: each takes a result table and returns a `matplotlib.figure.Figure`. No statistics are computed here.
 
 Tables come from `quadrants`, `statistics` and `claims`, or from `report.summaries`; the docstring of a figure names the
-columns that it reads. `width` is in inches: `COLUMN_WIDTH` fits one column of a two-column paper (and a phone), `PAGE_WIDTH` the
-text block; figures lay themselves out for either. `save_figure` writes vector PDF or SVG.
+columns that it reads. `width` is in inches: `COLUMN_WIDTH` fits one column of a two-column paper (and a phone), `PAGE_WIDTH`
+the text block; figures lay themselves out for either. `save_figure` writes vector PDF or SVG.
 
 Colours are the Okabe-Ito set, told apart with any common colour-vision deficiency: the blues are the uncertain half of the
 taxonomy (Q1, Q2), vermilion the overconfident tokens (Q3), grey the solved ones (Q4). The paper's own values are
@@ -46,6 +46,8 @@ QUADRANT_NAMES: dict[str, str] = {
 }
 INK, MUTED, GRID, SURFACE = "#1f2430", "#5b6472", "#d8dde4", "#fefefe"
 """Text, secondary text, rules and the ground; the report replaces them by those of the reader's theme."""
+ON_LIGHT, ON_BLUE = "#101418", "#fffffe"
+"""Text on a light colour, and on the dark blue of Q1."""
 SEQUENTIAL = "mako_r"
 PAPER_LABEL = "the paper"
 WIDE = 5.0
@@ -55,7 +57,7 @@ WIDE = 5.0
 @contextmanager
 def figure_style(font_size: float = 9.0) -> Iterator[None]:
     """The look of all figures: quiet axes, text kept as text, no state left behind."""
-    settings = {
+    settings: dict[Any, Any] = {
         "font.size": font_size,
         "font.family": "DejaVu Sans",
         "axes.titlesize": font_size,
@@ -118,7 +120,7 @@ def quadrant_shares(
             key = "+".join(group)
             top = y - 0.62
             for run in runs:
-                _stacked_share(axes, table.filter(pl.col("run") == run), group, y, label_run=run if len(runs) > 1 else None)
+                _stacked_share(axes, table.filter(pl.col("run") == run), group, y)
                 ticks.append(y)
                 labels.append(key if len(runs) == 1 else f"{key}  {_short(run)}")
                 y += 1.0
@@ -150,7 +152,7 @@ def quadrant_map(
 
     Args:
         density: one row per cell that holds tokens: `entropy_left`, `entropy_right`, `divergence_left`, `divergence_right`
-            (nats, increasing, no cell crosses a cut), `num_tokens`, `quadrant`. Values below the first edge lie in the first cell.
+            (nats; no cell crosses a cut), `num_tokens`, `quadrant`. Values below the first edge lie in the first cell.
         entropy_cut: nats; None draws no line (one cut for each batch).
         divergence_cut: likewise.
         shares: share of each quadrant, in [0, 1].
@@ -166,15 +168,7 @@ def quadrant_map(
             axes.axhline(divergence_cut, color=INK, lw=1.0)
         axes.set_xlabel("student entropy, nats")
         axes.set_ylabel("reverse KL, nats")
-        corners = {"Q1": (0.985, 0.975), "Q2": (0.985, 0.025), "Q3": (0.015, 0.975), "Q4": (0.015, 0.025)}
-        for name, (x, y) in corners.items():
-            text = f"{name}  {shares.get(name, 0.0):.1%}"
-            if width >= WIDE:
-                text += f"\n{QUADRANT_NAMES[name]}"
-            axes.text(
-                x, y, text, transform=axes.transAxes, ha="right" if x > 0.5 else "left", va="top" if y > 0.5 else "bottom",
-                fontweight="bold", color=INK, bbox={"facecolor": SURFACE, "alpha": 0.75, "edgecolor": "none", "pad": 2},
-            )  # fmt: skip
+        _name_corners(axes, shares, named=width >= WIDE)
     return figure
 
 
@@ -184,8 +178,8 @@ def cut_sensitivity(
     """How the shares move with both cuts: the Q3 share over the plane of cuts, and the four shares along each axis.
 
     Args:
-        grid: `quadrants.cut_sensitivity`, a full product of cuts: `entropy_cut`, `divergence_cut` (nats), `Q1` … `Q4` (shares in
-            [0, 1]), `in_paper_ranges`.
+        grid: `quadrants.cut_sensitivity`, a full product of cuts: `entropy_cut`, `divergence_cut` (nats), `Q1` … `Q4`
+            (shares in [0, 1]), `in_paper_ranges`.
         entropy_cut: the cut in use, nats; None where there is one for each batch.
         divergence_cut: likewise.
     """
@@ -226,21 +220,39 @@ def _paper_band(x: float, y: float, width: float, height: float, label: str | No
     return Rectangle((x, y), width, height, facecolor="none", edgecolor=MUTED, hatch="////", lw=0.8, zorder=0.5, label=label)
 
 
-def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: float, label_run: str | None) -> None:
-    """One horizontal bar: the shares of a group of quadrants end to end, with the interval of the last quadrant's end."""
-    left = 0.0
-    values = {row["quadrant"]: row for row in rows.iter_rows(named=True)}
+def _name_corners(axes: Axes, shares: Mapping[str, float], *, named: bool) -> None:
+    """The quadrants and their shares, just outside the four corners, where no token is hidden."""
+    corners = {"Q3": (0.0, 1.025), "Q1": (1.0, 1.025), "Q4": (0.0, -0.115), "Q2": (1.0, -0.115)}
+    for name, (x, y) in corners.items():
+        side, edge = ("left", 0.0) if x == 0 else ("right", 1.0)
+        text = f"{name}  {shares.get(name, 0.0):.1%}" + (f"  {QUADRANT_NAMES[name]}" if named else "")
+        indent = 0.025 if named else 0.05
+        where = (edge + indent if side == "left" else edge, y)
+        vertical = "bottom" if y > 0 else "top"
+        axes.annotate(text, where, xycoords="axes fraction", ha=side, va=vertical, fontweight="bold", fontsize=8.5)
+        if side == "left":
+            axes.plot(x + 0.008, y + (0.018 if y > 0 else -0.022), "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False)
+        else:
+            axes.plot(x + 0.014, y + (0.018 if y > 0 else -0.022), "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False)
+
+
+def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: float) -> None:
+    """One horizontal bar: the shares of a group of quadrants end to end, each with its interval at its end."""
+    left, values = 0.0, {row["quadrant"]: row for row in rows.iter_rows(named=True)}
     for name in group:
         row = values.get(name)
         share = float(row["share"] or 0.0) if row else 0.0
         axes.barh(y, share, left=left, height=0.62, color=QUADRANT_COLORS[name], zorder=2)
+        end = left + share
         if row and row["share_low"] is not None and row["share_high"] is not None:
             low, high = left + row["share_low"], left + row["share_high"]
-            axes.plot([low, high], [y, y], color=INK, lw=1.2, zorder=3, solid_capstyle="butt")
-        if share > 0.045:
-            axes.text(
-                left + share / 2, y - 0.02, f"{share:.1%}", ha="center", va="bottom", fontsize=7.5, zorder=4, color="#101418"
-            )
+            axes.plot([low, high], [y + 0.2, y + 0.2], color=INK, lw=1.4, zorder=4, solid_capstyle="butt")
+            end = max(end, high)
+        inside = share > 0.06
+        axes.text(
+            left + 0.008 if inside else end + 0.006, y - (0.06 if inside else 0), f"{share:.1%}", ha="left", va="center", zorder=5,
+            fontsize=8, fontweight="bold", color=(ON_BLUE if name == "Q1" else ON_LIGHT) if inside else INK,
+        )  # fmt: skip
         left += share
 
 
@@ -253,7 +265,7 @@ def _density_image(axes: Axes, density: pl.DataFrame) -> None:
     rows = np.searchsorted(y, density["divergence_left"].to_numpy())
     weight = np.log1p(density["num_tokens"].to_numpy())
     image[rows, columns, :3] = [to_rgb(QUADRANT_COLORS[str(name)]) for name in density["quadrant"]]
-    image[rows, columns, 3] = 0.12 + 0.88 * weight / weight.max()
+    image[rows, columns, 3] = 0.3 + 0.7 * weight / weight.max()
     mesh = axes.pcolormesh(x, y, image, rasterized=True, zorder=1)
     mesh.set_edgecolor("none")
     axes.set_xscale("log")
@@ -287,10 +299,10 @@ def _plane_of_cuts(
     colors = sns.color_palette(SEQUENTIAL, as_cmap=True)
     mesh = axes.pcolormesh(left, bottom, q3, cmap=colors, vmin=0, rasterized=True)
     for row, column in np.argwhere(holds):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#ffffff", hatch="/////", lw=0))
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#ffffff70", edgecolor=ON_LIGHT, hatch="/////", lw=0))
     if entropy_cut is not None and divergence_cut is not None:
         place = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
-        axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec="#101418", mew=1.4)
+        axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec=ON_LIGHT, mew=1.4)
     _value_ticks(axes, x, y)
     axes.set_xlabel("entropy cut, nats")
     axes.set_ylabel("divergence cut, nats")
@@ -303,7 +315,7 @@ def _value_ticks(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     """Cells are evenly spaced by rank of the cut; ticks name a few of the values."""
     for values, setter in ((x, axes.set_xticks), (y, axes.set_yticks)):
         chosen = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
-        setter(chosen, [_plain_number(values[index]) for index in chosen])
+        setter(chosen, [_plain_number(float(values[index])) for index in chosen])
 
 
 def _index_of(values: np.ndarray, value: float) -> float:
@@ -324,15 +336,15 @@ def _shares_along(axes: Axes, rows: pl.DataFrame, column: str, chosen: float | N
     shares = [rows[name].to_numpy() for name in QUADRANT_COLORS]
     axes.stackplot(x, *shares, colors=list(QUADRANT_COLORS.values()), lw=0)
     if chosen is not None:
-        axes.axvline(_index_of(values, chosen), color="#101418", lw=1.2)
+        axes.axvline(_index_of(values, chosen), color=ON_LIGHT, lw=1.2)
     bottom = np.cumsum([np.zeros(len(x)), *shares], axis=0)
     for index, name in enumerate(QUADRANT_COLORS):
         widest = int(np.argmax(shares[index][1:-1])) + 1 if len(x) > 2 else 0
         if shares[index][widest] > 0.12:
             height = (bottom[index][widest] + bottom[index + 1][widest]) / 2
-            axes.text(widest, height, name, ha="center", va="center", color="#101418", fontsize=8, fontweight="bold")
+            axes.text(widest, height, name, ha="center", va="center", color=ON_LIGHT, fontsize=8, fontweight="bold")
     ticks = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
-    axes.set_xticks(ticks, [_plain_number(values[index]) for index in ticks])
+    axes.set_xticks(ticks, [_plain_number(float(values[index])) for index in ticks])
     axes.set_xlim(0, max(1, len(x) - 1))
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

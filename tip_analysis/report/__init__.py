@@ -1,7 +1,7 @@
 """One self-contained HTML page from one or more run folders. Never imports torch.
 
-Reads run folders (`artifacts`); writes the page. Statistics come from `quadrants`, `composition`, `statistics` and `claims`, drawings
-from `figures`; this package words findings, lays out sections and embeds a sample of rollouts for the token browser. Only
+Reads run folders (`artifacts`); writes the page. Statistics come from `quadrants`, `composition`, `statistics` and `claims`,
+drawings from `figures`; this package words findings, lays out sections and embeds a sample of rollouts for the token browser. Only
 aggregates and samples go into the page, whatever the size of the run.
 """
 
@@ -31,7 +31,11 @@ def write_report(paths: Sequence[str | Path], output: str | Path, options: Repor
     """
     output = Path(output)
     html = build_report(paths, options, output=output)
-    write_atomically(output, lambda part: part.write_text(html, "utf-8") and None)
+
+    def write(part: Path) -> None:
+        part.write_text(html, "utf-8")
+
+    write_atomically(output, write)
     return output
 
 

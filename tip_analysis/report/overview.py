@@ -13,7 +13,7 @@ from tip_analysis.report import paper
 from tip_analysis.report.page import Block, Command, FromPaper, Numbers, Part, Section, Table, Tag, Warnings, picture
 from tip_analysis.report.reading import RunView
 from tip_analysis.report.summaries import planted_detection
-from tip_analysis.report.words import count, duration, listed, number, percent, plural, visible
+from tip_analysis.report.words import count, duration, listed, number, percent, plural, sentence, visible
 
 
 def overview(views: Sequence[RunView]) -> Section:
@@ -37,7 +37,7 @@ def population(view: RunView) -> str:
     counted = view.population
     return (
         f"n = {plural(counted.num_tokens, 'token')}, {plural(counted.num_rollouts, 'rollout')}, "
-        f"{plural(counted.num_prompts, 'prompt')}. {_cut_words(view)}"
+        f"{plural(counted.num_prompts, 'prompt')}. {sentence(_cut_words(view))}"
     )
 
 
@@ -69,7 +69,7 @@ def warnings_of(view: RunView) -> list[str]:
     """What is unusual about a run, in sentences."""
     texts = [*_table_warnings(view), *_rollout_warnings(view)]
     if (cut := warn_about_cuts(view.raw, view.cuts)) is not None:
-        texts.append(_sentence(cut.message))
+        texts.append(sentence(cut.message))
     if view.cuts.paper_ranges_met is not None:
         verdict = "they do here" if view.cuts.paper_ranges_met else "the data do not allow it here"
         texts.append(
@@ -287,10 +287,6 @@ def command_of(views: Sequence[RunView], output: str) -> str:
 def _plain(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return visible(text, 400)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if not text.endswith(".") else f"{text[:1].upper()}{text[1:]}"
 
 
 def slug_of(view: RunView) -> str:

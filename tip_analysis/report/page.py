@@ -21,6 +21,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tip_analysis import figures
+from tip_analysis.report.words import sentence
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def inline_svg(figure: Figure, *, prefix: str, alt: str) -> Markup:
         svg = svg.replace(color, f"var({variable})")
     view_box = re.search(r'viewBox="[^"]+"', svg)
     head = f'<svg {view_box[0] if view_box else ""} role="img" xmlns:xlink="http://www.w3.org/1999/xlink" aria-label="'
-    return Markup(head) + alt + Markup('"' + svg[svg.index(">", svg.index("<svg")) :])  # noqa: S704 (labels were escaped by matplotlib)
+    return Markup(head) + alt + Markup('"' + svg[svg.index(">", svg.index("<svg")) :])
 
 
 def _theme_colors() -> dict[str, str]:
@@ -192,6 +193,7 @@ def _theme_colors() -> dict[str, str]:
         figures.MUTED: "--soft",
         figures.GRID: "--faint",
         figures.SURFACE: "--figure-surface",
+        figures.ON_BLUE: "--on-blue",
     }
 
 
@@ -200,7 +202,7 @@ def json_block(value: Any) -> Markup:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704 (escaped above)
+    return Markup(text)
 
 
 def png_uri(content: bytes) -> str:
@@ -217,6 +219,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["sentence"] = sentence
     environment.tests["block"] = lambda value, kind: type(value).__name__ == kind
     return environment
 
@@ -235,8 +238,8 @@ def render(sections: Sequence[Section], **context: Any) -> str:
         .get_template("page.html.j2")
         .render(
             sections=sections,
-            style=Markup(asset("report.css")),  # noqa: S704 (our own file)
-            script=Markup(script),  # noqa: S704 (our own file)
+            style=Markup(asset("report.css")),
+            script=Markup(script),
             script_hash=f"sha256-{digest}",
             json_block=json_block,
             **context,

@@ -161,12 +161,10 @@ def _edges(values: np.ndarray, cut: float | None) -> np.ndarray:
     positive = values[values > LOWEST]
     low = max(LOWEST, float(np.quantile(positive, 0.002))) if positive.size else LOWEST
     high = max(float(values.max()), 10 * low) * 1.0001
-    inside = cut is not None and math.isfinite(cut) and cut > 0
-    if inside:
-        low, high = min(low, cut / 1.5), max(high, cut * 1.5)
-    edges = np.geomspace(low, high, NUM_CELLS + 1)
-    if inside:
-        edges[int(np.argmin(np.abs(np.log(edges[1:-1] / cut)))) + 1] = cut
+    if cut is None or not math.isfinite(cut) or cut <= 0:
+        return np.geomspace(low, high, NUM_CELLS + 1)
+    edges = np.geomspace(min(low, cut / 1.5), max(high, cut * 1.5), NUM_CELLS + 1)
+    edges[int(np.argmin(np.abs(np.log(edges[1:-1] / cut)))) + 1] = cut
     return edges
 
 

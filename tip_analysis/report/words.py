@@ -83,6 +83,11 @@ def listed(parts: Sequence[str]) -> str:
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
+
+
 def plural(amount: int, noun: str) -> str:
     """1 token, 2 tokens."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
