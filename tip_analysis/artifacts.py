@@ -214,6 +214,7 @@ class Run:
         settings: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         additive: bool = False,
+        key: Mapping[str, Any] | None = None,
     ) -> "Stage":
         """Begin a stage, or go on with it.
 
@@ -224,16 +225,18 @@ class Run:
             settings: what may change between sessions (device, batch size): recorded only.
             overwrite: remove the stage's rows, and those built on them, first.
             additive: keep one record for each identity, instead of refusing another.
+            key: what tells the records of an additive stage apart, where that is not the whole identity: under one key,
+                another identity is refused.
 
         Raises:
             ConfigurationMismatchError: the stage was begun with another identity; says what differs.
             StorageError: the folder cannot be written to.
         """
         identity = _jsonable({"config": dict(config), "inputs": dict(inputs or {})})
-        key = f"{stage}-{config_hash(identity)[:8]}" if additive else stage
+        name = f"{stage}-{config_hash(key or identity)[:8]}" if additive or key else stage
         if overwrite:
-            self._remove_stage(key)
-        known = self.stages().get(key)
+            self._remove_stage(name)
+        known = self.stages().get(name)
         if known is not None and (differences := _differences(known, identity)):
             raise ConfigurationMismatchError(
                 f"{self.path}: {stage} was begun with another configuration: {'; '.join(differences)}. "
@@ -255,8 +258,8 @@ class Run:
         }
         if known is not None:
             entry["began"] = known["began"]
-        self.update(lambda record: record["stages"].update({key: entry}))
-        return Stage(self, key, table)
+        self.update(lambda record: record["stages"].update({name: entry}))
+        return Stage(self, name, table)
 
     def _remove_stage(self, key: str) -> None:
         stage = key.split("-", maxsplit=1)[0]

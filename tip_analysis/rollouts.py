@@ -7,7 +7,7 @@ rollout holds depends on the student, its prompt, its name and the seed, not on 
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,15 +19,13 @@ from tip_analysis.batching import TokenBudget
 from tip_analysis.errors import OptionError
 from tip_analysis.forward import check_context
 from tip_analysis.generation import Generation, Sampling, generate
+from tip_analysis.grading import default_grader, grade, resolve_grader
 from tip_analysis.models import LanguageModel, tokenizer_fingerprint
 from tip_analysis.progress import Advance, track
 from tip_analysis.prompts import Message, Prompt, RenderedPrompt, render, resolve_template, student_messages, unused_switches
 from tip_analysis.schema import RolloutTable, polars_schema
 
 logger = logging.getLogger(__name__)
-
-Grade = Callable[[str, str | None], float | None]
-"""(response text without special tokens, reference answer) -> reward, or null where there is nothing to grade."""
 
 ROLLOUTS_PER_SHARD = 64
 
@@ -41,8 +39,7 @@ def sample_rollouts(
     num_rollouts: int = 4,
     template: str = "plain",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    grader: str = "none",
-    grade: Grade | None = None,
+    grader: str | None = None,
     prompts_per_batch: int = 8,
     token_budget: int = 16384,
     overwrite: bool = False,
@@ -57,8 +54,7 @@ def sample_rollouts(
         num_rollouts: k, the rollouts of each prompt.
         template: what stands around a problem: a name of `prompts.TEMPLATES`, or a text with `{problem}`.
         chat_template_kwargs: switches for the chat template, such as `enable_thinking`.
-        grader: name of the grader, for the record.
-        grade: the grader itself.
+        grader: a name of `grading.GRADERS`, `module:function` or `file.py:function`; None chooses by the prompts.
         prompts_per_batch: prompts whose rollouts make one optimizer step: they share a `batch_id`.
         token_budget: tokens a batch, prompts and room for responses included.
         overwrite: start afresh, whatever the folder holds.
@@ -79,6 +75,10 @@ def sample_rollouts(
     check_context(
         student, [task.prompt.id for task in tasks], [len(task.rendered.token_ids) + sampling.max_new_tokens for task in tasks]
     )
+    if grader is None:
+        has_answer = any(prompt.answer is not None for prompt in prompts)
+        grader = default_grader(has_answer=has_answer, is_arithmetic=_speaks_arithmetic(student))
+    resolve_grader(grader)
     stage = run.begin(
         "rollout",
         config={
@@ -104,7 +104,7 @@ def sample_rollouts(
             jobs = [(task, sample) for task in shards[index] for sample in range(num_rollouts)]
             generations = _generate(student, jobs, sampling, budget, advance)
             rows = [
-                _row(student, task, sample, generation, sampling, grade)
+                _row(student, task, sample, generation, sampling, grader)
                 for (task, sample), generation in zip(jobs, generations, strict=True)
             ]
             stage.write(index, pl.DataFrame(rows, schema=polars_schema(RolloutTable)))
@@ -145,7 +145,7 @@ def _generate(
 
 
 def _row(
-    student: LanguageModel, task: _Task, sample: int, generation: Generation, sampling: Sampling, grade: Grade | None
+    student: LanguageModel, task: _Task, sample: int, generation: Generation, sampling: Sampling, grader: str
 ) -> dict[str, Any]:
     """One row of the rollout table."""
     decode = student.tokenizer.decode
@@ -168,7 +168,7 @@ def _row(
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "seed": sampling.seed,
-        "reward": None if grade is None else grade(decode(token_ids, skip_special_tokens=True), prompt.answer),
+        "reward": grade(grader, decode(token_ids, skip_special_tokens=True), prompt.answer),
         "ground_truth": prompt.answer,
         "solution": prompt.solution,
         "tokenizer_fingerprint": tokenizer_fingerprint(student.tokenizer),
@@ -180,9 +180,13 @@ def _row(
 
 def planted_labels(student: LanguageModel, prompt: Prompt, token_ids: Sequence[int]) -> list[str] | None:
     """The true label of each response token, for a student that speaks the arithmetic pair's language."""
-    if prompt.problem is None or student.tokenizer.get_vocab() != language.TOKEN_ID:
+    if prompt.problem is None or not _speaks_arithmetic(student):
         return None
     return list(language.label_tokens(prompt.problem, student.tokenizer.convert_ids_to_tokens(list(token_ids))))
+
+
+def _speaks_arithmetic(student: LanguageModel) -> bool:
+    return student.tokenizer.get_vocab() == language.TOKEN_ID
 
 
 def summarize(run: Run) -> dict[str, Any]:

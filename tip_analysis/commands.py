@@ -1,0 +1,264 @@
+"""What each command does: options in, stages called, a few lines for the reader out.
+
+Every function loads only the modules that its command needs.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tip_analysis import options
+from tip_analysis.errors import OptionError, RunError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from tip_analysis.artifacts import Run
+    from tip_analysis.models import LanguageModel
+
+console = Console()
+
+
+def run(command: Any) -> None:
+    """Carry out one parsed command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _COMMANDS[type(command)](command)
+
+
+def rollout(command: options.Rollout) -> None:
+    """Sample rollouts."""
+    from tip_analysis.artifacts import create_run
+    from tip_analysis.generation import Sampling
+    from tip_analysis.prompts import read_prompts, resolve_template
+    from tip_analysis.rollouts import sample_rollouts
+
+    sampling = Sampling(command.max_new_tokens, command.temperature, command.top_p, command.top_k, command.seed)
+    resolve_template(command.template)
+    switches = parse_switches(command.chat_template_kwargs)
+    prompts = read_prompts(command.prompts, limit=command.limit)
+    student = _load(command.student, command.models)
+    summary = sample_rollouts(
+        create_run(command.run),
+        student=student,
+        prompts=prompts,
+        sampling=sampling,
+        num_rollouts=command.num_rollouts,
+        template=command.template,
+        chat_template_kwargs=switches,
+        grader=command.grader,
+        prompts_per_batch=command.prompts_per_batch,
+        token_budget=command.models.token_budget,
+        overwrite=command.overwrite,
+    )
+    show_summary(f"{command.run}: rollouts", summary)
+
+
+def score(command: options.Score) -> None:
+    """Score rollouts with both models."""
+    from tip_analysis.artifacts import open_run
+    from tip_analysis.batching import TokenBudget
+    from tip_analysis.scoring import Scorer, score_rollouts
+
+    run = open_run(command.run)
+    run.rollouts()
+    part = parse_part(command.shard)
+    name = command.student or recorded_student(run)
+    student = _load(name, command.models)
+    teacher = student if command.teacher == name else _load(command.teacher, command.models)
+    scorer = Scorer(student, teacher, TokenBudget(command.models.token_budget), command.top_k)
+    summary = score_rollouts(
+        run,
+        scorer,
+        teacher_context=command.teacher_context,
+        shard_size=command.shard_size,
+        part=part,
+        overwrite=command.overwrite,
+    )
+    show_summary(f"{command.run}: tokens", summary)
+
+
+def select(command: options.Select) -> None:
+    """Write masks, or list the rules."""
+    from tip_analysis.selection import rule, rule_names
+
+    if command.list:
+        table = Table("rule", "samples", "what it selects", box=None, header_style="bold")
+        for name in rule_names():
+            table.add_row(name, "yes" if rule(name).sampled else "", rule(name).description)
+        console.print(table)
+        return
+    if command.run is None:
+        raise OptionError("select needs a run folder, or --list")
+    if not command.rules:
+        raise OptionError(f"select needs --rules, among {', '.join(rule_names())}")
+    from tip_analysis.artifacts import open_run
+    from tip_analysis.composition import composition
+    from tip_analysis.masks import write_masks
+    from tip_analysis.quadrants import assign_quadrants
+
+    run, taxonomy = open_run(command.run), command.taxonomy
+    masks = write_masks(
+        run,
+        rules=command.rules,
+        retention_ratios=command.ratios,
+        selection_scope=command.selection_scope,
+        seeds=command.seeds,
+        normalization_scope=taxonomy.normalization_scope,
+        divergence_clip=taxonomy.divergence_clip,
+        overwrite=command.overwrite,
+    )
+    show_table(
+        f"{command.run}: what the selections are made of",
+        composition(masks, assign_quadrants(run.tokens(), **cut_options(taxonomy))),
+    )
+
+
+def report(command: options.Report) -> None:
+    """Write the HTML page."""
+    from tip_analysis.report import ReportOptions, write_report
+
+    output = command.output or Path("reports") / f"{command.runs[0].resolve().name}.html"
+    written = write_report(command.runs, output, ReportOptions(**asdict(command.taxonomy)))
+    console.print(f"report: {written}", soft_wrap=True)
+
+
+def export(command: options.Export) -> None:
+    """Write flat Parquet files."""
+    from tip_analysis.artifacts import open_run
+    from tip_analysis.export import export_run
+
+    for path, num_rows in export_run(
+        open_run(command.run), command.to, asdict(command.taxonomy), overwrite=command.overwrite
+    ).items():
+        console.print(f"{path}: {num_rows:,} rows", soft_wrap=True)
+
+
+def compare(command: options.Compare) -> None:
+    """Show two runs side by side."""
+    from tip_analysis.artifacts import open_run
+    from tip_analysis.comparison import compare_runs
+
+    for title, table in compare_runs(open_run(command.run_a), open_run(command.run_b), asdict(command.taxonomy)).items():
+        show_table(title, table)
+
+
+def status(command: options.Status) -> None:
+    """Say what is done and what can come next."""
+    from tip_analysis.artifacts import open_run
+    from tip_analysis.status import next_steps, stage_table
+
+    run = open_run(command.run)
+    show_table(str(command.run), stage_table(run))
+    altered = run.altered_shards() if command.verify else []
+    for shard in altered:
+        console.print(f"[yellow]altered or missing:[/] {shard}")
+    if command.verify and not altered:
+        console.print("every shard is as it was written")
+    console.print("next: " + "\n      ".join(next_steps(run)), soft_wrap=True)
+
+
+def parse_switches(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs as a mapping; a value that is JSON (true, 3 …) counts as such, any other as text.
+
+    Raises:
+        OptionError: a pair has no `=`.
+    """
+    switches = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise OptionError(f"--chat-template-kwargs takes KEY=VALUE pairs, found {pair!r}")
+        try:
+            switches[key] = json.loads(value)
+        except json.JSONDecodeError:
+            switches[key] = value
+    return switches
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`i/n` of an array job, 0 <= i < n.
+
+    Raises:
+        OptionError: it is not of that form.
+    """
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise OptionError(f"--shard takes i/n with 0 <= i < n, such as 0/4; found {text!r}")
+    return int(index), int(count)
+
+
+def recorded_student(run: "Run") -> str:
+    """The model that a run's rollouts name as their author.
+
+    Raises:
+        RunError: they name none.
+    """
+    config = run.stages().get("rollout", {}).get("config", {})
+    if "student" not in config:
+        raise RunError(f"{run.path} does not say which student wrote its rollouts; name it with --student")
+    return config["student"]["name"]
+
+
+def cut_options(taxonomy: options.TaxonomyOptions) -> dict[str, str]:
+    """The options that place the cuts."""
+    return {
+        "entropy_cut": taxonomy.entropy_cut,
+        "divergence_cut": taxonomy.divergence_cut,
+        "cut_scope": taxonomy.cut_scope,
+    }
+
+
+def show_summary(title: str, summary: dict[str, Any]) -> None:
+    """Print a stage's summary, one line a figure."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    for name, value in summary.items():
+        table.add_row(name.replace("_", " "), _shown(value))
+    console.print(table)
+
+
+def show_table(title: str, frame: "pl.DataFrame") -> None:
+    """Print a result table."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim")
+    for name, dtype in frame.schema.items():
+        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
+    for row in frame.iter_rows():
+        table.add_row(*map(_shown, row))
+    console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items()) or "–"
+    return str(value)
+
+
+def _load(name: str, models: options.ModelOptions) -> "LanguageModel":
+    """Load a model, saying so where somebody is looking."""
+    from tip_analysis.models import load_model
+
+    with Console(stderr=True).status(f"loading {name}"):
+        return load_model(name, dtype=models.dtype, device=models.device)
+
+
+_COMMANDS: dict[type, Callable[[Any], None]] = {
+    options.Rollout: rollout,
+    options.Score: score,
+    options.Select: select,
+    options.Report: report,
+    options.Export: export,
+    options.Compare: compare,
+    options.Status: status,
+}

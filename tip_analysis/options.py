@@ -1,0 +1,230 @@
+"""The commands' options: a frozen dataclass for each command, whose field docstrings are its `--help`.
+
+Nothing is imported but tyro's markers, so that help is quick. Groups of options that several commands share are
+dataclasses of their own; their fields carry no prefix on the command line.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+
+Flag = FlagCreatePairsOff[bool]
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Wherever a model is loaded."""
+
+    dtype: str = "auto"
+    """Dtype of the weights: auto (bfloat16 where the device computes in it natively, else float32) or its name."""
+    device: str = "auto"
+    """Where models run: auto (a GPU if there is one; over several, a model is spread), cpu, cuda, cuda:1, mps."""
+    token_budget: int = 16384
+    """Tokens a batch, padding included; halves itself when memory runs out."""
+
+
+@dataclass(frozen=True)
+class TaxonomyOptions:
+    """Wherever scores and quadrants are computed."""
+
+    entropy_cut: str = "median"
+    """Cut on the student's entropy: median, mean, otsu, paper, a quantile such as q0.8, or a number in nats."""
+    divergence_cut: str = "mean"
+    """Cut on the reverse KL: likewise."""
+    cut_scope: Literal["run", "batch"] = "run"
+    """Whose tokens a cut is measured on: all of the run's, or those of one optimizer step."""
+    normalization_scope: Literal["run", "batch"] = "run"
+    """Whose tokens share one min-max normalization."""
+    divergence_clip: float | None = None
+    """Quantile at which the divergence is clipped before its min-max, such as 0.98; not clipped by default, as in the paper."""
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Every command has these."""
+
+    debug: Flag = False
+    """Show the traceback of an error."""
+
+
+Models = OmitArgPrefixes[ModelOptions]
+Taxonomy = OmitArgPrefixes[TaxonomyOptions]
+Common = OmitArgPrefixes[CommonOptions]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run everything on the embedded arithmetic pair, and write a report: a few minutes on a laptop."""
+
+    out: Path = Path("runs/demo")
+    """Run folder to write."""
+    report: Path | None = None
+    """Report to write; by default reports/NAME.html, NAME being the run folder's."""
+    num_prompts: int = 192
+    """Problems to solve."""
+    num_rollouts: int = 4
+    """Rollouts of each problem."""
+    seed: int = 0
+    """Seed of the sampling."""
+    overwrite: Flag = False
+    """Start afresh, whatever the folder holds."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sample rollouts of the student for every prompt."""
+
+    run: RunFolder
+    """Run folder; made if it does not exist."""
+    student: str
+    """The student: hub id (id@revision), local folder (a LoRA adapter's too), .gguf file, or a built-in name."""
+    prompts: str
+    """JSONL or Parquet file with problem, prompt or messages (and id, answer, solution), or a hub dataset (name:split)."""
+    num_rollouts: int = 4
+    """Rollouts of each prompt."""
+    max_new_tokens: int = 512
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: sample from the most likely tokens that hold this much probability."""
+    top_k: int = 0
+    """Sample from the k most likely tokens only; 0 is off."""
+    seed: int = 0
+    """Seed of the sampling: a rollout depends on it, on its prompt's id and on its index, not on its batch."""
+    limit: int | None = None
+    """Use the first N prompts only."""
+    template: str = "plain"
+    """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
+    chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
+    """Switches for the chat template, such as enable_thinking=false."""
+    grader: str | None = None
+    """math, exact, none, module:function or file.py:function; by default math where prompts have answers."""
+    prompts_per_batch: int = 8
+    """Prompts whose rollouts make one optimizer step (column batch_id)."""
+    overwrite: Flag = False
+    """Start afresh: removes the run's rollouts and what was built on them."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Import:
+    """Bring in rollouts that another tool wrote, or text that is given."""
+
+    run: RunFolder
+    """Run folder; made if it does not exist."""
+    from_: Annotated[str, arg(name="from", metavar="FORMAT")]
+    """Who wrote them: native, text, chat, verl, trl, lighteval, lm-eval, openai."""
+    files: Annotated[tuple[Path, ...], arg(metavar="FILE [FILE ...]")]
+    """The files to read."""
+    student: str
+    """The model that wrote them, or is to be analysed on them: its tokenizer gives the token ids."""
+    limit: int | None = None
+    """Use the first N rollouts only."""
+    overwrite: Flag = False
+    """Start afresh: removes the run's rollouts and what was built on them."""
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score every response token with student and teacher: entropies, divergences, top-k, logit gradients."""
+
+    run: RunFolder
+    """Run folder with rollouts."""
+    teacher: str
+    """The teacher: named as the student is."""
+    student: str | None = None
+    """The student; by default the one that wrote the rollouts."""
+    teacher_context: Literal["none", "solution"] = "none"
+    """What the teacher sees besides the prompt: nothing, or the reference solution in the user's turn."""
+    top_k: int = 5
+    """How many of each model's most likely tokens are kept."""
+    shard_size: int = 64
+    """Rollouts a shard: what is done again after an interruption."""
+    shard: str = "0/1"
+    """i/n: make only every n-th shard, from the i-th on, as one of n array jobs."""
+    engine: Literal["local", "ray"] = "local"
+    """One process, or Ray actors that share the work."""
+    overwrite: Flag = False
+    """Start afresh: removes the run's token table and what was built on it."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Select:
+    """Select tokens by one or more rules, and write the masks."""
+
+    run: Annotated[Positional[Path | None], arg(metavar="RUN")] = None
+    """Run folder with scored tokens."""
+    rules: Names = ()
+    """Rules to select by; --list shows them."""
+    ratios: Annotated[tuple[float, ...], arg(metavar="RATIO [RATIO ...]")] = (0.1, 0.2, 0.5)
+    """Retention ratios in (0, 1]."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the sampling rules."""
+    selection_scope: Literal["rollout", "batch", "run"] = "rollout"
+    """Within what tokens compete."""
+    list: Flag = False
+    """Show every rule with what it does, and stop."""
+    overwrite: Flag = False
+    """Make masks again that are there already."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Show which stages of a run are done, what they hold, and what can come next."""
+
+    run: RunFolder
+    """Run folder."""
+    verify: Flag = False
+    """Check every shard's hash as well."""
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Set two runs side by side: quadrant shares, divergences, and tokens that change their quadrant."""
+
+    run_a: Annotated[Positional[Path], arg(metavar="RUN_A")]
+    """First run folder."""
+    run_b: Annotated[Positional[Path], arg(metavar="RUN_B")]
+    """Second run folder."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write tokens with their scores, quadrants and masks as flat Parquet files."""
+
+    run: RunFolder
+    """Run folder with scored tokens."""
+    to: Path
+    """Folder to write."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    overwrite: Flag = False
+    """Replace what the folder holds."""
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make one self-contained HTML page from one or more runs."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
+    """Run folders with scored tokens; several are compared side by side."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    """Where the page is written; by default reports/NAME.html, NAME being the first run's."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    common: Common = field(default_factory=CommonOptions)
