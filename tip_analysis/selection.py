@@ -288,22 +288,24 @@ def rank_tokens(
     scored = scored.lazy()
     group = SCOPE_COLUMNS[selection_scope]
     require_columns(scored, ["rollout_id", "position", "loss_mask", *([group] if group else [])], f"rule {rule!r}")
-    priority = pl.col("_score")
+    frame = score_tokens(scored, chosen)
+    priority = pl.col("_score") + 0.0  # so that −0 ties with 0
     if chosen.sampled:
         exponential = pl.struct("rollout_id", "position").map_batches(
             lambda keys: pl.Series(random_exponentials(keys.struct.field("rollout_id"), keys.struct.field("position"), seed)),
             return_dtype=pl.Float64,
             is_elementwise=True,
         )
-        priority = pl.when(priority > 0.0).then(-exponential / priority).otherwise(-np.inf)
-    frame = score_tokens(scored, chosen).with_columns(pl.when("loss_mask").then(priority + 0.0).alias("_score"))
+        frame = frame.with_columns(exponential.alias("_exponential"))
+        priority = -pl.col("_exponential") / priority  # −inf at weight 0
+    frame = frame.with_columns(pl.when("loss_mask").then(priority).alias("_score"))
     order = [-pl.col("_score"), pl.col("position"), pl.col("rollout_id")]
     keys = ["loss_mask", group] if group else ["loss_mask"]
     rank = pl.int_range(pl.len(), dtype=pl.Int64).over(keys, order_by=order[: 2 if selection_scope == "rollout" else 3])
     return frame.with_columns(
         pl.when("loss_mask").then(rank).alias("selection_rank"),
         pl.when("loss_mask").then(pl.len().over(keys)).cast(pl.Int64).alias("num_competing"),
-    ).drop("_score")
+    ).drop("_score", "_exponential", strict=False)
 
 
 _rule_of = rule
