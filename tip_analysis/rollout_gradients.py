@@ -1,0 +1,310 @@
+"""One rollout at a time: squared norms of its tokens' gradients, and their products with ∇L and ∇J.
+
+The student's primal pass and the teacher's logits are made once a rollout. Then every direction (stored gradients for φ_t and
+`reward_alignment`, Gaussian ones for M_t) is one row of a forward-mode pass, for all tokens and all losses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+from torch import Tensor
+
+from tip_analysis.errors import ModelError, OptionError
+from tip_analysis.forward_mode import ForwardMode
+from tip_analysis.loss_gradients import (
+    REWARD,
+    GradientInput,
+    LossDirections,
+    Pair,
+    inner_product,
+    read_tokens,
+    trainable,
+    weighted_gradient,
+)
+from tip_analysis.models import hidden_states
+from tip_analysis.parameter_directions import Direction, GaussianDirection, gaussian_directions, in_groups, stable_hash
+from tip_analysis.parameter_scopes import ParameterScope
+from tip_analysis.schema import Loss
+from tip_analysis.token_losses import TokenLosses, token_losses
+
+METHODS = ("probe", "exact")
+BATCHED_BYTES = 1 << 28
+"""Gradients that an exact pass holds at once, at most, where one token's are smaller."""
+ROWS_TIMES_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Probes × tokens in a pass beyond which a larger batch gains nothing."""
+FORWARD_MODE_TOLERANCE = {torch.bfloat16: 0.3, torch.float16: 0.1, torch.float32: 1e-2, torch.float64: 1e-4}
+"""How far forward and backward mode may be apart, relative to the gradient's norm; a forgotten parameter shows as about its share."""
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """What is measured, and how."""
+
+    losses: tuple[str, ...] = (Loss.REVERSE_KL, Loss.FORWARD_KL)
+    """Per-token losses."""
+    param_scope: str = "all"
+    """What θ stands for: all, body, head, last:N, lora."""
+    method: str = "probe"
+    """`probe` (K forward-mode passes a rollout) or `exact` (a backward pass a token)."""
+    num_probes: int = 32
+    """K, the probes of each rollout."""
+    seed: int = 0
+    """Of probes, folds and the sample of tokens."""
+    loss_aggregation: str = "rollout"
+    """L over rollouts: `rollout` (mean of rollout means) or `token`."""
+    tokens_per_rollout: int | None = None
+    """Measure only so many tokens of each rollout, one from each of as many equal stretches; all by default."""
+    probes_together: int | None = None
+    """Probes evaluated as one batch; by default what memory allows and short sequences gain from."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"gradient method {self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.num_probes < 1 or (self.tokens_per_rollout or 1) < 1 or (self.probes_together or 1) < 1:
+            raise OptionError("num_probes, tokens_per_rollout and probes_together must be at least 1")
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            raise OptionError(f"losses: expected one or more different names, found {', '.join(self.losses) or 'none'}")
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """One loss at R tokens of a rollout; None where there is nothing to compare with."""
+
+    positions: list[int]
+    """In the response, [R]."""
+    grad_norm_sq: Tensor
+    """M_t or its estimate, [R], as all that follow float64."""
+    grad_norm_sq_se: Tensor
+    grad_dot_loss: Tensor | None
+    grad_dot_loss_plugin: Tensor
+    reward_alignment: Tensor | None
+
+
+class RolloutMeter:
+    """Measures rollouts with one set-up of the student; a context manager."""
+
+    def __init__(self, pair: Pair, scope: ParameterScope, settings: GradientSettings, directions: LossDirections) -> None:
+        self.pair = pair
+        self.scope = scope
+        self.settings = settings
+        self.directions = directions
+        self.num_infinite = 0
+        """Tokens left out so far because their loss is infinite."""
+        self._forward = ForwardMode(pair.student.model, scope)
+        self._verified = not scope.body
+
+    def __enter__(self) -> "RolloutMeter":
+        self._forward.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._forward.__exit__(*exception)
+
+    def measure(self, rollout: GradientInput) -> dict[str, TokenGradients]:
+        """Every loss at the tokens of one rollout that count; tokens of infinite loss are left out.
+
+        Raises:
+            ModelError: forward mode does not see all parameters of the scope.
+        """
+        positions = self._positions(rollout)
+        if not positions:
+            return {}
+        tokens, at = read_tokens(rollout.prompt, rollout.response, positions, self.pair.student.device)
+        hidden = self._forward.primal(tokens)[at]
+        stored = {loss: self._stored(loss, rollout.prompt_id) for loss in self.settings.losses}
+        losses = token_losses(
+            self.pair.student.head,
+            hidden,
+            teacher=self.pair.teacher_logits(rollout, positions),
+            token_ids=torch.tensor([rollout.response[t] for t in positions], device=tokens.device),
+            losses=self.settings.losses,
+            scope=self.scope,
+            looked_up=torch.unique(tokens),
+            directions={loss: list(named.values()) for loss, named in stored.items()},
+            vocab_size=self.pair.vocab_size,
+        )
+        if not self._verified:
+            self._verify(rollout, positions, losses, tokens, at)
+        products = self._products(losses, stored, at)
+        if self.settings.method == "exact":
+            norms = {loss: (value, torch.zeros_like(value)) for loss, value in self._exact(losses, tokens, at).items()}
+        else:
+            norms = self._probed(losses, rollout.rollout_id, tokens, at)
+        return {loss: self._result(rollout, positions, losses[loss], norms[loss], products[loss]) for loss in losses}
+
+    def _positions(self, rollout: GradientInput) -> list[int]:
+        positions, wanted = rollout.positions, self.settings.tokens_per_rollout
+        if wanted is None or wanted >= len(positions):
+            return positions
+        chosen = stratified_positions(len(positions), wanted, seed=self.settings.seed, rollout_id=rollout.rollout_id)
+        return [positions[index] for index in chosen]
+
+    def _stored(self, loss: str, prompt_id: str) -> dict[str, Direction]:
+        """The stored gradients that a token of this loss is compared with."""
+        candidates = {
+            "other": self.directions.of(loss, prompt_id),
+            "own": self.directions.of(loss, prompt_id, own=True),
+            REWARD: self.directions.of(REWARD, prompt_id),
+        }
+        return {name: direction for name, direction in candidates.items() if direction is not None}
+
+    def _tangents(self, directions: Sequence[Direction], at: Tensor) -> Tensor:
+        """Tangents [c, R, D] of the hidden states that predict the tokens."""
+        return self._forward.tangents(directions)[:, at]
+
+    def _products(
+        self, losses: dict[str, TokenLosses], stored: dict[str, dict[str, Direction]], at: Tensor
+    ) -> dict[str, dict[str, Tensor]]:
+        """⟨∇L, g_t⟩ for ∇L from the other and from the own fold, and ⟨∇J, g_t⟩: float64 [R] each."""
+        tangents: dict[int, Tensor] = {}
+        products: dict[str, dict[str, Tensor]] = {}
+        for loss, named in stored.items():
+            products[loss] = {}
+            for index, (name, direction) in enumerate(named.items()):
+                product = losses[loss].along_head[index].clone()
+                if self.scope.body:
+                    if id(direction) not in tangents:  # ∇J serves all losses
+                        tangents[id(direction)] = self._tangents([direction], at)[0]
+                    product += losses[loss].derivative(tangents[id(direction)], None)
+                products[loss][name] = product * direction.scale
+        return products
+
+    def _probed(
+        self, losses: dict[str, TokenLosses], rollout_id: str, tokens: Tensor, at: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """M̂_t = closed form + (1/K) Σ_k ⟨v_k, g_t⟩² and its standard error √(2/K) of the second term."""
+        count = self.settings.num_probes
+        sums = {loss: torch.zeros_like(found.closed_form) for loss, found in losses.items()}
+        if self.scope.body:
+            weight = self.pair.student.head.linear.weight
+            looked_up = torch.unique(tokens)
+            probes = gaussian_directions(self.settings.seed, rollout_id, count)
+            for _, group in in_groups(probes, self._together(len(tokens))):
+                for probe, tangent in zip(group, self._tangents(group, at), strict=True):
+                    shared = None
+                    if self.scope.tied:
+                        shared = probe.rows(self.scope.head_weight, weight, looked_up)  # pyright: ignore
+                    for loss, found in losses.items():
+                        sums[loss] += found.derivative(tangent, shared).square()
+        return {
+            loss: (found.closed_form + sums[loss] / count, sums[loss] / count * (2 / count) ** 0.5)
+            for loss, found in losses.items()
+        }
+
+    def _together(self, num_tokens: int) -> int:
+        """How many probes to evaluate as one batch: a row costs its activations in one block, and the largest weight."""
+        if self.settings.probes_together is not None:
+            return min(self.settings.probes_together, self.settings.num_probes)
+        device = self.pair.student.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        config = self.pair.student.model.config.get_text_config()
+        widest = max(getattr(config, "intermediate_size", None) or 0, 4 * config.hidden_size)
+        largest = max(parameter.numel() for parameter in self.scope.body.values())
+        row_bytes = (16 * num_tokens * widest + largest) * self.pair.student.dtype.itemsize
+        useful = ROWS_TIMES_TOKENS.get(device.type, 2048) // max(1, num_tokens)
+        return max(1, min(self.settings.num_probes, useful, int(free // 4 // row_bytes)))
+
+    def _exact(self, losses: dict[str, TokenLosses], tokens: Tensor, at: Tensor) -> dict[str, Tensor]:
+        """‖g_t‖² by backward passes from the hidden states, several tokens at once where their gradients are small."""
+        totals = {loss: found.closed_form.clone() for loss, found in losses.items()}
+        if not self.scope.body:
+            return totals
+        looked_up = torch.unique(tokens)
+        together = max(1, min(32, BATCHED_BYTES // self.scope.num_bytes))
+        with trainable(self.pair.student.model, self.scope):
+            hidden = hidden_states(self.pair.student.model, tokens[None])
+            for loss, found in losses.items():
+                for start in range(0, len(at), together):
+                    rows = slice(start, min(start + together, len(at)))
+                    cotangents = hidden.new_zeros(rows.stop - start, *hidden.shape)
+                    cotangents[torch.arange(rows.stop - start), 0, at[rows]] = found.hidden_gradient[rows].to(hidden.dtype)
+                    totals[loss][rows] += self._squared_norms(hidden, cotangents, found, rows, looked_up)
+        return totals
+
+    def _squared_norms(self, hidden: Tensor, cotangents: Tensor, found: TokenLosses, rows: slice, looked_up: Tensor) -> Tensor:
+        """‖Σ cotangent · ∂hidden/∂θ‖² [n] over the body's parameters, a tied weight with its use in the head."""
+        names, parameters = list(self.scope.body), list(self.scope.body.values())
+        if len(cotangents) == 1:
+            single = torch.autograd.grad(hidden, parameters, cotangents[0], retain_graph=True, allow_unused=True)
+            gradients = [None if gradient is None else gradient[None] for gradient in single]
+        else:
+            gradients = torch.autograd.grad(
+                hidden, parameters, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        total = cotangents.new_zeros(len(cotangents), dtype=torch.float64)
+        for name, gradient in zip(names, gradients, strict=True):
+            if name == self.scope.head_weight and found.shared_rows is not None:
+                both = found.shared_rows[rows][:, :, None] * found.hidden[rows][:, None, :]
+                gradient = both if gradient is None else both + gradient[:, looked_up]  # noqa: PLW2901
+            if gradient is not None:
+                norm = torch.linalg.vector_norm(
+                    gradient.flatten(1), dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)
+                )
+                total += norm.double().square()
+        return total
+
+    def _verify(
+        self, rollout: GradientInput, positions: list[int], losses: dict[str, TokenLosses], tokens: Tensor, at: Tensor
+    ) -> None:
+        """Compare Σ_t ⟨v, g_t⟩ by forward mode with ⟨v, ∇Σ_t ℓ_t⟩ by backward mode, once."""
+        direction = GaussianDirection(self.settings.seed, "check of forward mode", 0)
+        loss, found = next(iter(losses.items()))
+        shared = None
+        if self.scope.tied:
+            weight = self.pair.student.head.linear.weight
+            shared = direction.rows(self.scope.head_weight, weight, torch.unique(tokens))  # pyright: ignore
+        finite = found.value.isfinite()
+        forward = float(found.derivative(self._tangents([direction], at)[0], shared)[finite].sum())
+        body = ParameterScope(
+            self.scope.name, self.scope.body, self.scope.body, self.scope.head_weight if self.scope.tied else None, None
+        )
+        counted = set(positions)
+        part = replace(rollout, loss_mask=[t in counted for t in range(len(rollout.response))])
+        gradient = weighted_gradient(self.pair, body, [part], [1.0], loss)
+        backward = inner_product(gradient, direction, body, self._forward.looked_up)
+        norm = float(sum(tensor.double().square().sum() for tensor in gradient.values()) ** 0.5)
+        if abs(forward - backward) > FORWARD_MODE_TOLERANCE[self.pair.student.dtype] * norm:
+            raise ModelError(
+                f"forward mode and backward mode differ for {type(self.pair.student.model).__name__}, scope "
+                f"{self.scope.name!r}: {forward:.6g} against {backward:.6g}, gradient norm {norm:.6g}. Some parameter is "
+                "probably used outside the module that owns it; choose another --params"
+            )
+        self._verified = True
+
+    def _result(
+        self,
+        rollout: GradientInput,
+        positions: list[int],
+        found: TokenLosses,
+        norms: tuple[Tensor, Tensor],
+        products: dict[str, Tensor],
+    ) -> TokenGradients:
+        finite = found.value.isfinite()
+        self.num_infinite += int((~finite).sum())
+        fold = self.directions.folds[rollout.prompt_id]
+        plugin = torch.zeros_like(norms[0])
+        for name, index in (("own", fold), ("other", 1 - fold)):
+            if name in products:
+                plugin = plugin + self.directions.weights[index] * products[name]
+        alignment = products.get(REWARD)
+        other = products.get("other")
+        return TokenGradients(
+            positions=[t for t, keep in zip(positions, finite.tolist(), strict=True) if keep],
+            grad_norm_sq=norms[0][finite],
+            grad_norm_sq_se=norms[1][finite],
+            grad_dot_loss=None if other is None else other[finite],
+            grad_dot_loss_plugin=plugin[finite],
+            reward_alignment=None if alignment is None else -alignment[finite],
+        )
+
+
+def stratified_positions(num_tokens: int, num_samples: int, *, seed: int, rollout_id: str) -> list[int]:
+    """`num_samples` of `num_tokens` positions: one from each of as many stretches of equal length, a pure function of its key."""
+    edges = [index * num_tokens // num_samples for index in range(num_samples + 1)]
+    return [
+        start + stable_hash("token", seed, rollout_id, index) % (stop - start)
+        for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False))
+        if stop > start
+    ]
