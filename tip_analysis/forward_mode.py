@@ -230,16 +230,17 @@ class ForwardMode:
         return outputs[0] if rows == 1 else torch.cat(outputs)
 
 
-class _NeedsOneRow(Exception):  # noqa: N818: a signal to itself, not an error
+class _NeedsOneRow(Exception):  # noqa: N818
     """A module cannot take several directions as a batch."""
 
 
 _active: ContextVar[ForwardMode | None] = ContextVar("active forward mode", default=None)
 
 
-def set_attention(model: nn.Module, implementation: str) -> None:
+def set_attention(model: nn.Module, implementation: str | None) -> None:
     """Let a model compute its attention by another implementation."""
-    causal_model(model).set_attn_implementation(implementation)
+    if implementation is not None:
+        causal_model(model).set_attn_implementation(implementation)
 
 
 @contextmanager
@@ -250,7 +251,7 @@ def attention(model: nn.Module, implementation: str) -> Iterator[None]:
     try:
         yield
     finally:
-        set_attention(model, own)  # pyright: ignore[reportArgumentType]
+        set_attention(model, own)
 
 
 def blockwise_attention(
@@ -393,7 +394,7 @@ def _running(forward: ForwardMode) -> Iterator[None]:
 @contextmanager
 def _replaced(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Put other tensors in the place of a module's parameters."""
-    own = {key: module._parameters[key] for key in tensors}
+    own: dict[str, Any] = {key: module._parameters[key] for key in tensors}
     module._parameters.update(tensors)  # pyright: ignore[reportArgumentType]
     try:
         yield

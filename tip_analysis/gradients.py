@@ -4,10 +4,10 @@ g_t = ∇_θ ℓ_t is the gradient of a token's *own* loss over the student's pa
 M_t = ‖g_t‖², φ_t = ⟨∇L, g_t⟩, and Proposition 1's oracle weight is proportional to φ_t / M_t. The paper states this and
 never measures it. Both are measured here at a cost that does not grow with the number of tokens:
 
-- `probe`: ⟨v, g_t⟩ of every token of a sequence is one forward-mode pass along v (`forward_mode`). Over Gaussian v its square has
-  the mean M_t and the relative variance 2, so K probes give M_t with the relative standard error √(2/K), and an
-  interval from χ²_K (`norm_interval`). Directions are fresh for every rollout, keyed by (seed, rollout_id, probe); tokens of one
-  rollout share them, so their errors are correlated.
+- `probe`: ⟨v, g_t⟩ of every token of a sequence is one forward-mode pass along v (`forward_mode`). Over Gaussian v its
+  square has the mean M_t and the relative variance 2, so K probes give M_t with the relative standard error √(2/K), and an
+  interval from χ²_K (`norm_interval`). Directions are fresh for every rollout, keyed by (seed, rollout_id, probe); tokens
+  of one rollout share them, so their errors are correlated.
 - `exact`: one backward pass a token, several at once for small models.
 - φ_t: one backward pass for ∇L (`loss_gradients`), then one forward-mode pass along it. Cross-fitted over prompts.
 - The head's part has a closed form (`token_losses`) and is never probed: the standard error is that of the probed part.

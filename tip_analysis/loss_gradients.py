@@ -1,15 +1,15 @@
 """Gradients of whole losses over the student's parameters: ∇L and ∇J, by fold of prompts.
 
-φ_t = ⟨∇L, g_t⟩ with its own token inside L contains ‖g_t‖²/m and is positive by construction. So prompts are dealt to two folds,
-and a token's φ_t takes ∇L from the other fold (cross-fitting); the plug-in value, from all, is what the two folds sum up to.
+φ_t = ⟨∇L, g_t⟩ with its own token inside L contains ‖g_t‖²/m and is positive by construction. So prompts are dealt to two
+folds, and a token's φ_t takes ∇L from the other fold (cross-fitting); the plug-in value, from all, is what the two folds sum up to.
 
 ∇J is a score-function estimate of the gradient of the expected reward: per prompt, the mean over its n rollouts of
 (r_i − b_i) ∇ ln P_S(y_i), b_i being the mean reward of the *other* rollouts of the prompt (so that it is unbiased); then
 the mean over prompts. A prompt with fewer than two graded rollouts has no baseline and is left out. Rollouts count as samples
 of the student at temperature 1; for others ∇J is off-policy.
 
-A gradient is accumulated in float32 (float64 for a float64 model), parameter by parameter as the backward pass makes it, and may
-be kept on disk: beside the model there is never more than one gradient in memory, plus the largest single parameter's.
+A gradient is accumulated in float32 (float64 for a float64 model), parameter by parameter as the backward pass makes it, and
+may be kept on disk: beside the model there is never more than one gradient in memory, plus the largest single parameter's.
 """
 
 from collections import defaultdict

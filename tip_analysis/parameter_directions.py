@@ -41,7 +41,7 @@ class Direction(Protocol):
         ...
 
     def rows(self, name: str, like: Tensor, ids: Tensor) -> Tensor:
-        """Rows `ids` [U] of the part of an embedding [V, D], as [U, D]; the others do not matter where they are not looked up."""
+        """Rows `ids` [U] of the part of an embedding [V, D], as [U, D]: those that a sequence looks up."""
         ...
 
 
@@ -77,7 +77,7 @@ class GaussianDirection:
 
 
 class StoredDirection:
-    """A measured gradient: tensors of unit total norm and the norm as `scale`, so that low precision neither over- nor underflows."""
+    """A measured gradient: tensors of unit total norm, and the norm as `scale`, so that low precision holds them."""
 
     def __init__(self, tensors: Mapping[str, Tensor | Path], scale: float) -> None:
         self._tensors = tensors

@@ -6,6 +6,7 @@ The student's primal pass and the teacher's logits are made once a rollout. Then
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import psutil
 import torch
@@ -35,7 +36,7 @@ BATCHED_BYTES = 1 << 28
 ROWS_TIMES_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Probes × tokens in a pass beyond which a larger batch gains nothing."""
 FORWARD_MODE_TOLERANCE = {torch.bfloat16: 0.3, torch.float16: 0.1, torch.float32: 1e-2, torch.float64: 1e-4}
-"""How far forward and backward mode may be apart, relative to the gradient's norm; a forgotten parameter shows as about its share."""
+"""How far forward and backward mode may be apart, relative to the gradient's norm; a parameter forgotten shows as its share."""
 
 
 @dataclass(frozen=True)
@@ -301,10 +302,10 @@ class RolloutMeter:
 
 
 def stratified_positions(num_tokens: int, num_samples: int, *, seed: int, rollout_id: str) -> list[int]:
-    """`num_samples` of `num_tokens` positions: one from each of as many stretches of equal length, a pure function of its key."""
+    """`num_samples` of `num_tokens` positions, one from each of as many stretches of equal length, by a key alone."""
     edges = [index * num_tokens // num_samples for index in range(num_samples + 1)]
     return [
         start + stable_hash("token", seed, rollout_id, index) % (stop - start)
-        for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False))
+        for index, (start, stop) in enumerate(pairwise(edges))
         if stop > start
     ]

@@ -19,6 +19,7 @@ from tip_analysis.errors import UnknownNameError
 from tip_analysis.models import OutputHead
 from tip_analysis.parameter_directions import Direction
 from tip_analysis.parameter_scopes import ParameterScope
+from tip_analysis.schema import Loss
 
 BLOCK_ELEMENTS = 1 << 23
 """Tokens × |V| of the logits in a block, at most."""
@@ -42,7 +43,7 @@ class TokenLosses:
     shared_rows: Tensor | None
     """a_t [R, U] at the rows of a tied weight that the embedding looks up too; None if nothing is tied."""
     along_head: Tensor
-    """Derivatives [n, R], float64, of ℓ_t through the head along the parts of n directions that belong to its weight and bias."""
+    """Derivatives [n, R], float64, of ℓ_t along the parts of n directions that belong to the head's weight and bias."""
 
     def derivative(self, tangent: Tensor, shared: Tensor | None) -> Tensor:
         """dℓ_t [R], float64, for the tangent [R, D] of h_t and the tangent [U, D] of the shared rows of the head's weight."""
@@ -94,16 +95,17 @@ def token_losses(
             teacher_logits = None if teacher is None else teacher(rows)[:, :vocab_size]
             for loss in losses:
                 value = token_loss(loss, logits[:, :vocab_size], teacher_logits, token_ids[rows])
-                gradients = torch.autograd.grad(value.sum(), (states, linear), retain_graph=True)
+                at_hidden, at_logits = torch.autograd.grad(value.sum(), (states, linear), retain_graph=True)
                 along = (directions or {}).get(loss, ())
-                parts[loss].append(_assemble(scope, head, value.detach(), states.detach(), *gradients, looked_up, along))
+                found = _assemble(scope, head, value.detach(), states.detach(), at_hidden, at_logits, looked_up, along)
+                parts[loss].append(found)
             del linear, logits, teacher_logits
     return {loss: _joined(blocks) for loss, blocks in parts.items()}
 
 
 def token_loss(loss: str, student: Tensor, teacher: Tensor | None, token_ids: Tensor) -> Tensor:
     """ℓ_t [R] from logits [R, V], differentiable with respect to the student's."""
-    return LOSSES[loss](student=student, teacher=teacher, token_ids=token_ids)
+    return LOSSES[Loss(loss)](student=student, teacher=teacher, token_ids=token_ids)
 
 
 def _head_output(head: OutputHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
