@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tip_analysis.artifacts import write_atomically
-from tip_analysis.report import overview, paper, taxonomy
+from tip_analysis.report import browser, overview, paper, taxonomy
 from tip_analysis.report.page import Section, render
 from tip_analysis.report.reading import ReportOptions, RunView, open_views
 from tip_analysis.report.words import listed, plural, visible
@@ -65,6 +65,7 @@ def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section
         taxonomy.quadrant_map(views),
         taxonomy.sensitivity(views),
         taxonomy.strong_tokens(views),
+        browser.browser(views),
         overview.provenance(views, str(output)),
     ]
 

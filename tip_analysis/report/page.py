@@ -90,6 +90,7 @@ class StrongList:
     title: str
     tokens: Sequence[StrongToken]
     note: str = ""
+    compact: bool = False
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,17 @@ class RunView:
         return self.run.rollouts().select(*wanted, lengths).collect() if self.run.has("rollouts") else _no_rollouts()
 
     @cached_property
+    def gradients(self) -> pl.LazyFrame:
+        """Norm and alignment of the token's own gradient, one row a token: of the reverse KL, and of the first scope measured."""
+        measured = self.run.gradients().filter(pl.col("loss") == "reverse_kl")
+        first = measured.select("param_scope", "method", "num_probes", "seed").head(1).collect()
+        if first.height:
+            measured = measured.filter(pl.col(name) == first[name][0] for name in first.columns)
+        return measured.select(
+            "rollout_id", "position", pl.col("grad_norm_sq").sqrt().alias("grad_norm"), "grad_dot_loss", "reward_alignment"
+        )
+
+    @cached_property
     def shares(self) -> pl.DataFrame:
         """Tokens, rollouts, prompts and share of each quadrant."""
         return quadrant_shares(self.tokens)

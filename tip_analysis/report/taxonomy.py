@@ -239,4 +239,4 @@ def _paper_examples() -> StrongList:
         for example in paper.WORKED_EXAMPLES
     ]
     note = "Worked examples of Appendix B.5, as printed there; entropy, KL and score in nats. They are not from this run."
-    return StrongList("The paper’s worked examples", tokens, note)
+    return StrongList("The paper’s worked examples", tokens, note, compact=True)
