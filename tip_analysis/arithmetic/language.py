@@ -276,7 +276,7 @@ class WorkedSolution:
         match self.slot, kind:
             case Slot.START, "opening":
                 self.slot = Slot.HEADER
-            case (Slot.START | Slot.HEADER), "ones":
+            case ((Slot.START | Slot.HEADER), "ones"):
                 self._begin_column(0)
             case Slot.PLUS, "plus":
                 self.slot = Slot.RIGHT
