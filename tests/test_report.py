@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from synthetic import HOSTILE_TOKENS, Tables, make_hostile_tables, make_tables, 
 
 from tip_analysis.errors import OptionError, RunError
 from tip_analysis.quadrants import resolve_cuts
-from tip_analysis.report import ReportOptions, build_report, paper, summaries, write_report, words
+from tip_analysis.report import ReportOptions, build_report, paper, summaries, words, write_report
 from tip_analysis.report.page import json_block
 from tip_analysis.report.reading import RunView
 from tip_analysis.schema import RolloutTable, TokenTable, validate
@@ -358,7 +359,7 @@ def test_only_tokens_of_others(tmp_path):
 
 
 def test_errors_name_the_fix(tmp_path, run):
-    with pytest.raises(RunError, match="expected a folder with run.json"):
+    with pytest.raises(RunError, match=r"expected a folder with run\.json"):
         build_report([tmp_path / "absent"])
     with pytest.raises(OptionError, match="twice"):
         build_report([run, run])
@@ -387,7 +388,7 @@ def test_equal_runs_make_equal_pages(run, tmp_path):
 def test_page_reads_in_order_of_headings(page):
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
-    assert all(later - earlier <= 1 for earlier, later in zip(levels, levels[1:], strict=False))
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 

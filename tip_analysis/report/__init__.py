@@ -1,8 +1,8 @@
 """One self-contained HTML page from one or more run folders. Never imports torch.
 
 Reads run folders (`artifacts`); writes the page. Statistics come from `quadrants`, `composition`, `statistics` and `claims`,
-drawings from `figures`; this package words findings, lays out sections and embeds a sample of rollouts for the token browser. Only
-aggregates and samples go into the page, whatever the size of the run.
+drawings from `figures`; this package words findings, lays out sections and embeds a sample of rollouts for the token browser.
+Only aggregates and samples go into the page, whatever the size of the run.
 """
 
 import logging
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tip_analysis.artifacts import write_atomically
-from tip_analysis.report import browser, overview, paper, taxonomy
+from tip_analysis.report import browser, overview, paper, provenance, taxonomy
 from tip_analysis.report.page import Section, render
 from tip_analysis.report.reading import ReportOptions, RunView, open_views
 from tip_analysis.report.words import listed, plural, visible
@@ -66,7 +66,7 @@ def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section
         taxonomy.sensitivity(views),
         taxonomy.strong_tokens(views),
         browser.browser(views),
-        overview.provenance(views, str(output)),
+        provenance.provenance(views, str(output)),
     ]
 
 

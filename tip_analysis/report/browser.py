@@ -1,7 +1,7 @@
 """The token browser's data: a sample of rollouts with everything that the page shows of each of their tokens.
 
-The sample holds the rollouts of the strongest Q3 and Q1 tokens first, then rollouts drawn evenly from the rest by a hash of their
-id, up to a budget of tokens, so that the page stays small however large the run is. Texts are made visible here
+The sample holds the rollouts of the strongest Q3 and Q1 tokens first, then rollouts drawn evenly from the rest by a hash of
+their id, up to a budget of tokens, so that the page stays small however large the run is. Texts are made visible here
 (`words.visible`) and shared through one list; numbers are rounded to what is shown. The page's script puts them in place as
 text only.
 """
@@ -104,7 +104,11 @@ def _run_payload(view: RunView, budget: int) -> dict[str, Any]:
 
 def _sample(view: RunView, budget: int) -> list[str]:
     """Rollout ids: those of the strongest tokens, then an even draw, while the budget of tokens lasts."""
-    strong = [name for quadrant in ("Q3", "Q1") for name in strongest(view.tokens, quadrant, 2 * view.options.num_strong)["rollout_id"]]
+    strong = [
+        name
+        for quadrant in ("Q3", "Q1")
+        for name in strongest(view.tokens, quadrant, 2 * view.options.num_strong)["rollout_id"]
+    ]
     lengths = view.raw.select("rollout_id").group_by("rollout_id").len().collect(engine="streaming")
     ordered = lengths.with_columns(pl.col("rollout_id").hash(seed=0).alias("draw")).sort("draw", "rollout_id")
     length_of = dict(lengths.iter_rows())
@@ -178,7 +182,11 @@ def _rollout_payload(
         "p": rows["position"].to_list(),
         "t": [texts.add(index, text) for index, text in rows.select("token_id", "token").iter_rows()],
         "q": [_CODES[value] for value in rows["quadrant"].cast(pl.String)],
-        "s": {column: [_rounded(value) for value in rows[column]] for column, _, _ in SCORES if rows[column].null_count() < rows.height},
+        "s": {
+            column: [_rounded(value) for value in rows[column]]
+            for column, _, _ in SCORES
+            if rows[column].null_count() < rows.height
+        },
         "r": _smallest_ratios(rows, selected.get(name)),
     }
     for model, key in (("student", "a"), ("teacher", "b")):

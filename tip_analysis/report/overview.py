@@ -1,19 +1,17 @@
-"""Sections on the run as a whole: overview with warnings, and provenance with the exact commands."""
+"""The section on the run as a whole: shares of the quadrants beside the paper's ranges, and warnings."""
 
-import json
-import shlex
 from collections.abc import Sequence
-from typing import Any
 
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.quadrants import PAPER_RANGES, warn_about_cuts
+from tip_analysis.quadrants import PAPER_RANGES
 from tip_analysis.report import paper
-from tip_analysis.report.page import Block, Command, FromPaper, Numbers, Part, Section, Table, Tag, Warnings, picture
+from tip_analysis.report.page import Block, FromPaper, Numbers, Part, Section, Table, Tag, Warnings, picture
 from tip_analysis.report.reading import RunView
+from tip_analysis.report.run_warnings import warnings_of
 from tip_analysis.report.summaries import planted_detection
-from tip_analysis.report.words import count, duration, listed, number, percent, plural, sentence, visible
+from tip_analysis.report.words import count, listed, number, percent, plural, sentence, visible
 
 
 def overview(views: Sequence[RunView]) -> Section:
@@ -50,33 +48,6 @@ def share_table(view: RunView) -> pl.DataFrame:
         pl.lit(None, pl.Float64).alias("share_low"),
         pl.lit(None, pl.Float64).alias("share_high"),
     )
-
-
-def provenance(views: Sequence[RunView], output: str) -> Section:
-    """Every stage of `run.json`: configuration, versions, fingerprints, time, rate and commands."""
-    parts = [Part(_provenance_finding(view), _provenance_blocks(view), run=label_of(view, views)) for view in views]
-    parts.append(Part("", [Command("This page is made by", command_of(views, output))]))
-    return Section(
-        "provenance",
-        "Provenance",
-        parts,
-        shows="what each table was made from and with, as recorded when it was written.",
-        shows_not="anything that was done to the models or the prompts before.",
-    )
-
-
-def warnings_of(view: RunView) -> list[str]:
-    """What is unusual about a run, in sentences."""
-    texts = [*_table_warnings(view), *_rollout_warnings(view)]
-    if (cut := warn_about_cuts(view.raw, view.cuts)) is not None:
-        texts.append(sentence(cut.message))
-    if view.cuts.paper_ranges_met is not None:
-        verdict = "they do here" if view.cuts.paper_ranges_met else "the data do not allow it here"
-        texts.append(
-            "The cuts are the preset `paper`, which looks for shares inside the paper’s ranges "
-            f"({verdict}): shares under it are no evidence that this pair is like the paper’s."
-        )
-    return texts
 
 
 def _finding(view: RunView) -> str:
@@ -167,7 +138,8 @@ def _comparison(views: Sequence[RunView]) -> Part:
         shares, cuts = view.share_of, view.cuts
         rows.append([
             view.name, *(visible(name, 40) for name in view.model_names()), count(view.population.num_tokens),
-            *(percent(shares[name]) for name in figures.QUADRANT_COLORS), number(cuts.entropy.value), number(cuts.divergence.value),
+            *(percent(shares[name]) for name in figures.QUADRANT_COLORS), number(cuts.entropy.value),
+            number(cuts.divergence.value),
         ])  # fmt: skip
     columns = ["run", "student", "teacher", "tokens", *figures.QUADRANT_COLORS, "entropy cut", "divergence cut"]
     finding = (
@@ -185,108 +157,6 @@ def _cut_words(view: RunView) -> str:
         where = "one for each batch" if cut.scope == "batch" else f"{number(cut.value)} nats"
         words.append(f"{cut.axis} cut: {cut.spec} ({where})" if cut.spec != where.split()[0] else f"{cut.axis} cut: {where}")
     return f"{'; '.join(words)}; high is strictly above."
-
-
-def _table_warnings(view: RunView) -> list[str]:
-    texts = []
-    if altered := view.run.altered_shards():
-        texts.append(
-            f"{plural(len(altered), 'shard')} changed since written ({visible(listed(altered[:5]), 300)}): numbers may not belong "
-            "to the recorded configuration. Run the stage again to make them anew."
-        )
-    counted = view.population
-    if counted.num_infinite_reverse or counted.num_infinite_forward:
-        texts.append(
-            f"{count(counted.num_infinite_reverse)} reverse and {count(counted.num_infinite_forward)} forward divergences are "
-            "+∞ (a model rules a token out entirely): they count as high, and take no part in means, cuts and normalisation."
-        )
-    if view.options.divergence_clip is not None:
-        texts.append(
-            f"Divergence is clipped at its {view.options.divergence_clip:g} quantile before min-max (off in the paper): Soft-OR "
-            "then ranks the tokens below the clip more apart, and those above it equal."
-        )
-    unfinished = [key for key, stage in view.stages.items() if not stage.get("finished")]
-    if unfinished:
-        texts.append(
-            f"Not finished when this was made: {listed(unfinished)}. The numbers are those of the shards written so far."
-        )
-    return texts
-
-
-def _rollout_warnings(view: RunView) -> list[str]:
-    rollouts, texts = view.rollouts, []
-    total = rollouts.height
-    retokenized = rollouts.filter(pl.col("ids_origin") == "retokenized").height
-    if retokenized:
-        texts.append(
-            f"{count(retokenized)} of {plural(total, 'rollout')} were imported as text and tokenised again: their token ids may "
-            "differ from those that the author sampled."
-        )
-    if reapplied := rollouts.filter(pl.col("template_origin") == "reapplied").height:
-        texts.append(
-            f"{plural(reapplied, 'rollout')} had the chat template applied again: markers may differ from the author’s."
-        )
-    tempered = rollouts.filter((pl.col("temperature") != 1.0) | (pl.col("top_p") < 1.0) | (pl.col("top_k") > 0)).height
-    if tempered:
-        texts.append(
-            f"{count(tempered)} of {plural(total, 'rollout')} were sampled at another temperature than 1 or from a truncated "
-            "distribution: statistics are those of temperature 1, and the tokens are not a sample from it."
-        )
-    unknown = rollouts.filter(pl.col("temperature").is_null()).height
-    if unknown:
-        texts.append(f"The sampling temperature of {plural(unknown, 'rollout')} is not known.")
-    cut_off = rollouts.filter(pl.col("finish_reason").cast(pl.String) == "length").height
-    if cut_off:
-        texts.append(
-            f"{count(cut_off)} of {plural(total, 'rollout')} reached the token limit before they ended ({percent(cut_off / total)})."
-        )
-    if empty := rollouts.filter(pl.col("num_tokens") == 0).height:
-        texts.append(f"{plural(empty, 'rollout')} {'has' if empty == 1 else 'have'} no response token, and no row below.")
-    return texts
-
-
-def _provenance_finding(view: RunView) -> str:
-    finished = [key for key, stage in view.stages.items() if stage.get("finished")]
-    seconds = sum(stage.get("wall_time_s") or 0.0 for stage in view.stages.values())
-    return f"{listed(finished) or 'No stage'} finished, in {duration(seconds)} in all."
-
-
-def _provenance_blocks(view: RunView) -> list[Block]:
-    rows = []
-    for key, stage in view.stages.items():
-        rate = stage.get("summary", {}).get("tokens_per_second")
-        versions = stage.get("environment", {}).get("versions", {})
-        rows.append([
-            key, stage.get("began") or "–", stage.get("finished") or "not finished", duration(stage.get("wall_time_s")),
-            number(rate) if rate else "–", count(len(stage.get("shards", {}))),
-            ", ".join(f"{name} {version}" for name, version in versions.items()),
-        ])  # fmt: skip
-    columns = ["stage", "began (UTC)", "finished", "time", "tokens/s", "shards", "versions"]
-    blocks: list[Block] = [Table(columns, rows, "Stages of this run.", frozenset({3, 4, 5}))]
-    for key, stage in view.stages.items():
-        entries = {
-            **stage.get("config", {}),
-            **stage.get("inputs", {}),
-            **stage.get("settings", {}),
-            **stage.get("summary", {}),
-        }
-        entries["git commit"] = stage.get("environment", {}).get("git_commit")
-        entries["shards"] = {name: shard["sha256"][:12] for name, shard in list(stage.get("shards", {}).items())[:4]}
-        blocks.append(
-            Table(["setting", "value"], [[name, _plain(value)] for name, value in entries.items()], f"{key}: as recorded.")
-        )
-    return blocks
-
-
-def command_of(views: Sequence[RunView], output: str) -> str:
-    """The command that makes this page."""
-    paths = " ".join(shlex.quote(str(view.run.path)) for view in views)
-    return f"python -m tip_analysis.report {paths} -o {shlex.quote(output)} {views[0].options.arguments()}"
-
-
-def _plain(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return visible(text, 400)
 
 
 def slug_of(view: RunView) -> str:

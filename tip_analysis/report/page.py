@@ -21,6 +21,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tip_analysis import figures
+from tip_analysis.figures import style
 from tip_analysis.report.words import sentence
 
 
@@ -190,11 +191,11 @@ def inline_svg(figure: Figure, *, prefix: str, alt: str) -> Markup:
 def _theme_colors() -> dict[str, str]:
     colors = {color: f"--{name.lower()}" for name, color in figures.QUADRANT_COLORS.items()}
     return colors | {
-        figures.INK: "--ink",
-        figures.MUTED: "--soft",
-        figures.GRID: "--faint",
-        figures.SURFACE: "--figure-surface",
-        figures.ON_BLUE: "--on-blue",
+        style.INK: "--ink",
+        style.MUTED: "--soft",
+        style.GRID: "--faint",
+        style.SURFACE: "--figure-surface",
+        style.ON_BLUE: "--on-blue",
     }
 
 

@@ -105,7 +105,7 @@ class RunView:
 
     @cached_property
     def gradients(self) -> pl.LazyFrame:
-        """Norm and alignment of the token's own gradient, one row a token: of the reverse KL, and of the first scope measured."""
+        """Norm and alignment of each token's own gradient: of the reverse KL, over the parameters measured first."""
         measured = self.run.gradients().filter(pl.col("loss") == "reverse_kl")
         first = measured.select("param_scope", "method", "num_probes", "seed").head(1).collect()
         if first.height:

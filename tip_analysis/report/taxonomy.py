@@ -61,8 +61,8 @@ def _map_finding(view: RunView) -> str:
     largest = max(shares, key=lambda name: shares[name])
     wrong = shares["Q3"] / confident if confident else 0.0
     return (
-        f"Most tokens, {percent(shares[largest])}, are {figures.QUADRANT_NAMES[largest].replace(',', ' and')} ({largest}). Of the "
-        f"tokens below the entropy cut, {percent(wrong)} lie above the divergence cut: entropy alone would not see them."
+        f"Most tokens, {percent(shares[largest])}, are {figures.QUADRANT_NAMES[largest].replace(',', ' and')} ({largest}). "
+        f"Of the tokens below the entropy cut, {percent(wrong)} lie above the divergence cut: entropy alone would not see them."
     )
 
 
@@ -77,8 +77,8 @@ def _map_blocks(view: RunView) -> list[Block]:
             width=width,
         ),
         key=f"map-{slug_of(view)}",
-        caption="Each cell is coloured by the quadrant of its tokens; opacity grows with the logarithm of their number. Lines: the "
-        "cuts. Values below the first cell of an axis are drawn in it.",
+        caption="Each cell is coloured by the quadrant of its tokens; opacity grows with the logarithm of their number. Lines: "
+        "the cuts. Values below the first cell of an axis are drawn in it.",
         alt="Density of tokens over student entropy and reverse KL, with the cuts; shares are in the overview's table.",
     )
     return [drawn]
@@ -93,8 +93,8 @@ def _sensitivity_part(view: RunView, label: str) -> Part:
             grid, entropy_cut=view.cuts.entropy.value, divergence_cut=view.cuts.divergence.value, width=width
         ),
         key=f"sensitivity-{slug_of(view)}",
-        caption="Left: share of Q3 for cuts at the 5 % to 95 % quantiles of either axis; hatched where all the paper’s ranges hold; "
-        "the ring is the cut in use. Then: all shares along one cut while the other is held.",
+        caption="Left: share of Q3 for cuts at the 5 % to 95 % quantiles of either axis; hatched where all the paper’s ranges "
+        "hold; the ring is the cut in use. Then: all shares along one cut while the other is held.",
         alt="Shares for a grid of cuts; the table below has the extremes.",
     )
     return Part(_sensitivity_finding(grid), [drawn, _sensitivity_table(grid)], population(view), label)
@@ -115,8 +115,8 @@ def _sensitivity_finding(grid: pl.DataFrame) -> str:
     entropy = holds["entropy_cut"].min(), holds["entropy_cut"].max()
     divergence = holds["divergence_cut"].min(), holds["divergence_cut"].max()
     return (
-        f"{span}; {percent(holds.height / grid.height)} of the pairs of cuts put all shares within the paper’s ranges, with entropy "
-        f"cuts from {number(entropy[0])} to {number(entropy[1])} and divergence cuts from {number(divergence[0])} to "  # pyright: ignore[reportArgumentType]
+        f"{span}; {percent(holds.height / grid.height)} of the pairs of cuts put all shares within the paper’s ranges, with "
+        f"entropy cuts from {number(entropy[0])} to {number(entropy[1])} and divergence cuts from {number(divergence[0])} to "  # pyright: ignore[reportArgumentType]
         f"{number(divergence[1])} nats."  # pyright: ignore[reportArgumentType]
     )
 
@@ -126,7 +126,8 @@ def _sensitivity_table(grid: pl.DataFrame) -> Table:
     chosen = grid.filter(pl.col("entropy_spec").is_in(["q0.25", "q0.5", "q0.75"]), pl.col("divergence_spec").is_in(quantiles))
     rows = [
         [
-            f"{row['entropy_spec']} ({number(row['entropy_cut'])})", f"{row['divergence_spec']} ({number(row['divergence_cut'])})",
+            f"{row['entropy_spec']} ({number(row['entropy_cut'])})",
+            f"{row['divergence_spec']} ({number(row['divergence_cut'])})",
             *(percent(row[name]) for name in figures.QUADRANT_COLORS), "yes" if row["in_paper_ranges"] else "no",
         ]
         for row in chosen.iter_rows(named=True)

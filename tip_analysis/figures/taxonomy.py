@@ -1,20 +1,7 @@
-"""Figures: each takes a result table and returns a `matplotlib.figure.Figure`. No statistics are computed here.
+"""Figures of the taxonomy: shares of the quadrants, their map, and their sensitivity to the cuts."""
 
-Tables come from `quadrants`, `statistics` and `claims`, or from `report.summaries`; the docstring of a figure names the
-columns that it reads. `width` is in inches: `COLUMN_WIDTH` fits one column of a two-column paper (and a phone), `PAGE_WIDTH`
-the text block; figures lay themselves out for either. `save_figure` writes vector PDF or SVG.
+from collections.abc import Mapping, Sequence
 
-Colours are the Okabe-Ito set, told apart with any common colour-vision deficiency: the blues are the uncertain half of the
-taxonomy (Q1, Q2), vermilion the overconfident tokens (Q3), grey the solved ones (Q4). The paper's own values are
-always drawn as hollow marks or hatched bands, never in a colour of ours.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
 import numpy as np
 import polars as pl
 import seaborn as sns
@@ -24,81 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
-from tip_analysis.errors import SchemaError
-from tip_analysis.schema import Quadrant
-
-PAGE_WIDTH = 7.0
-"""Inches: the text block of a paper, or the column of the report."""
-COLUMN_WIDTH = 3.4
-"""Inches: one column of a two-column paper, or a phone."""
-
-QUADRANT_COLORS: dict[str, str] = {
-    Quadrant.Q1.value: "#0072b2",
-    Quadrant.Q2.value: "#56b4e9",
-    Quadrant.Q3.value: "#d55e00",
-    Quadrant.Q4.value: "#98a2ae",
-}
-QUADRANT_NAMES: dict[str, str] = {
-    Quadrant.Q1.value: "uncertain, disagreeing",
-    Quadrant.Q2.value: "uncertain, agreeing",
-    Quadrant.Q3.value: "confident, disagreeing",
-    Quadrant.Q4.value: "confident, agreeing",
-}
-INK, MUTED, GRID, SURFACE = "#1f2430", "#5b6472", "#d8dde4", "#fefefe"
-"""Text, secondary text, rules and the ground; the report replaces them by those of the reader's theme."""
-ON_LIGHT, ON_BLUE = "#101418", "#fffffe"
-"""Text on a light colour, and on the dark blue of Q1."""
-SEQUENTIAL = "mako_r"
-PAPER_LABEL = "the paper"
-WIDE = 5.0
-"""Inches from which panels stand side by side."""
-
-
-@contextmanager
-def figure_style(font_size: float = 9.0) -> Iterator[None]:
-    """The look of all figures: quiet axes, text kept as text, no state left behind."""
-    settings: dict[Any, Any] = {
-        "font.size": font_size,
-        "font.family": "DejaVu Sans",
-        "axes.titlesize": font_size,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": font_size,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": MUTED,
-        "axes.linewidth": 0.7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-        "grid.color": GRID,
-        "grid.linewidth": 0.6,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelsize": font_size - 1,
-        "ytick.labelsize": font_size - 1,
-        "legend.fontsize": font_size - 1,
-        "legend.frameon": False,
-        "hatch.linewidth": 0.6,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "tip-analysis",
-        "pdf.fonttype": 42,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "savefig.facecolor": "none",
-        "axes.formatter.use_mathtext": False,
-    }
-    with mpl.rc_context(settings):
-        yield
-
-
-def save_figure(figure: Figure, path: str | Path, *, dpi: int = 300) -> Path:
-    """Write a figure as its suffix says: .pdf and .svg are vector, .png is for slides. Equal figures give equal bytes."""
-    path = Path(path)
-    metadata: dict[str, Any] = {".pdf": {"CreationDate": None, "ModDate": None}, ".svg": {"Date": None}}.get(path.suffix, {})
-    with figure_style():
-        figure.savefig(path, dpi=dpi, metadata=metadata)
-    return path
+from tip_analysis.figures.style import (
+    INK,
+    ON_BLUE,
+    ON_LIGHT,
+    PAGE_WIDTH,
+    QUADRANT_COLORS,
+    QUADRANT_NAMES,
+    SEQUENTIAL,
+    WIDE,
+    figure_style,
+    new_figure,
+    paper_band,
+    plain_number,
+    require,
+    short,
+)
 
 
 def quadrant_shares(
@@ -110,11 +38,11 @@ def quadrant_shares(
         table: `run`, `quadrant`, `share` in [0, 1], `share_low`, `share_high` (95 % interval; may be null).
         paper_ranges: quadrants as `Q3`, or a sum of two as `Q1+Q2`, to (low, high) in [0, 1].
     """
-    _require(table, ["run", "quadrant", "share", "share_low", "share_high"])
+    require(table, ["run", "quadrant", "share", "share_low", "share_high"])
     runs = table["run"].unique(maintain_order=True).to_list()
     groups = [("Q1", "Q2"), ("Q3",), ("Q4",)]
     with figure_style():
-        figure, axes = _figure(width, 0.75 + len(groups) * (0.32 + 0.3 * len(runs)))
+        figure, axes = new_figure(width, 0.75 + len(groups) * (0.32 + 0.3 * len(runs)))
         ticks, labels, y = [], [], 0.0
         for group in groups:
             key = "+".join(group)
@@ -122,11 +50,11 @@ def quadrant_shares(
             for run in runs:
                 _stacked_share(axes, table.filter(pl.col("run") == run), group, y)
                 ticks.append(y)
-                labels.append(key if len(runs) == 1 else f"{key}  {_short(run)}")
+                labels.append(key if len(runs) == 1 else f"{key}  {short(run)}")
                 y += 1.0
             if key in paper_ranges:
                 low, high = paper_ranges[key]
-                axes.add_patch(_paper_band(low, top, high - low, y - 1.0 + 0.62 - top))
+                axes.add_patch(paper_band(low, top, high - low, y - 1.0 + 0.62 - top))
             y += 0.6
         axes.set_yticks(ticks, labels)
         axes.set_ylim(y - 0.8, -0.8)
@@ -135,7 +63,7 @@ def quadrant_shares(
         axes.set_xlabel("share of response tokens")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         handles = [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
-        handles.append(_paper_band(0, 0, 1, 1, label="the paper's range"))
+        handles.append(paper_band(0, 0, 1, 1, label="the paper's range"))
         figure.legend(handles=handles, loc="outside upper left", ncols=5 if width >= WIDE else 3, handlelength=1.2)
     return figure
 
@@ -157,9 +85,9 @@ def quadrant_map(
         divergence_cut: likewise.
         shares: share of each quadrant, in [0, 1].
     """
-    _require(density, ["entropy_left", "entropy_right", "divergence_left", "divergence_right", "num_tokens", "quadrant"])
+    require(density, ["entropy_left", "entropy_right", "divergence_left", "divergence_right", "num_tokens", "quadrant"])
     with figure_style():
-        figure, axes = _figure(width, min(width * 0.66, 4.4) if width >= WIDE else width * 1.0)
+        figure, axes = new_figure(width, min(width * 0.66, 4.4) if width >= WIDE else width * 1.0)
         if density.height:
             _density_image(axes, density)
         if entropy_cut:
@@ -183,7 +111,7 @@ def cut_sensitivity(
         entropy_cut: the cut in use, nats; None where there is one for each batch.
         divergence_cut: likewise.
     """
-    _require(grid, ["entropy_cut", "divergence_cut", *QUADRANT_COLORS, "in_paper_ranges"])
+    require(grid, ["entropy_cut", "divergence_cut", *QUADRANT_COLORS, "in_paper_ranges"])
     wide = width >= WIDE
     rows, columns = (1, 3) if wide else (3, 1)
     with figure_style():
@@ -193,47 +121,26 @@ def cut_sensitivity(
         nearest = _nearest(grid["divergence_cut"], divergence_cut)
         _shares_along(along_entropy, grid.filter(pl.col("divergence_cut") == nearest), "entropy_cut", entropy_cut)
         along_entropy.set_xlabel("entropy cut, nats")
-        along_entropy.set_title(f"divergence cut {_plain_number(nearest)}")
+        along_entropy.set_title(f"divergence cut {plain_number(nearest)}")
         nearest = _nearest(grid["entropy_cut"], entropy_cut)
         _shares_along(along_divergence, grid.filter(pl.col("entropy_cut") == nearest), "divergence_cut", divergence_cut)
         along_divergence.set_xlabel("divergence cut, nats")
-        along_divergence.set_title(f"entropy cut {_plain_number(nearest)}")
+        along_divergence.set_title(f"entropy cut {plain_number(nearest)}")
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _require(table: pl.DataFrame, columns: Sequence[str]) -> None:
-    if missing := [name for name in columns if name not in table.columns]:
-        raise SchemaError(f"the figure needs the column(s) {', '.join(missing)}; the table has {', '.join(table.columns)}")
-
-
-def _short(text: str, length: int = 24) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _paper_band(x: float, y: float, width: float, height: float, label: str | None = None) -> Rectangle:
-    """What the paper reports: always a hatched band without a colour of its own."""
-    return Rectangle((x, y), width, height, facecolor="none", edgecolor=MUTED, hatch="////", lw=0.8, zorder=0.5, label=label)
 
 
 def _name_corners(axes: Axes, shares: Mapping[str, float], *, named: bool) -> None:
     """The quadrants and their shares, just outside the four corners, where no token is hidden."""
     corners = {"Q3": (0.0, 1.025), "Q1": (1.0, 1.025), "Q4": (0.0, -0.115), "Q2": (1.0, -0.115)}
     for name, (x, y) in corners.items():
-        side, edge = ("left", 0.0) if x == 0 else ("right", 1.0)
         text = f"{name}  {shares.get(name, 0.0):.1%}" + (f"  {QUADRANT_NAMES[name]}" if named else "")
-        indent = 0.025 if named else 0.05
-        where = (edge + indent if side == "left" else edge, y)
-        vertical = "bottom" if y > 0 else "top"
-        axes.annotate(text, where, xycoords="axes fraction", ha=side, va=vertical, fontweight="bold", fontsize=8.5)
-        if side == "left":
-            axes.plot(x + 0.008, y + (0.018 if y > 0 else -0.022), "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False)
-        else:
-            axes.plot(x + 0.014, y + (0.018 if y > 0 else -0.022), "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False)
+        on_left, above = x == 0.0, y > 0.0
+        axes.annotate(
+            text, (x + (0.025 if named else 0.05) * on_left, y), xycoords="axes fraction", ha="left" if on_left else "right",
+            va="bottom" if above else "top", fontweight="bold", fontsize=8.5,
+        )  # fmt: skip
+        swatch = x + (0.008 if on_left else 0.014), y + (0.018 if above else -0.022)
+        axes.plot(*swatch, "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False)
 
 
 def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: float) -> None:
@@ -250,8 +157,8 @@ def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: floa
             end = max(end, high)
         inside = share > 0.06
         axes.text(
-            left + 0.008 if inside else end + 0.006, y - (0.06 if inside else 0), f"{share:.1%}", ha="left", va="center", zorder=5,
-            fontsize=8, fontweight="bold", color=(ON_BLUE if name == "Q1" else ON_LIGHT) if inside else INK,
+            left + 0.008 if inside else end + 0.006, y - (0.06 if inside else 0), f"{share:.1%}", ha="left", va="center",
+            zorder=5, fontsize=8, fontweight="bold", color=(ON_BLUE if name == "Q1" else ON_LIGHT) if inside else INK,
         )  # fmt: skip
         left += share
 
@@ -274,17 +181,12 @@ def _density_image(axes: Axes, density: pl.DataFrame) -> None:
     axes.set_ylim(y[0], y[-1])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(numticks=8))
-        axis.set_major_formatter(FuncFormatter(_plain_number))
+        axis.set_major_formatter(FuncFormatter(plain_number))
 
 
 def _edges(density: pl.DataFrame, axis: str) -> np.ndarray:
     left, right = density[f"{axis}_left"].to_numpy(), density[f"{axis}_right"].to_numpy()
     return np.unique(np.concatenate([left, right]))
-
-
-def _plain_number(value: float, _position: int | None = None) -> str:
-    """0.001, 1, 10; powers only beyond what reads well."""
-    return f"{value:.2g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _plane_of_cuts(
@@ -299,7 +201,8 @@ def _plane_of_cuts(
     colors = sns.color_palette(SEQUENTIAL, as_cmap=True)
     mesh = axes.pcolormesh(left, bottom, q3, cmap=colors, vmin=0, rasterized=True)
     for row, column in np.argwhere(holds):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#ffffff70", edgecolor=ON_LIGHT, hatch="/////", lw=0))
+        holding = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#ffffff70", edgecolor=ON_LIGHT, hatch="/////", lw=0)
+        axes.add_patch(holding)
     if entropy_cut is not None and divergence_cut is not None:
         place = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
         axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec=ON_LIGHT, mew=1.4)
@@ -315,7 +218,7 @@ def _value_ticks(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     """Cells are evenly spaced by rank of the cut; ticks name a few of the values."""
     for values, setter in ((x, axes.set_xticks), (y, axes.set_yticks)):
         chosen = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
-        setter(chosen, [_plain_number(float(values[index])) for index in chosen])
+        setter(chosen, [plain_number(float(values[index])) for index in chosen])
 
 
 def _index_of(values: np.ndarray, value: float) -> float:
@@ -344,7 +247,7 @@ def _shares_along(axes: Axes, rows: pl.DataFrame, column: str, chosen: float | N
             height = (bottom[index][widest] + bottom[index + 1][widest]) / 2
             axes.text(widest, height, name, ha="center", va="center", color=ON_LIGHT, fontsize=8, fontweight="bold")
     ticks = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
-    axes.set_xticks(ticks, [_plain_number(float(values[index])) for index in ticks])
+    axes.set_xticks(ticks, [plain_number(float(values[index])) for index in ticks])
     axes.set_xlim(0, max(1, len(x) - 1))
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
