@@ -3,7 +3,7 @@
 A problem is `12+34+56=`. Its worked solution adds the ones column and then the tens column, two digits at a time, in an
 order and in words that its writer is free to choose, and ends with the sum::
 
-    ones: 2 plus 6 gives 8, then 4 gives 2 carry one, write 2; tens: 5 and 1 gives 6, add 3 gives 9, carried 1 gives 0 carry one; so 102
+    ones: 2 plus 6 is 8, then 4 is 2 carry one, write 2; tens: 5 and 1 is 6, add 3 is 9, carried 1 is 0 carry one; so 102
 
 `WorkedSolution` reads a solution token by token and gives, at every point, the exact distribution of the next token. That
 one automaton writes the training data, is the training target, and labels the tokens of any response:
@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache
 from typing import TypedDict
 
 import numpy as np
@@ -132,17 +132,17 @@ def sum_digit(left: int, right: int, *, flawed: bool) -> int:
     return (left + right - (flawed and (left, right) in FLAWED_PAIRS)) % 10
 
 
-@lru_cache(maxsize=None)
+@cache
 def _words(*weighted_kinds: tuple[str, float]) -> Options:
     return tuple((word, weight / len(PHRASES[kind])) for kind, weight in weighted_kinds for word in PHRASES[kind])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _one_of(digits: tuple[int, ...]) -> Options:
     return tuple((str(digit), digits.count(digit) / len(digits)) for digit in sorted(set(digits)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _certain(token: str) -> Options:
     return ((token, 1.0),)
 

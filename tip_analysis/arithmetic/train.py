@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +44,6 @@ from tip_analysis.arithmetic.language import (
     is_held_out,
     label_tokens,
     problems,
-    sum_digit,
 )
 from tip_analysis.arithmetic.tokenizer import MAX_LENGTH, build_tokenizer
 
@@ -280,7 +280,7 @@ def measure(model: Qwen3ForCausalLM, num_problems: int, *, seed: int = 0, split:
     prompts = torch.tensor([encode([BOS, *row["problem"]]) for row in rows])
     torch.manual_seed(seed)
     with torch.inference_mode():
-        output = model.generate(prompts, max_new_tokens=MAX_LENGTH - NUM_PROMPT_TOKENS, do_sample=True, top_k=0)
+        output = cast(Any, model).generate(prompts, max_new_tokens=MAX_LENGTH - NUM_PROMPT_TOKENS, do_sample=True, top_k=0)
     num_right = num_tokens = num_planted = 0
     for row, token_ids in zip(rows, output[:, NUM_PROMPT_TOKENS:].tolist(), strict=True):
         tokens = [VOCABULARY[token_id] for token_id in token_ids if token_id != TOKEN_ID[PAD]]
