@@ -4,12 +4,10 @@
   const root = document.documentElement;
   const button = document.getElementById("theme");
   const order = ["auto", "light", "dark"];
-  const words = { auto: "as the system", light: "light", dark: "dark" };
   const stored = () => { try { return localStorage.getItem("tip-theme"); } catch { return null; } };
   const apply = (theme) => {
     if (theme === "auto") { delete root.dataset.theme; } else { root.dataset.theme = theme; }
     button.textContent = `Theme: ${theme}`;
-    button.setAttribute("aria-label", `Colour theme: ${words[theme]}. Change`);
     button.dataset.current = theme;
   };
   apply(order.includes(stored()) ? stored() : "auto");
