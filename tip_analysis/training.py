@@ -1,0 +1,373 @@
+"""Masked on-policy distillation: sample from the student, score, select, and descend on the divergence of what was selected.
+
+One step (Section 7): the student as it is writes `prompts_per_step × rollouts_per_prompt` rollouts; both models' last hidden
+states at their tokens give the statistics that the rule reads; ρ of the tokens are selected; the loss is the mean divergence
+over these only (Eq. 9), whatever the ranking signal was. Offline, rollouts and masks are fixed and a step begins at the loss.
+
+Precision: trainable weights, their gradients and the optimizer's moments are float32. With `bfloat16`, forward passes run
+under autocast and frozen weights (the teacher, the base under LoRA) are bfloat16, so that an update far below a weight's
+bfloat16 spacing (the usual case at 1e-6) is not rounded away. Softmaxes and losses are in float32 in either case.
+
+Dropout is off: the distribution that is trained is the one that was scored. Nothing in a step draws from a generator with
+state, so a training that is resumed from a checkpoint ends with the weights of an uninterrupted one.
+
+Deviations from the paper: the cosine schedule ends at 0; weight decay is 0; neither is stated there.
+"""
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tip_analysis.batching import pad_sequences, plan_batches
+from tip_analysis.errors import ConfigurationMismatchError, LogitsError, OptionError, RunError
+from tip_analysis.forward import predicting_positions
+from tip_analysis.masked_loss import token_weights, weighted_divergence
+from tip_analysis.models import LanguageModel, hidden_states, shared_vocabulary
+from tip_analysis.training_data import FixedRollouts, OnPolicyRollouts, TrainingRollout
+from tip_analysis.training_options import TrainingOptions, learning_rate_at
+from tip_analysis.training_selection import needed_statistics, select_step, step_statistics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did."""
+
+    step: int
+    loss: float
+    """Mean divergence over the selected tokens in nats (as normalised); 0 where nothing was selected."""
+    learning_rate: float
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    num_rollouts: int
+    tokens_seen: int
+    """Tokens that the student wrote."""
+    tokens_trained: int
+    """Tokens that carried loss."""
+    updated: bool
+    """False where no token was selected: the weights are what they were."""
+    time_s: float
+
+
+class Trainer:
+    """One training: a student, its teacher, where its rollouts come from, and the steps done so far."""
+
+    def __init__(
+        self,
+        *,
+        student: LanguageModel,
+        teacher: LanguageModel,
+        source: OnPolicyRollouts | FixedRollouts,
+        options: TrainingOptions,
+    ) -> None:
+        """Begin a training.
+
+        Args:
+            student: as `prepare_student` gives it; trained in place.
+            teacher: frozen.
+            source: fresh rollouts, or fixed ones with their masks.
+            options: how to train.
+
+        Raises:
+            VocabularyMismatchError: the two models do not share a vocabulary.
+            OptionError: the rule cannot be used in this mode.
+        """
+        self.student = student
+        self.teacher = teacher
+        self.source = source
+        self.options = options
+        self.vocab_size = shared_vocabulary(student, teacher)
+        self.step = 0
+        self.history: list[StepRecord] = []
+        self.columns = needed_statistics(options.rule) if isinstance(source, OnPolicyRollouts) else frozenset()
+        self.parameters = {name: value for name, value in student.model.named_parameters() if value.requires_grad}
+        if not self.parameters:
+            raise OptionError("the student has no trainable parameter: prepare it with prepare_student")
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=options.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+
+    def train_step(self) -> StepRecord:
+        """Do one optimizer step."""
+        began = time.perf_counter()
+        with self._precision():
+            rollouts = self.source.rollouts(self.step, self.student)
+        record = self.update_on([rollout for rollout in rollouts if rollout.written.any()])
+        record = replace(record, num_rollouts=len(rollouts), time_s=time.perf_counter() - began)
+        self.history.append(record)
+        self.step += 1
+        return record
+
+    def update_on(self, rollouts: Sequence[TrainingRollout]) -> StepRecord:
+        """One optimizer step on given rollouts, each with a token that the student wrote."""
+        options = self.options
+        micro_batches = _micro_batches(rollouts, options.micro_batch_size)
+        kept = self._score(rollouts, micro_batches) if self.columns else _Scored({}, [None] * len(micro_batches))
+        selected = self.select(rollouts, kept.statistics)
+        learning_rate = learning_rate_at(options, self.step)
+        record = StepRecord(self.step, 0.0, learning_rate, 0.0, len(rollouts), len(selected), int(selected.sum()), False, 0.0)
+        if not selected.any():
+            logger.warning("step %d: no token is selected, so nothing is trained and the weights stay as they are", self.step)
+            return record
+        weights = _per_rollout(
+            token_weights(
+                selected,
+                np.repeat(np.arange(len(rollouts)), [int(rollout.written.sum()) for rollout in rollouts]),
+                loss_normalizer=options.loss_normalizer,
+                loss_aggregation=options.loss_aggregation,
+            ),
+            rollouts,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = sum(
+            self._backward([rollouts[i] for i in batch], [weights[i] for i in batch], states)
+            for batch, states in zip(micro_batches, kept.states, strict=True)
+        )
+        if not math.isfinite(loss):
+            raise LogitsError(f"the loss of step {self.step} is {loss}: training has diverged, or a model masks tokens by -inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return replace(record, loss=loss, grad_norm=float(norm), updated=True)
+
+    def select(self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]) -> np.ndarray:
+        """[N] bool over the tokens that the student wrote: by the rule, or as the fixed masks say."""
+        if isinstance(self.source, FixedRollouts):
+            return np.concatenate([self.source.mask(r)[r.written] for r in rollouts] or [np.zeros(0, dtype=bool)])
+        options = self.options
+        return select_step(
+            rollouts,
+            statistics,
+            step=self.step,
+            rule=options.rule,
+            retention_ratio=options.retention_ratio,
+            selection_scope=options.selection_scope,
+            normalization_scope=options.normalization_scope,
+            divergence_clip=options.divergence_clip,
+            seed=options.seed,
+        )
+
+    def _score(self, rollouts: Sequence[TrainingRollout], micro_batches: list[list[int]]) -> "_Scored":
+        """Statistics of every written token, and the hidden states that the loss can use again.
+
+        The teacher's are kept, on the host where there are several micro-batches; the student's, with their graph, where there
+        is one.
+        """
+        single = len(micro_batches) == 1
+        kept = _Scored({}, [])
+        parts: dict[str, list[np.ndarray]] = {}
+        for batch in micro_batches:
+            chosen = [rollouts[i] for i in batch]
+            with self._precision():
+                with torch.set_grad_enabled(single):
+                    student = self.hidden(self.student, chosen, [r.written for r in chosen])
+                with torch.no_grad():
+                    teacher = self.hidden(self.teacher, chosen, [r.written for r in chosen], teacher=True)
+                statistics = step_statistics(
+                    self.columns,
+                    student_hidden=student.detach(),
+                    teacher_hidden=teacher,
+                    student_head=self.student.head,
+                    teacher_head=self.teacher.head,
+                    vocab_size=self.vocab_size,
+                )
+            kept.states.append((student if single else None, teacher if single else teacher.cpu()))
+            for name, values in statistics.items():
+                parts.setdefault(name, []).append(values)
+        order = _token_order(rollouts, micro_batches)
+        kept.statistics.update({name: np.concatenate(values)[order] for name, values in parts.items()})
+        return kept
+
+    def _backward(
+        self, rollouts: list[TrainingRollout], weights: list[np.ndarray], states: "tuple[Tensor | None, Tensor] | None"
+    ) -> float:
+        """Add the gradient of one micro-batch's share of the loss; returns that share."""
+        carried = [weight != 0.0 for weight in weights]
+        if not any(mask.any() for mask in carried):
+            return 0.0
+        chosen = [_scatter(rollout.written, mask) for rollout, mask in zip(rollouts, carried, strict=True)]
+        rows = torch.from_numpy(np.flatnonzero(np.concatenate(carried)))
+        student, teacher = states or (None, None)
+        with self._precision():
+            if student is None:
+                student = self.hidden(self.student, rollouts, chosen)
+            else:
+                student = student.index_select(0, rows.to(student.device))
+            if teacher is None:
+                with torch.no_grad():
+                    teacher = self.hidden(self.teacher, rollouts, chosen, teacher=True)
+            else:
+                teacher = teacher.index_select(0, rows.to(teacher.device))
+            loss = weighted_divergence(
+                student,
+                teacher,
+                torch.from_numpy(np.concatenate(weights)[rows.numpy()]).to(
+                    student.device, torch.promote_types(student.dtype, torch.float32)
+                ),
+                student_head=self.student.head,
+                teacher_head=self.teacher.head,
+                vocab_size=self.vocab_size,
+                loss=self.options.loss,
+                chunk_size=self.options.chunk_size,
+            )
+        loss.backward()
+        return float(loss.detach())
+
+    def hidden(
+        self, model: LanguageModel, rollouts: Sequence[TrainingRollout], chosen: Sequence[np.ndarray], *, teacher: bool = False
+    ) -> Tensor:
+        """Last hidden states that predict the chosen response tokens, [N, D], in the order of rollouts and positions.
+
+        Args:
+            model: student or teacher.
+            rollouts: whole rollouts, which are all run.
+            chosen: [R] bool for each rollout.
+            teacher: whether the teacher's prompts are shown.
+        """
+        prompts = [r.teacher_prompt if teacher else r.prompt for r in rollouts]
+        lengths = [len(prompt) + len(r.response) - 1 for prompt, r in zip(prompts, rollouts, strict=True)]
+        checkpointed = self.options.gradient_checkpointing and torch.is_grad_enabled() and not teacher
+        if checkpointed:
+            model.model.train()  # transformers checkpoints in training mode only; dropout is off
+        parts, order = [], []
+        for batch in plan_batches(lengths, self.options.token_budget):
+            padded = pad_sequences([[*prompts[i], *rollouts[i].response[:-1]] for i in batch], device=model.device)
+            states = hidden_states(model.model, padded.input_ids, padded.attention_mask, padded.position_ids)
+            width = padded.input_ids.shape[1]
+            rows = []
+            for row, i in enumerate(batch):
+                first = row * width + predicting_positions(len(prompts[i]), len(rollouts[i].response)).start
+                rows.append(first + np.flatnonzero(chosen[i]))
+            parts.append(states.flatten(0, 1).index_select(0, torch.from_numpy(np.concatenate(rows)).to(states.device)))
+            order += batch
+        if checkpointed:
+            model.model.eval()
+        states = torch.cat(parts)
+        if order == sorted(order):
+            return states
+        counts = [int(mask.sum()) for mask in chosen]
+        return states.index_select(0, torch.from_numpy(_restoring_order(order, counts)).to(states.device))
+
+    def _precision(self) -> Any:
+        if self.options.precision != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.student.device.type, dtype=torch.bfloat16)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint: trainable weights, optimizer state and history. The folder is whole or absent."""
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {name: value.detach().contiguous() for name, value in self.parameters.items()}
+        save_file(weights, part / "weights.safetensors")
+        torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
+        state = {"step": self.step, "options": self.options.identity(), "history": [asdict(record) for record in self.history]}
+        (part / "state.json").write_text(json.dumps(state), "utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            RunError: there is none, or it is of another model.
+            ConfigurationMismatchError: it was written under other options.
+        """
+        try:
+            state = json.loads((folder / "state.json").read_text("utf-8"))
+            weights = load_file(folder / "weights.safetensors")
+            optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        except (OSError, json.JSONDecodeError) as error:
+            raise RunError(f"{folder} is no whole checkpoint: {error}") from error
+        mine = json.loads(json.dumps(self.options.identity()))
+        if different := sorted(name for name in mine if mine[name] != state["options"].get(name)):
+            raise ConfigurationMismatchError(f"{folder} was written under other options: {', '.join(different)} differ")
+        if weights.keys() != self.parameters.keys():
+            raise RunError(f"{folder} holds other parameters than the student trains")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(optimizer)
+        self.step = state["step"]
+        self.history = [StepRecord(**record) for record in state["history"]]
+
+
+@dataclass
+class _Scored:
+    """Statistics of a step's written tokens, and for each micro-batch the (student, teacher) hidden states that were kept."""
+
+    statistics: dict[str, np.ndarray]
+    states: "list[tuple[Tensor | None, Tensor] | None]"
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest step under `folder`, of those named `step-NNNNNN`."""
+    return max(folder.glob("step-[0-9]*[0-9]"), default=None)
+
+
+def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
+    """Write `folder/step-NNNNNN`, then remove those of earlier steps."""
+    path = folder / f"step-{trainer.step:06d}"
+    trainer.save(path)
+    for older in folder.glob("step-[0-9]*"):
+        if older != path:
+            shutil.rmtree(older, ignore_errors=True)
+    return path
+
+
+def _micro_batches(rollouts: Sequence[TrainingRollout], size: int | None) -> list[list[int]]:
+    """Indices of the rollouts of each backward pass, those of like length together."""
+    if size is None or size >= len(rollouts):
+        return [list(range(len(rollouts)))] if rollouts else []
+    order = sorted(range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt) - len(rollouts[i].response), i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _token_order(rollouts: Sequence[TrainingRollout], micro_batches: list[list[int]]) -> np.ndarray:
+    order = [i for batch in micro_batches for i in batch]
+    return _restoring_order(order, [int(rollout.written.sum()) for rollout in rollouts])
+
+
+def _restoring_order(order: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """For groups of `counts[i]` rows that lie in the order `order`: the index that puts them in the order 0, 1, 2 …"""
+    starts, total = {}, 0
+    for i in order:
+        starts[i] = total
+        total += counts[i]
+    return np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in range(len(counts))])
+
+
+def _per_rollout(values: np.ndarray, rollouts: Sequence[TrainingRollout]) -> list[np.ndarray]:
+    """[N] values of the written tokens, cut into rollouts."""
+    return np.split(values, np.cumsum([int(rollout.written.sum()) for rollout in rollouts])[:-1])
+
+
+def _scatter(written: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A mask over written tokens as one over all response tokens."""
+    chosen = np.zeros_like(written)
+    chosen[np.flatnonzero(written)[mask]] = True
+    return chosen
+
+
+def trained(trainer: Trainer, until: int | None = None) -> Iterator[StepRecord]:
+    """Train up to `until` steps in all (by default the options' number), yielding each step's record."""
+    while trainer.step < (trainer.options.num_steps if until is None else until):
+        yield trainer.train_step()

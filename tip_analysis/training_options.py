@@ -1,0 +1,95 @@
+"""Options of a training: how rollouts are made, which tokens carry loss, and how the optimizer goes. No torch here."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tip_analysis.errors import OptionError
+from tip_analysis.schema import Loss
+
+PRECISIONS = ("float32", "bfloat16", "float64")
+PIECES = ("micro_batch_size", "token_budget", "chunk_size", "gradient_checkpointing")
+"""Options that change memory and speed, and numbers by rounding only."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a student is trained. Defaults are the paper's (Table 9) where it states them."""
+
+    rule: str = "soft_or"
+    """Selection rule."""
+    retention_ratio: float = 0.5
+    """ρ: share of the tokens that carry loss."""
+    selection_scope: str = "rollout"
+    """Within what tokens compete: rollout, batch or run (one step is both batch and run)."""
+    normalization_scope: str = "batch"
+    """Whose tokens share one min-max of entropy and divergence: those of a step."""
+    divergence_clip: float | None = None
+    """Quantile at which the divergence is clipped before its min-max; none by default."""
+    loss: Loss = Loss.REVERSE_KL
+    """Per-token loss: reverse_kl, forward_kl or jsd."""
+    loss_normalizer: str = "selected"
+    """Tokens that the loss is divided by: selected, or all; this changes the effective learning rate between arms."""
+    loss_aggregation: str = "rollout"
+    """Mean of rollout means, or mean over tokens (`token`), in which long rollouts weigh more."""
+    num_steps: int = 100
+    """Optimizer steps."""
+    prompts_per_step: int = 8
+    """Prompts a step."""
+    rollouts_per_prompt: int = 16
+    """Rollouts of each prompt."""
+    learning_rate: float = 1e-6
+    """Peak of the schedule."""
+    schedule: str = "cosine"
+    """Learning rate after the warm-up: cosine (to 0 at the last step) or constant."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; none to leave them as they are."""
+    seed: int = 0
+    """Seed of prompt order, sampling and selection: arms that share it see the same prompts and random numbers."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on all linear layers but the head; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """LoRA's scale is alpha / rank."""
+    precision: str = "float32"
+    """float32, or bfloat16 (autocast; trainable weights stay in float32); float64 for checks."""
+    micro_batch_size: int | None = None
+    """Rollouts a backward pass; fewer take less memory and give the same numbers. By default all of a step at once."""
+    token_budget: int = 65_536
+    """Tokens a forward pass, padding included."""
+    chunk_size: int = 512
+    """Rows of logits that exist at a time."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        _require(self.schedule in ("cosine", "constant"), f"schedule must be cosine or constant; found {self.schedule!r}")
+        _require(self.precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}; found {self.precision!r}")
+        _require(0 <= self.warmup_steps <= self.num_steps, f"warmup_steps must lie in [0, {self.num_steps}]")
+        _require(0.0 < self.retention_ratio <= 1.0, f"retention_ratio must lie in (0, 1]; found {self.retention_ratio}")
+        for name in ("prompts_per_step", "rollouts_per_prompt", "token_budget", "chunk_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}")
+        _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size must be at least 1")
+        _require(self.num_steps >= 0 and self.lora_rank >= 0, "num_steps and lora_rank must not be negative")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers: all but how the work is cut into pieces."""
+        return {name: value for name, value in asdict(self).items() if name not in PIECES}
+
+
+def learning_rate_at(options: TrainingOptions, step: int) -> float:
+    """Learning rate of a step, from 0: linear warm-up to the peak, then constant or half a cosine down to 0."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return options.learning_rate
+    progress = (step - options.warmup_steps) / max(1, options.num_steps - options.warmup_steps)
+    return options.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise OptionError(message)
