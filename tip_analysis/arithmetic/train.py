@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -46,6 +45,7 @@ from tip_analysis.arithmetic.language import (
     problems,
 )
 from tip_analysis.arithmetic.tokenizer import MAX_LENGTH, build_tokenizer
+from tip_analysis.progress import track
 
 NUM_PROMPT_TOKENS = 10
 """`<bos>` and the nine characters of a problem."""
@@ -247,22 +247,22 @@ def batch_loss(model: Qwen3ForCausalLM, solutions: Solutions, batch: np.ndarray)
     return torch.nn.functional.cross_entropy(logits, targets)
 
 
-def train_model(name: str, options: ModelOptions, *, seed: int, progress: Progress) -> Qwen3ForCausalLM:
+def train_model(name: str, options: ModelOptions, *, seed: int) -> Qwen3ForCausalLM:
     """Train one of the two models; `student` has the flaw."""
     rng = np.random.default_rng([seed, len(name), name == "student"])
     model = build_model(options, seed)
     solutions = write_solutions(options, options.num_solutions, rng, flawed=name == "student")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, options))
-    task = progress.add_task(name, total=options.num_steps, loss="")
-    for batch in batches(solutions, options.batch_size, options.num_steps, rng):
-        loss = batch_loss(model, solutions, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.update(task, advance=1, loss=f"loss {loss.item():.4f}")
+    with track(name, total=options.num_steps, unit="steps") as advance:
+        for batch in batches(solutions, options.batch_size, options.num_steps, rng):
+            loss = batch_loss(model, solutions, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1, tokens=int(solutions.lengths[batch].sum()))
     return model.eval()
 
 
@@ -294,14 +294,12 @@ def measure(model: Qwen3ForCausalLM, num_problems: int, *, seed: int = 0, split:
     }
 
 
-def train(options: TrainOptions, console: Console | None = None) -> None:
+def train(options: TrainOptions) -> None:
     """Train the models named in the options and save them."""
-    console = console or Console(stderr=True)
+    console = Console(stderr=True)
     torch.set_num_threads(options.num_threads)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     for name in options.only:
-        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-            model = train_model(name, getattr(options, name), seed=options.seed, progress=progress)
+        model = train_model(name, getattr(options, name), seed=options.seed)
         folder = options.out / name
         model.save_pretrained(folder)
         build_tokenizer().save_pretrained(folder)
