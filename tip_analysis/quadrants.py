@@ -150,14 +150,19 @@ def otsu_cut(values: Floats) -> float:
     Naive equivalent: for every distinct value c but the largest, n₀·n₁·(mean of ≤ c − mean of > c)².
     """
     ordered = np.sort(values)
+    return float(ordered[otsu_index(ordered, np.ones(ordered.size))])
+
+
+def otsu_index(ordered: Floats, weights: Floats) -> int:
+    """Where in sorted values with positive weights the lower class of Otsu's split ends."""
     ends = np.flatnonzero(ordered[1:] > ordered[:-1])
     if ends.size == 0:
-        return float(ordered[-1])
-    totals = np.cumsum(ordered)
-    below = (ends + 1).astype(np.float64)
-    above = ordered.size - below
+        return ordered.size - 1
+    counts, totals = np.cumsum(weights), np.cumsum(weights * ordered)
+    below = counts[ends]
+    above = counts[-1] - below
     difference = totals[ends] / below - (totals[-1] - totals[ends]) / above
-    return float(ordered[ends[int(np.argmax(below * above * difference**2))]])
+    return int(ends[int(np.argmax(below * above * difference**2))])
 
 
 def measure_cut(values: Floats, spec: CutSpec) -> float | None:
@@ -193,7 +198,8 @@ def paper_cuts(entropy: Floats, divergence: Floats) -> tuple[float, float, bool]
     A cut is one of the values seen (or 0), since only those change the shares. Entropy cuts: for every share of uncertain
     tokens in 0.400, 0.405 … 0.520, the value that comes nearest. For each, the divergence cuts: the two values around the
     target, and the two nearest to either end of what the ranges allow beside it. Of all pairs the one with the smallest
-    (distance outside the ranges, squared distance to the target) is taken, the higher cuts among equals.
+    (distance outside the ranges, squared distance to the target) is taken, the higher cuts among equals; a pair that
+    misses the target by a token on each axis is taken at once.
 
     Args:
         entropy: [N] student entropy, nats.
@@ -206,13 +212,18 @@ def paper_cuts(entropy: Floats, divergence: Floats) -> tuple[float, float, bool]
     ordered = np.sort(entropy)
     aims = [PAPER_TARGET[0], *np.round(np.arange(0.400, 0.5201, 0.005), 3)]
     best: tuple[float, float, float, float] = (math.inf, math.inf, 0.0, 0.0)
-    for cut in sorted({value for aim in aims for value in _values_around(ordered, aim * num_tokens)}):
-        uncertain = float(num_tokens - np.searchsorted(ordered, cut, side="right")) / num_tokens
-        confident = np.sort(divergence[entropy <= cut])
-        for divergence_cut in _q3_candidates(confident, uncertain, num_tokens):
-            q3 = float(confident.size - np.searchsorted(confident, divergence_cut, side="right")) / num_tokens
-            distance = (uncertain - PAPER_TARGET[0]) ** 2 + (q3 - PAPER_TARGET[1]) ** 2
-            best = min(best, (paper_range_distance(uncertain, q3), distance, -cut, -divergence_cut))
+    seen: set[float] = set()
+    for aim in aims:
+        for cut in sorted(_values_around(ordered, aim * num_tokens) - seen):
+            seen.add(cut)
+            uncertain = float(num_tokens - np.searchsorted(ordered, cut, side="right")) / num_tokens
+            confident = np.sort(divergence[entropy <= cut])
+            for divergence_cut in _q3_candidates(confident, uncertain, num_tokens):
+                q3 = float(confident.size - np.searchsorted(confident, divergence_cut, side="right")) / num_tokens
+                distance = (uncertain - PAPER_TARGET[0]) ** 2 + (q3 - PAPER_TARGET[1]) ** 2
+                best = min(best, (paper_range_distance(uncertain, q3), distance, -cut, -divergence_cut))
+        if best[0] == 0.0 and best[1] <= 2.0 / num_tokens**2:
+            break
     return -best[2] + 0.0, -best[3] + 0.0, best[0] == 0.0
 
 
@@ -255,7 +266,7 @@ def resolve_cuts(
         SchemaError: a column is missing.
     """
     check_scope("cut_scope", cut_scope, get_args(CutScope))
-    specs = _joint_specs(entropy_cut, divergence_cut)
+    specs = joint_specs(entropy_cut, divergence_cut)
     tokens = tokens.lazy()
     require_columns(tokens, ["batch_id", "loss_mask", "student_entropy", "reverse_kl"], "assign_quadrants")
     written = tokens.filter("loss_mask", pl.col("student_entropy").is_not_null(), pl.col("reverse_kl").is_not_null())
@@ -281,7 +292,12 @@ def resolve_cuts(
     )
 
 
-def _joint_specs(entropy_cut: str | float, divergence_cut: str | float) -> tuple[CutSpec, CutSpec]:
+def joint_specs(entropy_cut: str | float, divergence_cut: str | float) -> tuple[CutSpec, CutSpec]:
+    """Both cuts read; `paper` on one axis means `paper` on both.
+
+    Raises:
+        OptionError: a cut has no valid form, or `paper` meets another cut than the default.
+    """
     entropy, divergence = parse_cut(entropy_cut, "entropy"), parse_cut(divergence_cut, "divergence")
     if "paper" not in (entropy.kind, divergence.kind):
         return entropy, divergence

@@ -1,0 +1,306 @@
+"""The prompt bootstrap: intervals that respect what tokens and rollouts of one prompt share.
+
+A resample draws prompts with replacement, each with all its rollouts; it is a vector of integer weights, one per token, and
+no row is copied. Everything that is measured on the data, cuts and the bounds of ĥ and δ̂, is measured again in each
+resample, exactly as it would be on the copied rows.
+
+Intervals are expanded percentile intervals (Hesterberg 2015): the quantiles are widened as Student's t widens the normal, and
+standard errors carry √(P/(P − 1)), so that few prompts do not give intervals that are too narrow. One prompt gives none.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from scipy import stats
+
+from tip_analysis.errors import OptionError, SchemaError
+from tip_analysis.importance import ENTROPY_CLIP
+from tip_analysis.quadrants import CutSpec, joint_specs, otsu_index, paper_cuts
+from tip_analysis.schema import Quadrant, require_columns
+
+CONFIDENCE = 0.95
+DEFAULT_RESAMPLES = 1000
+TOKEN_BUDGET = 200_000_000
+"""Tokens times resamples that a default number of resamples stays within, from 100 resamples up."""
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Codes = np.ndarray[Any, np.dtype[np.uint8]]
+QUADRANTS = tuple(Quadrant)
+"""Quadrant of each code: 2·(low entropy) + (low divergence)."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Estimates with the standard error and the ends of the 95 % interval; NaN where they cannot be had."""
+
+    value: Floats
+    low: Floats
+    high: Floats
+    se: Floats
+
+
+def default_resamples(num_tokens: int) -> int:
+    """1000, or fewer on tables where that would take minutes, but at least 100."""
+    return max(100, min(DEFAULT_RESAMPLES, TOKEN_BUDGET // max(num_tokens, 1)))
+
+
+def prompt_weights(num_prompts: int, num_resamples: int, seed: int) -> np.ndarray:
+    """[num_resamples, num_prompts] int64: how often each prompt is drawn; each row sums to the number of prompts."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    return generator.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=num_resamples)
+
+
+def expanded_interval(value: Floats, replicates: Floats, num_prompts: int) -> Interval:
+    """Standard error and expanded percentile interval of each statistic.
+
+    Args:
+        value: [S] estimates.
+        replicates: [R, S] the same statistics in each resample; NaN where one had no token to measure.
+        num_prompts: P. With P < 2, or where fewer than half of the resamples could be measured, there is no interval.
+    """
+    unknown = np.full(value.shape, math.nan)
+    if num_prompts < 2:
+        return Interval(value, unknown, unknown, unknown)
+    stretch = math.sqrt(num_prompts / (num_prompts - 1))
+    tail = float(stats.norm.cdf(stretch * stats.t.ppf(0.5 - CONFIDENCE / 2.0, num_prompts - 1)))
+    usable = np.isfinite(replicates).mean(0) >= 0.5
+    kept = np.where(np.isfinite(replicates), replicates, math.nan)[:, usable]
+    low, high, se = unknown.copy(), unknown.copy(), unknown.copy()
+    if kept.size:
+        low[usable], high[usable] = np.nanquantile(kept, [tail, 1.0 - tail], axis=0)
+        se[usable] = np.nanstd(kept, axis=0, ddof=1) * stretch
+    return Interval(value, low, high, se)
+
+
+def ratio_interval(
+    numerator: Floats, denominator: Floats, *, num_resamples: int = DEFAULT_RESAMPLES, seed: int = 0
+) -> Interval:
+    """Ratios of sums with intervals, from sums per prompt alone: [P, S] over [P, S] (or [P, 1]).
+
+    A mean over items is the ratio of the sum per prompt to the number of items per prompt.
+    """
+    weights = prompt_weights(numerator.shape[0], num_resamples, seed).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = numerator.sum(0) / denominator.sum(0)
+        replicates = (weights @ numerator) / (weights @ denominator)
+    return expanded_interval(value, replicates, numerator.shape[0])
+
+
+class SortedColumn:
+    """A column sorted once, from which weighted quantiles, means and Otsu cuts take one pass; +inf is left out.
+
+    With integer weights each equals its plain form on rows repeated that often.
+    """
+
+    def __init__(self, values: Floats) -> None:
+        finite = np.flatnonzero(np.isfinite(values))
+        self.order = finite[np.argsort(values[finite], kind="stable")]
+        self.values = values[self.order]
+
+    def quantile(self, weights: Floats, quantile: float) -> float:
+        """Linear interpolation between order statistics, as `numpy.quantile`; NaN where nothing has weight."""
+        cumulative = np.cumsum(weights[self.order])
+        total = cumulative[-1] if cumulative.size else 0.0
+        if total < 1.0:
+            return math.nan
+        place = quantile * (total - 1.0)
+        below = math.floor(place)
+        first, second = np.searchsorted(cumulative, [below, min(below + 1, total - 1.0)], side="right")
+        low, high = self.values[first], self.values[second]
+        return float(low + (place - below) * (high - low))
+
+    def mean(self, weights: Floats) -> float:
+        """Weighted mean; NaN where nothing has weight."""
+        kept = weights[self.order]
+        total = kept.sum()
+        return float(kept @ self.values / total) if total > 0 else math.nan
+
+    def extremes(self, weights: Floats) -> tuple[float, float]:
+        """Smallest and largest value with weight; NaN where nothing has."""
+        present = weights[self.order] > 0
+        if not present.any():
+            return math.nan, math.nan
+        return float(self.values[int(present.argmax())]), float(self.values[present.size - 1 - int(present[::-1].argmax())])
+
+    def otsu(self, weights: Floats) -> float:
+        """The value that splits with the largest between-class variance; NaN where nothing has weight."""
+        kept = weights[self.order]
+        present = kept > 0
+        if not present.any():
+            return math.nan
+        values = self.values[present]
+        return float(values[otsu_index(values, kept[present])])
+
+    def cut(self, weights: Floats, spec: CutSpec) -> float:
+        """The cut that `spec` (any but `paper`) means on the weighted values; NaN where nothing has weight."""
+        if spec.kind == "nats":
+            return float(spec.number or 0.0)
+        if spec.kind == "mean":
+            return self.mean(weights)
+        if spec.kind == "otsu":
+            return self.otsu(weights)
+        return self.quantile(weights, 0.5 if spec.number is None else spec.number)
+
+
+class Resampler:
+    """Weights and quadrants of the table itself and of its resamples.
+
+    Args:
+        frame: Tokens that the student wrote: prompt_id, batch_id, student_entropy, reverse_kl, without nulls.
+        entropy_cut, divergence_cut, cut_scope: As in `quadrants.resolve_cuts`; measured again in each resample.
+        num_resamples: None for `default_resamples`.
+        seed: Of the resamples.
+    """
+
+    def __init__(
+        self,
+        frame: pl.DataFrame,
+        *,
+        entropy_cut: str | float = "median",
+        divergence_cut: str | float = "mean",
+        cut_scope: str = "run",
+        num_resamples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if frame.height == 0:
+            raise SchemaError("statistics need at least one token that the student wrote; the table has none")
+        if num_resamples is not None and num_resamples < 2:
+            raise OptionError(f"num_resamples must be at least 2; found {num_resamples}")
+        self.frame = frame
+        self.num_tokens = frame.height
+        self.num_resamples = num_resamples or default_resamples(frame.height)
+        self.prompts = group_index(frame["prompt_id"])
+        self.num_prompts = int(self.prompts.max()) + 1
+        self._seed = seed
+        self._specs = joint_specs(entropy_cut, divergence_cut)
+        self._entropy = frame["student_entropy"].cast(pl.Float64).to_numpy()
+        self._divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
+        batches = group_index(frame["batch_id"]) if cut_scope == "batch" else np.zeros(frame.height, dtype=np.int64)
+        order = np.argsort(batches, kind="stable")
+        self._groups = np.split(order, np.flatnonzero(np.diff(batches[order])) + 1)
+        self._sorted = [(SortedColumn(self._entropy[rows]), SortedColumn(self._divergence[rows])) for rows in self._groups]
+
+    def whole(self) -> tuple[Floats, Codes]:
+        """Weights of one, and the quadrants of the table itself."""
+        weights = np.ones(self.num_tokens)
+        return weights, self.codes(weights)
+
+    def __iter__(self) -> Iterator[tuple[Floats, Codes]]:
+        """Weights [N] and quadrant codes [N] of each resample."""
+        for weights in self.weights():
+            yield weights, self.codes(weights)
+
+    def weights(self) -> Iterator[Floats]:
+        """Weights [N] of each resample."""
+        for row in prompt_weights(self.num_prompts, self.num_resamples, self._seed):
+            yield row.astype(np.float64)[self.prompts]
+
+    def codes(self, weights: Floats) -> Codes:
+        """[N] quadrant codes (see `QUADRANTS`) under the cuts that these weights give."""
+        codes = np.empty(self.num_tokens, dtype=np.uint8)
+        for rows, columns in zip(self._groups, self._sorted, strict=True):
+            everything = len(self._groups) == 1
+            entropy, divergence, kept = (
+                array if everything else array[rows] for array in (self._entropy, self._divergence, weights)
+            )
+            entropy_cut, divergence_cut = self._cuts(entropy, divergence, kept, columns)
+            uncertain, disagreeing = entropy > entropy_cut, (divergence > divergence_cut) | np.isinf(divergence)
+            part = 2 * (~uncertain).view(np.uint8) + (~disagreeing).view(np.uint8)
+            codes[slice(None) if everything else rows] = part
+        return codes
+
+    def _cuts(self, entropy: Floats, divergence: Floats, weights: Floats, columns: tuple[SortedColumn, SortedColumn]) -> Any:
+        if self._specs[0].kind != "paper":
+            return columns[0].cut(weights, self._specs[0]), columns[1].cut(weights, self._specs[1])
+        times = weights.astype(np.int64)
+        if times.sum() == 0:
+            return math.nan, math.nan
+        return paper_cuts(np.repeat(entropy, times), np.repeat(divergence, times))[:2]
+
+    def measure(self, statistic: Callable[[Floats, Codes], Floats]) -> Interval:
+        """A vector of statistics of (weights, quadrant codes), with intervals.
+
+        Args:
+            statistic: (weights [N], codes [N]) -> [S]; NaN where a statistic has nothing to measure.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = statistic(*self.whole())
+            if self.num_prompts < 2:
+                return expanded_interval(value, np.empty((0, value.size)), self.num_prompts)
+            replicates = np.stack([statistic(weights, codes) for weights, codes in self])
+        return expanded_interval(value, replicates, self.num_prompts)
+
+
+class ResampledScores:
+    """ĥ, δ̂, Soft-OR and the Q3 score with the bounds that a resample gives (scope `run`, no clip of δ)."""
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        self._h = frame["student_entropy_norm"].cast(pl.Float64).to_numpy()
+        self._delta = frame["reverse_kl"].cast(pl.Float64).to_numpy()
+        self._forward = frame["forward_kl"].cast(pl.Float64).to_numpy()
+        self._sorted = SortedColumn(self._h), SortedColumn(self._delta)
+
+    def soft_or_and_q3(self, weights: Floats) -> tuple[Floats, Floats]:
+        """[N] Soft-OR and [N] Q3 score under the bounds of these weights."""
+        entropy_hat = _min_max(self._h, self._sorted[0].extremes(weights)[0], self._sorted[0].quantile(weights, ENTROPY_CLIP))
+        divergence_hat = _min_max(self._delta, *self._sorted[1].extremes(weights))
+        divergence_hat[np.isinf(self._delta)] = 1.0
+        rest = 1.0 - entropy_hat
+        with np.errstate(invalid="ignore"):
+            return 1.0 - rest * (1.0 - divergence_hat), np.where(rest == 0.0, 0.0, self._forward * rest)
+
+
+def _min_max(values: Floats, low: float, high: float) -> Floats:
+    if not high > low:
+        return np.zeros_like(values)
+    return np.clip((values - low) / (high - low), 0.0, 1.0)
+
+
+def group_index(column: pl.Series) -> np.ndarray:
+    """[N] int64: which of the distinct values, in sorted order, each row has."""
+    return column.rank("dense").to_numpy().astype(np.int64) - 1
+
+
+def written_tokens(tokens: pl.LazyFrame | pl.DataFrame, columns: list[str], purpose: str) -> pl.DataFrame:
+    """The rows that the student wrote, with `columns` and those that every statistic needs, sorted by rollout and position.
+
+    Raises:
+        SchemaError: a column is missing.
+    """
+    tokens = tokens.lazy()
+    needed = ["rollout_id", "prompt_id", "position", "batch_id", "student_entropy", "reverse_kl"]
+    names = list(dict.fromkeys([*needed, *columns]))
+    require_columns(tokens, ["loss_mask", *names], purpose)
+    return tokens.filter("loss_mask").select(names).sort("rollout_id", "position").collect(engine="streaming")
+
+
+def with_counts(table: pl.DataFrame, frame: pl.DataFrame) -> pl.DataFrame:
+    """A result table with num_tokens, num_rollouts and num_prompts of the frame that it was made from."""
+    return table.with_columns(
+        pl.lit(frame.height, pl.Int64).alias("num_tokens"),
+        pl.lit(frame["rollout_id"].n_unique(), pl.Int64).alias("num_rollouts"),
+        pl.lit(frame["prompt_id"].n_unique(), pl.Int64).alias("num_prompts"),
+    )
+
+
+def sums_by_group(values: Floats, groups: np.ndarray, num_groups: int) -> Floats:
+    """[G, S] sums of the columns of [N, S] by group [N]."""
+    sums = [np.bincount(groups, weights=column, minlength=num_groups).astype(np.float64) for column in values.T]
+    return np.stack(sums, axis=1)
+
+
+def interval_frame(interval: Interval, names: Sequence[str] = ("value",)) -> pl.DataFrame:
+    """Statistics that lie one block after the other, as columns NAME, NAME_low, NAME_high, NAME_se of each block.
+
+    The single name `value` gives value, low, high, se. NaN becomes null.
+    """
+    ends = {"": interval.value, "_low": interval.low, "_high": interval.high, "_se": interval.se}
+    blocks = {tail: np.split(part, len(names)) for tail, part in ends.items()}
+    frame = pl.DataFrame({name + tail: blocks[tail][index] for index, name in enumerate(names) for tail in ends})
+    if tuple(names) == ("value",):
+        frame = frame.rename(lambda column: column.removeprefix("value_"))
+    return frame.with_columns(pl.when(pl.all().is_finite()).then(pl.all()))
