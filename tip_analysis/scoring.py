@@ -102,7 +102,7 @@ class Scorer:
     def _statistics(self, student: Tensor, teacher: Tensor, token_ids: Tensor) -> Statistics:
         """Heads and statistics, a cache-sized block of rows at a time."""
         compiled = self.compile if self.compile is not None else worth_compiling(len(token_ids) * self.vocab_size)
-        step = rows_per_block(self.vocab_size, device=student.device, compiled=compiled)
+        step = rows_per_block(self.vocab_size, device=student.device)
         blocks = []
         for start in range(0, len(token_ids), step):
             rows = slice(start, start + step)
@@ -161,9 +161,7 @@ def score_rollouts(
     with track("scoring", total, done=total - sum(shards[index].height for index in missing)) as advance:
         for index in missing:
             stage.write(index, scorer.token_table(shards[index], advance))
-    lengths = [_length(row) for row in rollouts.iter_rows(named=True)]
-    plan = plan_batches(lengths, scorer.budget.tokens, groups=rollouts["prompt_id"].to_list())
-    return finish_scoring(run, stage, len(shards), padding_waste=padding_waste(lengths, plan))
+    return finish_scoring(run, stage, shards, scorer.budget)
 
 
 def begin_scoring(
@@ -192,11 +190,22 @@ def begin_scoring(
     return stage, rollouts
 
 
-def finish_scoring(run: Run, stage: Stage, num_shards: int, **summary: Any) -> dict[str, Any]:
+def finish_scoring(run: Run, stage: Stage, shards: Sequence[pl.DataFrame], budget: TokenBudget) -> dict[str, Any]:
     """Record the outcome once the last shard is there, whichever process made it."""
-    if missing := stage.missing(num_shards):
-        return {"num_shards": num_shards, "num_shards_missing": len(missing)}
-    return stage.finish(num_shards=num_shards, **summarize(run), **summary)
+    if missing := stage.missing(len(shards)):
+        return {"num_shards": len(shards), "num_shards_missing": len(missing)}
+    waste = [
+        padding_waste(lengths, plan_batches(lengths, budget.tokens, groups=shard["prompt_id"].to_list()))
+        for shard in shards
+        for lengths in [[_length(row) for row in shard.iter_rows(named=True)]]
+    ]
+    num_empty = sum(int((shard["response_token_ids"].list.len() == 0).sum()) for shard in shards)
+    return stage.finish(
+        num_shards=len(shards),
+        **summarize(run),
+        num_empty_rollouts=num_empty,
+        mean_padding_waste=round(sum(waste) / len(waste), 4) if waste else 0.0,
+    )
 
 
 def prepare_rollouts(run: Run, student: LanguageModel, teacher: LanguageModel, teacher_context: str) -> pl.DataFrame:
@@ -284,7 +293,7 @@ def _assemble(rollouts: pl.DataFrame, parts: Sequence[Statistics], scorer: Score
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     statistics = pl.DataFrame([_series(name, column, schema[name]) for name, column in columns.items()])
     counted = base.filter("loss_mask").select("row").hstack(statistics)
-    return base.join(counted, on="row", how="left", maintain_order="left").select(schema)
+    return base.join(counted, on="row", how="left", maintain_order="left").select(*schema)
 
 
 def _series(name: str, column: Tensor, dtype: pl.DataType) -> pl.Series:
