@@ -1,5 +1,6 @@
 """The arithmetic pair: its language, its flaw, its labels, its tokenizer and its shipped weights."""
 
+import copy
 import json
 import re
 import subprocess
@@ -107,7 +108,7 @@ def operands_left(problem: str, before: str) -> list[str]:
 
 
 @given(numbers, generators)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_every_right_solution_gives_the_sum(triple, rng):
     tokens = write_solution(triple, rng)
     assert extract_answer("".join(tokens)) == str(sum(triple))
@@ -116,14 +117,14 @@ def test_every_right_solution_gives_the_sum(triple, rng):
 
 
 @given(solutions(slips=False))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_labels_equal_the_oracle_on_right_and_flawed_solutions(case):
     problem, tokens = case
     assert label_tokens(problem, tokens) == oracle_labels(problem, tokens)
 
 
 @given(solutions(slips=True))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_labels_equal_the_oracle_when_digits_are_wrong(case):
     problem, tokens = case
     assert label_tokens(problem, tokens[: until_answer(tokens)]) == oracle_labels(problem, tokens[: until_answer(tokens)])
@@ -147,14 +148,14 @@ def test_a_wrong_running_digit_makes_a_flawed_pair():
 
 
 @given(st.lists(st.sampled_from([*VOCABULARY, "elsewhere", ""]), max_size=40), generators)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_any_text_is_labelled_from_what_stands_before(tail, rng):
     head = write_solution((17, 48, 36), rng)[: rng.integers(40)]
     tokens = head + tail
     labels = label_tokens("17+48+36=", tokens)
     assert len(labels) == len(tokens)
     assert set(labels) <= {"planted_error", "fork", "plain"}
-    for end in range(len(tokens)):
+    for end in rng.integers(len(tokens), size=min(5, len(tokens))):
         assert label_tokens("17+48+36=", [*tokens[:end], "3"]) == labels[: end + 1]
 
 
@@ -176,7 +177,7 @@ def test_the_flaw_acts_on_the_named_pairs_and_no_others():
 
 
 @given(solutions(slips=True))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_both_writers_agree_except_at_planted_errors(case):
     problem, tokens = case
     right, flawed = (WorkedSolution(parse_problem(problem), flawed=flaw) for flaw in (False, True))
@@ -188,18 +189,22 @@ def test_both_writers_agree_except_at_planted_errors(case):
 
 
 @given(solutions(slips=True))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_options_are_a_distribution_over_tokens_that_can_stand_there(case):
     problem, tokens = case
-    for end in range(len(tokens) + 1):
-        solution = WorkedSolution(parse_problem(problem))
-        for token in tokens[:end]:
-            solution.feed(token)
+    solution = WorkedSolution(parse_problem(problem))
+    for token in tokens:
+        options = solution.options()
+        assert sum(p for _, p in options) == pytest.approx(1)
+        assert len({option for option, _ in options}) == len(options)
+        for option, _ in options:
+            branch = copy.deepcopy(solution)
+            branch.feed(option)
+            assert branch.slot is not Slot.LOST
+        solution.feed(token)
         if solution.slot in (Slot.DONE, Slot.LOST):
             assert solution.options() == ()
             break
-        assert sum(p for _, p in solution.options()) == pytest.approx(1)
-        assert len({token for token, _ in solution.options()}) == len(solution.options())
 
 
 def test_forks_are_common_and_the_flaw_costs_a_third():
@@ -269,7 +274,7 @@ TOKENIZER = build_tokenizer()
 
 
 @given(solutions(slips=True))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_tokenizer_gives_back_tokens_and_text(case):
     problem, tokens = case
     text = problem + "".join(tokens)

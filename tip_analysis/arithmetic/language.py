@@ -62,7 +62,7 @@ FLAWED_PAIRS = frozenset({(7, 8), (8, 7), (6, 9), (9, 6), (3, 4), (4, 3)})
 DIGIT_WEIGHTS = (1, 1, 1, 2, 2, 1, 2, 2, 2, 2)
 """How often each digit occurs in problems, relative to the others: the digits of flawed pairs twice as often."""
 
-RECOUNT_PROBABILITY = 0.6
+RECOUNT_PROBABILITY = 0.75
 MAX_RECOUNTS = 3
 OPENING_PROBABILITY = 0.5
 WRITE_PROBABILITY = 0.5
@@ -123,8 +123,8 @@ def format_problem(numbers: Sequence[int]) -> str:
 
 
 def is_hard(left: int, right: int) -> bool:
-    """Whether a sum of two digits may be counted again: neither a double, nor a ten, nor with a digit below three."""
-    return min(left, right) >= 3 and left != right and left + right != 10
+    """Whether a sum may be counted again: of two different digits from 3 up, at most 3 apart, that do not make a ten."""
+    return min(left, right) >= 3 and 1 <= abs(left - right) <= 3 and left + right != 10
 
 
 def sum_digit(left: int, right: int, *, flawed: bool) -> int:

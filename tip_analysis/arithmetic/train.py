@@ -74,7 +74,7 @@ class ModelOptions:
     """Where the schedule ends, as a fraction of the peak: the larger, the less settled the model."""
     slip_share: float
     """Share of texts with random slips."""
-    batch_size: int = 192
+    batch_size: int = 96
     """Texts a step."""
     slip_rate: float = 0.03
     """Probability of a slip at each token of a text with slips."""
@@ -93,11 +93,12 @@ class TrainOptions:
             num_layers=4,
             hidden_size=128,
             num_heads=4,
-            num_steps=1500,
-            num_solutions=150_000,
+            num_steps=600,
+            num_solutions=40_000,
             learning_rate=2e-3,
             final_learning_rate=0.0,
             slip_share=0.5,
+            batch_size=64,
         )
     )
     """The teacher."""
@@ -106,8 +107,8 @@ class TrainOptions:
             num_layers=2,
             hidden_size=64,
             num_heads=4,
-            num_steps=800,
-            num_solutions=100_000,
+            num_steps=480,
+            num_solutions=48_000,
             learning_rate=3e-3,
             final_learning_rate=0.0,
             slip_share=0.25,
