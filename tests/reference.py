@@ -9,6 +9,7 @@ from decimal import Decimal
 
 import mpmath
 import numpy as np
+import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Table layer: scores, quadrants, selection, statistics. Plain loops over Python floats and numpy float64.
@@ -181,11 +182,11 @@ def extended_statistics(student: np.ndarray, teacher: np.ndarray, token_id: int,
     clear = np.where(finite, d, 0)
     reverse = np.sum(np.where(finite, p * clear - g, q)) if not np.any(np.isposinf(d)) else np.longdouble(np.inf)
     forward = np.sum(np.where(finite, g - q * clear, p)) if not np.any(np.isneginf(d)) else np.longdouble(np.inf)
-    m = (p + q) / 2
-    u = np.divide(g, 2 * m, out=np.zeros_like(g), where=m > 0)
+    m = np.maximum((p + q) / 2, np.finfo(np.longdouble).tiny)
+    u = g / (2 * m)
     mild = np.abs(u) < 0.5
-    log_up = np.where(mild, np.log1p(np.where(mild, u, 0)), np.log(np.where(p > 0, p, 1) / np.where(p > 0, m, 1)))
-    log_down = np.where(mild, np.log1p(np.where(mild, -u, 0)), np.log(np.where(q > 0, q, 1) / np.where(q > 0, m, 1)))
+    log_up = np.where(mild, np.log1p(np.where(mild, u, 0)), np.log(np.where(p > 0, p, m) / m))
+    log_down = np.where(mild, np.log1p(np.where(mild, -u, 0)), np.log(np.where(q > 0, q, m) / m))
     jsd_terms = np.where(np.abs(u) < 1e-4, m * (u**2 + u**4 / 6) / 2, (p * log_up + q * log_down) / 2)
     roots = np.sqrt(p) + np.sqrt(q)
     hellinger = np.sqrt(np.sum(np.divide(g, roots, out=np.zeros_like(g), where=roots > 0) ** 2) / 2)
@@ -251,3 +252,107 @@ def loss_gradient(loss: str, student: np.ndarray, teacher: np.ndarray, token_id:
             score = [mpmath.log(2 * x / (x + y)) / 2 if x else mpmath.mpf(0) for x, y in zip(p, q, strict=True)]
         mean = mpmath.fsum(x * v for x, v in zip(p, score, strict=True))
         return [float(x * (v - mean)) for x, v in zip(p, score, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients: one token after another through the whole model in float64, with every gradient kept whole.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_token_loss(loss: str, student: torch.Tensor, teacher: torch.Tensor, token_id: int) -> torch.Tensor:
+    """ℓ_t of two rows of logits [V], by the equations as they stand."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if loss == "reverse_kl":
+        return (p * (log_p - log_q)).sum()
+    if loss == "forward_kl":
+        return (q * (log_q - log_p)).sum()
+    if loss == "jsd":
+        log_m = ((p + q) / 2).log()
+        return ((p * (log_p - log_m)).sum() + (q * (log_q - log_m)).sum()) / 2
+    return -log_p[token_id]
+
+
+def token_gradients(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    prompt: list[int],
+    response: list[int],
+    loss: str,
+    parameters: dict[str, torch.Tensor],
+    teacher_prompt: list[int] | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """∇ℓ_t of every response token, by parameter: token t is predicted by the logits after the prompt and t response tokens."""
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    gradients = []
+    for t in range(len(response)):
+        logits = student(input_ids=torch.tensor([prompt + response[:t]])).logits[0, -1]
+        with torch.no_grad():
+            before = prompt if teacher_prompt is None else teacher_prompt
+            theirs = teacher(input_ids=torch.tensor([before + response[:t]])).logits[0, -1]
+        value = plain_token_loss(loss, logits, theirs, response[t])
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        gradients.append(
+            {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)}
+        )
+    return gradients
+
+
+def inner(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[name] * other[name]).sum()) for name in one)
+
+
+def weighted_sum(gradients: list[dict[str, torch.Tensor]], weights: list[float]) -> dict[str, torch.Tensor]:
+    return {name: sum(w * g[name] for w, g in zip(weights, gradients, strict=True)) for name in gradients[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: the loss of Eq. 9 with its normaliser and aggregation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def masked_loss(losses: list[float], selected: list[bool], rollouts: list[int], normalizer: str, aggregation: str) -> float:
+    """Mean of the selected losses; `all` divides by every token of the set instead; a mean over an empty set takes no part."""
+    groups: dict[int, list[int]] = {}
+    for token, rollout in enumerate(rollouts):
+        groups.setdefault(rollout if aggregation == "rollout" else 0, []).append(token)
+    means = []
+    for tokens in groups.values():
+        kept = [token for token in tokens if selected[token]]
+        divisor = len(kept) if normalizer == "selected" else len(tokens)
+        if divisor:
+            means.append(math.fsum(losses[token] for token in kept) / divisor)
+    return math.fsum(means) / len(means) if means else 0.0
+
+
+def midranks(values: list[float]) -> list[float]:
+    """Rank from 1; equal values share the mean of their ranks."""
+    return [1 + sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
+
+
+def pearson(x: list[float], y: list[float]) -> float:
+    mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    covariance = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / math.sqrt(math.fsum((a - mean_x) ** 2 for a in x) * math.fsum((b - mean_y) ** 2 for b in y))
+
+
+def partial_pearson(x: list[float], y: list[float], controls: list[list[float]]) -> float:
+    """Correlation of what least squares on the controls leaves of x and of y."""
+    design = np.column_stack([np.ones(len(x)), *controls])
+    rest = [values - design @ np.linalg.lstsq(design, np.asarray(values), rcond=None)[0] for values in (x, y)]
+    return pearson(list(rest[0]), list(rest[1]))
+
+
+def auc(scores: list[float], positive: list[bool]) -> float:
+    """Over all pairs: 1 where the positive scores higher, ½ where they tie."""
+    pairs = [
+        (p, n) for p, yes in zip(scores, positive, strict=True) if yes for n, no in zip(scores, positive, strict=True) if not no
+    ]
+    return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
+
+
+def quadrant_sums(quadrants: list[str], values: list[float]) -> dict[str, float]:
+    return {
+        name: math.fsum(v for q, v in zip(quadrants, values, strict=True) if q == name) for name in ("Q1", "Q2", "Q3", "Q4")
+    }

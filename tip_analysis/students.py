@@ -30,7 +30,7 @@ def prepare_student(model: LanguageModel, options: TrainingOptions, *, copy_weig
     else:
         network = network.to(dtype).requires_grad_(True)  # pyright: ignore[reportArgumentType]
     if options.gradient_checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _keep_no_activations(network)
     _remove_dropout(network)
     return LanguageModel(model.name, network.eval(), model.tokenizer, OutputHead(network))
 
@@ -56,6 +56,13 @@ def _with_adapters(network: Any, options: TrainingOptions, name: str) -> Any:
         adapted = get_peft_model(network, config, autocast_adapter_dtype=False)
     adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
+
+
+def _keep_no_activations(network: Any) -> None:
+    if hasattr(network, "activation_checkpointing_enable"):
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # its name in older releases
+        network.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _remove_dropout(network: nn.Module) -> None:
