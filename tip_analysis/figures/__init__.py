@@ -9,6 +9,9 @@ taxonomy (Q1, Q2), vermilion the overconfident tokens (Q3), grey the solved ones
 always drawn as hollow marks or hatched bands, never in a colour of ours.
 """
 
+from tip_analysis.figures.effects import group_shares
+from tip_analysis.figures.gradients import energy_shares, quadrant_profile
+from tip_analysis.figures.selection import composition, coverage_curve, overlap
 from tip_analysis.figures.style import (
     COLUMN_WIDTH,
     INK,
@@ -26,9 +29,15 @@ __all__ = [
     "PAGE_WIDTH",
     "QUADRANT_COLORS",
     "QUADRANT_NAMES",
+    "composition",
+    "coverage_curve",
     "cut_sensitivity",
+    "energy_shares",
     "figure_style",
+    "group_shares",
+    "overlap",
     "quadrant_map",
+    "quadrant_profile",
     "quadrant_shares",
     "save_figure",
 ]

@@ -11,7 +11,8 @@ from tip_analysis.report.page import Block, FromPaper, Numbers, Part, Section, T
 from tip_analysis.report.reading import RunView
 from tip_analysis.report.run_warnings import warnings_of
 from tip_analysis.report.summaries import planted_detection
-from tip_analysis.report.words import count, listed, number, percent, plural, sentence, visible
+from tip_analysis.report.words import count, interval, listed, number, percent, plural, sentence, visible
+from tip_analysis.statistics import widen
 
 
 def overview(views: Sequence[RunView]) -> Section:
@@ -41,13 +42,14 @@ def population(view: RunView) -> str:
 
 def share_table(view: RunView) -> pl.DataFrame:
     """`run`, `quadrant`, `share`, `share_low`, `share_high`, as the figures take it."""
-    return view.shares.select(
-        pl.lit(view.name).alias("run"),
-        pl.col("quadrant").cast(pl.String),
-        "share",
-        pl.lit(None, pl.Float64).alias("share_low"),
-        pl.lit(None, pl.Float64).alias("share_high"),
-    )
+    shares = view.shares.select("quadrant", "share")
+    if view.population.num_tokens:
+        measured = view.quadrant_means.filter(pl.col("statistic") == "share")
+        ends = measured.select("quadrant", pl.col("low").alias("share_low"), pl.col("high").alias("share_high"))
+        shares = shares.join(ends, on="quadrant", how="left", maintain_order="left")
+    else:
+        shares = shares.with_columns(pl.lit(None, pl.Float64).alias(name) for name in ("share_low", "share_high"))
+    return shares.select(pl.lit(view.name).alias("run"), pl.col("quadrant").cast(pl.String), "share", "share_low", "share_high")
 
 
 def _finding(view: RunView) -> str:
@@ -89,6 +91,8 @@ def _overview_blocks(view: RunView) -> list[Block]:
         alt="Bars of the quadrant shares beside the paper's ranges; the table below has the numbers.",
     )
     blocks: list[Block] = [Numbers(entries), Warnings(warnings_of(view)), drawn, _shares_block(view)]
+    if counted.num_tokens:
+        blocks.append(_carried_block(view))
     if view.has_planted_labels:
         blocks.append(_planted_block(view))
     return blocks
@@ -96,6 +100,7 @@ def _overview_blocks(view: RunView) -> list[Block]:
 
 def _shares_block(view: RunView) -> Table:
     rows = []
+    ends = {name: interval(low, high) for _, name, _, low, high in share_table(view).iter_rows()}
     for row in view.shares.iter_rows(named=True):
         name = str(row["quadrant"])
         known = paper.range_of(name)
@@ -103,10 +108,34 @@ def _shares_block(view: RunView) -> Table:
             known = f"{paper.range_of('Q1+Q2')} (Q1+Q2)"
         rows.append([
             Tag(name), figures.QUADRANT_NAMES[name], count(row["num_tokens"]), count(row["num_rollouts"]),
-            count(row["num_prompts"]), percent(row["share"]), FromPaper(known),
+            count(row["num_prompts"]), percent(row["share"]), ends.get(name, ""), FromPaper(known),
         ])  # fmt: skip
-    columns = ["quadrant", "student is", "tokens", "in rollouts", "in prompts", "share", "paper’s range"]
-    return Table(columns, rows, "Tokens of each quadrant.", frozenset({2, 3, 4, 5, 6}))
+    columns = ["quadrant", "student is", "tokens", "in rollouts", "in prompts", "share", "95% interval", "paper’s range"]
+    return Table(columns, rows, f"Tokens of each quadrant. {view.interval_words()}", frozenset({2, 3, 4, 5, 6, 7}))
+
+
+def _carried_block(view: RunView) -> Table:
+    """What a quadrant's tokens are like on average, and its part of the loss."""
+    table = widen(view.quadrant_means)
+    rows = [
+        [
+            Tag(str(row["quadrant"])), number(row["mean_student_entropy"]), number(row["mean_teacher_entropy"]),
+            number(row["mean_reverse_kl"]), number(row["mean_forward_kl"]), percent(row["share_reverse_kl"]),
+            interval(row["share_reverse_kl_low"], row["share_reverse_kl_high"]),
+        ]
+        for row in table.iter_rows(named=True)
+    ]  # fmt: skip
+    columns = [
+        "quadrant",
+        "student entropy",
+        "teacher entropy",
+        "reverse KL",
+        "forward KL",
+        "share of Σ reverse KL",
+        "95% interval",
+    ]
+    caption = "Means over the tokens of each quadrant, in nats, and its share of the summed loss; +∞ is left out."
+    return Table(columns, rows, caption, frozenset(range(1, 7)))
 
 
 def _planted_block(view: RunView) -> Table:

@@ -3,9 +3,14 @@
 Reads a run folder (`artifacts.open_run`) and `vocabulary.parquet` in it (token_id, token) for the texts of tokens that were
 likely but not sampled; where that file is missing, texts come from the sampled tokens, and other ids show as `#123`.
 Tables stay lazy: only aggregates, and the rows that are shown, are collected.
+
+The prompt bootstrap of `statistics` costs time in proportion to tokens × resamples. Beyond `ReportOptions.resampled_tokens` a
+random sample of p of the P prompts is resampled instead, and half-widths are scaled by √(p/P), since the width of an interval
+shrinks with the square root of the number of prompts (the m-out-of-n bootstrap). Values are those of the whole run.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +22,10 @@ from tip_analysis.artifacts import Run, open_run
 from tip_analysis.errors import OptionError, RunError
 from tip_analysis.importance import Normalization, add_scores, resolve_normalization
 from tip_analysis.quadrants import Cuts, assign_quadrants, quadrant_shares, resolve_cuts
+from tip_analysis.statistics import quadrant_statistics
+
+Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]
+"""(tokens, number of resamples) -> a result table."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,10 @@ class ReportOptions:
     """Tokens in each list of the strongest."""
     browser_tokens: int = 12_000
     """Tokens in the browser, over all runs."""
+    num_resamples: int = 300
+    """Resamples of prompts behind each interval."""
+    resampled_tokens: int = 100_000
+    """Tokens that intervals are resampled from; a longer run lends a sample of its prompts, and intervals are scaled."""
 
     def arguments(self) -> str:
         """The options as they are typed."""
@@ -102,6 +115,76 @@ class RunView:
         wanted += ["ground_truth", "ids_origin", "template_origin", "source"]
         lengths = pl.col("response_token_ids").list.len().alias("num_tokens")
         return self.run.rollouts().select(*wanted, lengths).collect() if self.run.has("rollouts") else _no_rollouts()
+
+    def taxonomy(self) -> dict[str, Any]:
+        """The cuts, as the functions of `statistics` and `effects` take them."""
+        options = self.options
+        return {
+            "entropy_cut": options.entropy_cut,
+            "divergence_cut": options.divergence_cut,
+            "cut_scope": options.cut_scope,
+        }
+
+    @cached_property
+    def prompt_sample(self) -> pl.DataFrame | None:
+        """`prompt_id` of a sample of prompts with about `resampled_tokens` tokens; None where the whole run is that small."""
+        if self.population.num_tokens <= self.options.resampled_tokens:
+            return None
+        sizes = self.raw.filter("loss_mask").group_by("prompt_id").len("size").collect(engine="streaming")
+        drawn = sizes.with_columns(pl.col("prompt_id").hash(seed=0).alias("draw")).sort("draw", "prompt_id")
+        kept = drawn.filter((pl.col("size").cum_sum() <= self.options.resampled_tokens) | (pl.int_range(pl.len()) < 2))
+        return kept.select("prompt_id")
+
+    def sampled(self, tokens: pl.LazyFrame) -> pl.LazyFrame:
+        """The rows of the sampled prompts; all rows where there is no need to sample."""
+        if self.prompt_sample is None:
+            return tokens
+        return tokens.join(self.prompt_sample.lazy(), on="prompt_id", how="semi")
+
+    def with_intervals(
+        self, tokens: pl.LazyFrame, compute: Compute, *, keys: Sequence[str], names: Sequence[str]
+    ) -> pl.DataFrame:
+        """A result table of the whole run whose intervals are affordable (see the module's head).
+
+        Args:
+            tokens: what `compute` is given, with `prompt_id`.
+            compute: makes the table.
+            keys: columns that identify a row.
+            names: value columns; each has `NAME_low` and `NAME_high`, or `low` and `high` where the name is `value`.
+        """
+        if self.prompt_sample is None:
+            return compute(tokens, self.options.num_resamples)
+        whole, part = compute(tokens, 2), compute(self.sampled(tokens), self.options.num_resamples)
+        scale = math.sqrt(self.prompt_sample.height / max(1, self.population.num_prompts))
+        ends = {name: ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high") for name in names}
+        wanted = [*keys, *names, *(end for pair in ends.values() for end in pair)]
+        joined = whole.join(part.select(wanted), on=list(keys), how="left", suffix="_part", maintain_order="left")
+        scaled = [
+            (pl.col(name) + scale * (pl.col(f"{end}_part") - pl.col(f"{name}_part"))).alias(end)
+            for name, pair in ends.items()
+            for end in pair
+        ]
+        return joined.with_columns(scaled).select(whole.columns)
+
+    def interval_words(self) -> str:
+        """What the intervals of the page are."""
+        drawn = (
+            "" if self.prompt_sample is None else f", from {self.prompt_sample.height:,} prompts drawn at random, scaled to all"
+        )
+        return (
+            f"Intervals are 95%, from {self.options.num_resamples} resamples of prompts with all their "
+            f"rollouts{drawn}; cuts are "
+            "measured anew in each."
+        )
+
+    @cached_property
+    def quadrant_means(self) -> pl.DataFrame:
+        """`statistics.quadrant_statistics` of the token table."""
+
+        def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
+            return quadrant_statistics(tokens, num_resamples=num_resamples, **self.taxonomy())
+
+        return self.with_intervals(self.raw, compute, keys=["quadrant", "statistic"], names=["value"])
 
     @cached_property
     def gradients(self) -> pl.LazyFrame:
