@@ -5,10 +5,12 @@ Reads the token table joined with gradients (`statistics.join_gradients`); write
 Spearman: Pearson's correlation of midranks. Partial: from the inverse of the rank correlation matrix of both variables
 and the controls. Both are measured again, ranks included, in each resample of prompts.
 
-Probe noise: M̂ = M·χ²_K/K weakens a rank correlation with ‖g‖ or with φ/M. It is deconvolved by simulation and
-extrapolation (SIMEX, Cook and Stefanski 1994): M̂ is made noisier by log-normal factors of variance λ·ψ₁(K/2), ψ₁(K/2) being
-the variance of ln χ²_K, and the correlation is extrapolated in λ by a parabola to λ = −1. The interval of the deconvolved
-value is that of the plain one, shifted, and widened by the same factor.
+Probe noise: M̂ = M·χ²_K/K weakens a rank correlation with ‖g‖ or with φ/M. Its part κ of the variance is measured by
+adding as much again: a copy of M̂ times log-normal factors of variance ψ₁(K/2), that of ln χ²_K, correlates with M̂ as
+1/√(1 + κ). A correlation without the noise is then the plain one over √(1 − κ), on the scale 2·sin(π·ρ/6) on which
+Spearman's ρ is Pearson's for normal scores. For the partial correlation κ is measured with the same controls held. This holds
+where ln M and the predictor are roughly normal after a monotone change of scale, and is an approximation for φ/M. The interval
+goes through the same map, with κ taken as known.
 """
 
 from collections.abc import Sequence
@@ -39,8 +41,9 @@ TARGETS = ("grad_norm", "grad_dot_loss", "oracle_weight")
 CONTROLS = ("position", "token_frequency")
 CORRELATION_COST = 8
 """How much dearer than a table of shares a resample of correlations is."""
-_NOISE_LEVELS = (0.5, 1.0, 1.5, 2.0)
+NOISY_TARGETS = ("grad_norm", "oracle_weight")
 _NOISE_REPEATS = 8
+_LARGEST_NOISE_SHARE = 0.9
 
 
 class RankedColumn:
@@ -118,20 +121,28 @@ class _Correlations:
     def statistic(self, weights: Floats, _codes: Codes | None = None) -> Floats:
         """[2·pairs]: Spearman, then partial rank correlations."""
         ranked = dict(self._ranked)
-        if self._scores is not None:
+        if self._scores is not None and not (weights == 1.0).all():
             soft_or, q3_score = self._scores.soft_or_and_q3(weights)
             fresh = {"soft_or": soft_or, "q3_score": q3_score}
             ranked |= {name: RankedColumn(values) for name, values in fresh.items() if name in ranked}
         return self._measure(ranked, weights)
 
-    def with_noise(self, factors: Floats) -> Floats:
-        """The same on the whole table, each M̂ multiplied by a factor of its own."""
-        ranked = dict(self._ranked)
-        if "grad_norm" in self.columns:
-            ranked["grad_norm"] = RankedColumn(self.columns["grad_norm"] * np.sqrt(factors))
-        if "oracle_weight" in self.columns:
-            ranked["oracle_weight"] = RankedColumn(self.columns["oracle_weight"] / factors)
-        return self._measure(ranked, np.ones(factors.size))
+    def noise_share(self, target: str, predictor: str, variance: Floats, generator: np.random.Generator) -> tuple[float, float]:
+        """κ of a target: the part of its variance that is probe noise, plain and with the controls of this pair held."""
+        held = [name for name in self.controls if name not in (target, predictor)]
+        weights = np.ones(variance.size)
+        ranks = np.stack([self._ranked[name].ranks(weights) for name in (target, target, *held)])
+        agreement = []
+        for _ in range(_NOISE_REPEATS):
+            factor = np.exp(np.sqrt(variance) * generator.standard_normal(variance.size))
+            noisy = self.columns[target] * (np.sqrt(factor) if target == "grad_norm" else 1.0 / factor)
+            ranks[1] = RankedColumn(noisy).ranks(weights)
+            matrix = correlation_matrix(ranks, weights)
+            agreement.append((matrix[0, 1], partial_correlations(matrix, range(2, 2 + len(held)))[0, 1]))
+        with np.errstate(divide="ignore"):
+            share = 1.0 / _normal_scale(np.mean(agreement, axis=0)) ** 2 - 1.0
+        plain, partial = np.clip(share, 0.0, _LARGEST_NOISE_SHARE)
+        return float(plain), float(partial)
 
     def _measure(self, ranked: dict[str, RankedColumn], weights: Floats) -> Floats:
         matrix = correlation_matrix(np.stack([ranked[name].ranks(weights) for name in self.names]), weights)
@@ -216,8 +227,7 @@ def correlation_table(
     )
     columns = _Correlations(frame, pairs, controls)
     interval = resampler.measure(columns.statistic)
-    clean = _deconvolve(frame, columns, interval.value, seed)
-    deconvolved = Interval(*_shifted(interval, clean), np.full(clean.size, np.nan))
+    deconvolved = _deconvolve(frame, columns, interval, seed)
     table = pl.DataFrame({"target": [pair.target for pair in pairs], "predictor": [pair.predictor for pair in pairs]})
     parts = [
         interval_frame(interval, ("spearman", "partial")),
@@ -240,36 +250,26 @@ def _complete_frame(tokens: pl.LazyFrame | pl.DataFrame, names: list[str]) -> pl
     return frame
 
 
-def _deconvolve(frame: pl.DataFrame, columns: _Correlations, plain: Floats, seed: int) -> Floats:
+def _deconvolve(frame: pl.DataFrame, columns: _Correlations, plain: Interval, seed: int) -> Interval:
     """Each statistic without probe noise; NaN where its target has none."""
-    unknown = np.full(plain.size, np.nan)
-    if "num_probes" not in frame.columns:
-        return unknown
-    probes = frame["num_probes"].cast(pl.Float64).to_numpy()
-    if not (probes > 0).any():
-        return unknown
-    variance = np.where(probes > 0, special.polygamma(1, np.maximum(probes, 1.0) / 2.0), 0.0)
-    generator = np.random.Generator(np.random.Philox(seed))
-    levels, measured = [0.0], [plain]
-    for level in _NOISE_LEVELS:
-        draws = [
-            columns.with_noise(np.exp(np.sqrt(level * variance) * generator.standard_normal(probes.size)))
-            for _ in range(_NOISE_REPEATS)
-        ]
-        levels.append(level)
-        measured.append(np.mean(draws, axis=0))
-    values = np.stack(measured)
-    known = np.isfinite(values).all(0)
-    known &= np.array([pair.target in ("grad_norm", "oracle_weight") for pair in columns.pairs] * 2)
-    if known.any():
-        parabola = np.polyfit(levels, values[:, known], 2)
-        unknown[known] = np.clip(parabola[0] - parabola[1] + parabola[2], -1.0, 1.0)
-    return unknown
+    factor = np.full(plain.value.size, np.nan)
+    probes = frame["num_probes"].cast(pl.Float64).to_numpy() if "num_probes" in frame.columns else np.zeros(frame.height)
+    if (probes > 0).any():
+        variance = np.where(probes > 0, special.polygamma(1, np.maximum(probes, 1.0) / 2.0), 0.0)
+        for index, pair in enumerate(columns.pairs):
+            if pair.target in NOISY_TARGETS:
+                generator = np.random.Generator(np.random.Philox(seed))
+                shares = columns.noise_share(pair.target, pair.predictor, variance, generator)
+                factor[[index, index + len(columns.pairs)]] = 1.0 / np.sqrt(1.0 - np.asarray(shares))
+    value, low, high = (
+        _rank_scale(np.clip(_normal_scale(part) * factor, -1.0, 1.0)) for part in (plain.value, plain.low, plain.high)
+    )
+    return Interval(value, low, high, np.full(factor.size, np.nan))
 
 
-def _shifted(plain: Interval, clean: Floats) -> tuple[Floats, Floats, Floats]:
-    """[S] deconvolved values and the ends of their intervals."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        widening = np.clip(np.abs(clean) / np.abs(plain.value), 1.0, 2.0)
-    widening = np.where(np.isfinite(widening), widening, 1.0)
-    return clean, clean + (plain.low - plain.value) * widening, clean + (plain.high - plain.value) * widening
+def _normal_scale(spearman: Floats) -> Floats:
+    return 2.0 * np.sin(np.pi / 6.0 * spearman)
+
+
+def _rank_scale(pearson: Floats) -> Floats:
+    return 6.0 / np.pi * np.arcsin(pearson / 2.0)

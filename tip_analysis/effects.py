@@ -63,7 +63,8 @@ _KIND_NAMES = ("word start", "word part", "number", "punctuation", "space", "lin
 
 def position_group(position: pl.Expr) -> pl.Expr:
     """Which span of positions: 0, 1–3, 4–15, 16–63 …"""
-    return position.cut([edge - 1 for edge in POSITION_EDGES[1:]], labels=_POSITION_NAMES).cast(pl.String)
+    span = pl.sum_horizontal((position >= edge).cast(pl.Int8) for edge in POSITION_EDGES[1:])
+    return span.replace_strict(dict(enumerate(_POSITION_NAMES)), return_dtype=pl.String)
 
 
 def frequency_group(token_id: pl.Expr) -> pl.Expr:
