@@ -11,6 +11,8 @@ from enum import StrEnum
 
 import dataframely as dy
 import polars as pl
+from dataframely.exc import SchemaError as MissingColumnError
+from dataframely.exc import ValidationError
 
 from tip_analysis.errors import SchemaError
 
@@ -209,9 +211,9 @@ class AblationTable(dy.Schema):
     loss_aggregation = dy.Enum(["rollout", "token"], description="Mean of rollout means, or mean over tokens")
     step = dy.Int32(primary_key=True, min=0, description="Optimizer steps done when the student was evaluated")
     num_steps = dy.Int32(min=0, description="Steps of the whole training")
-    accuracy = dy.Float64(min=0.0, max=1.0, description="mean@k: mean reward over samples and problems")
+    accuracy = dy.Float64(description="mean@k: mean reward over samples and problems")
     accuracy_se = dy.Float64(nullable=True, min=0.0, description="Its standard error, over problems and samples")
-    best_at_k = dy.Float64(min=0.0, max=1.0, description="Best@k: mean over problems of the best of k samples")
+    best_at_k = dy.Float64(description="Best@k: mean over problems of the best of k samples")
     num_problems = dy.Int32(min=1, description="Problems of the evaluation")
     num_samples = dy.Int32(min=1, description="k, samples a problem")
     heldout_reverse_kl = dy.Float64(
@@ -237,8 +239,8 @@ class AblationTable(dy.Schema):
         description="Offline: share of rollouts that importance weights leave, in (0, 1]",
     )
     problem_ids = dy.List(dy.String(), description="The problems")
-    problem_accuracy = dy.List(dy.Float64(min=0.0, max=1.0), description="Mean reward over the k samples of each problem")
-    problem_best = dy.List(dy.Float64(min=0.0, max=1.0), description="Best reward of the k samples of each problem")
+    problem_accuracy = dy.List(dy.Float64(), description="Mean reward over the k samples of each problem")
+    problem_best = dy.List(dy.Float64(), description="Best reward of the k samples of each problem")
 
     @dy.rule()
     def problems_have_results(cls) -> pl.Expr:
@@ -270,7 +272,7 @@ def validate(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
     """
     try:
         return schema.validate(frame)
-    except (dy.exc.SchemaError, dy.exc.ValidationError) as error:
+    except (MissingColumnError, ValidationError) as error:
         reason = str(error).split("\n\nResolved plan", maxsplit=1)[0]
         raise SchemaError(f"{schema.__name__}: {reason}") from error
 
