@@ -169,6 +169,12 @@ def test_system_turns_are_restored_and_the_templates_own_is_not_taken_for_one(tm
     assert rows[1]["prompt_text"].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user")
 
 
+def test_a_prompt_that_its_template_would_not_have_made_is_left_alone(tmp_path):
+    path = write_lines(tmp_path / "1.jsonl", [verl_row("  What?  ")])  # this template trims
+    rows, report = imported("verl", path, tokenizer=make_tokenizer(ALTERNATING_TEMPLATE))
+    assert (rows[0]["template_origin"], report.prompts_not_restored) == ("none", 1)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -398,6 +404,30 @@ def test_generation_blocks_say_who_wrote_what(tmp_path):
     assert masked_text(row, tokenizer, students=False) == "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
 
 
+SIGNED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}<|im_start|>assistant\n{% endgeneration %}[signed] {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking is defined %}hm{% endif %}{% endif %}"
+)
+
+
+def test_text_of_the_template_inside_a_turn_is_masked_and_no_span_reaches_into_the_prompt(tmp_path):
+    tokenizer = make_tokenizer(SIGNED)
+    path = write_lines(tmp_path / "c.jsonl", [{"messages": [user("a"), assistant("b")]}])
+    (row,), _ = imported("chat", path, tokenizer=tokenizer)
+    assert row["prompt_text"] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert row["response_text"] == "[signed] b<|im_end|>"
+    assert masked_text(row, tokenizer, students=True) == "b<|im_end|>"
+    refused(
+        "line 1: the chat template shows a turn differently",
+        "chat",
+        path,
+        tokenizer=tokenizer,
+        chat_template_kwargs={"thinking": 1},
+    )
+
+
 LAST_TURN_DIFFERS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -407,6 +437,14 @@ FORGETS = (
     "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+ELIDES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'tool' and messages[loop.index:] | selectattr('role', 'equalto', 'tool')"
+    " | list %}...{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Shows the text of the last tool only, so that earlier turns were written in another context than the final text's."""
 
 
 def test_a_template_that_shows_the_last_turn_otherwise_is_cut_at_the_end_of_turn(tmp_path):
@@ -421,6 +459,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     path = write_lines(tmp_path / "c.jsonl", [{"messages": messages}])
     refused("line 1: the chat template shows a turn differently", "chat", path, tokenizer=make_tokenizer(FORGETS))
     refused("line 1: the chat template shows a turn differently", "chat", path, chat_template_kwargs={"enable_thinking": False})
+    longer = [*messages, {"role": "tool", "content": "e"}, assistant("f")]
+    longer = write_lines(tmp_path / "d.jsonl", [{"messages": longer}])
+    refused("line 1: the chat template shows a turn differently", "chat", longer, tokenizer=make_tokenizer(ELIDES))
+    assert (
+        masked_text(imported("chat", path, tokenizer=make_tokenizer(ELIDES))[0][0], CHAT, students=True)
+        == "b<|im_end|>d<|im_end|>"
+    )
     refused("refuses the conversation .* must alternate", "chat", path, tokenizer=make_tokenizer(ALTERNATING_TEMPLATE))
 
 
@@ -437,6 +482,9 @@ def test_prompt_and_completion(tmp_path):
     ]
     assert [row["response_text"] for row in found] == ["2", "2<|im_end|>"]
     assert (report.template_none, report.template_reapplied) == (1, 1)
+    assert [row["finish_reason"] for row in found] == ["given", "given"]  # the template closed the turn, not the student
+    raw = write_lines(tmp_path / "raw.jsonl", [{"prompt": "user\na\nassistant\n", "completion": "b"}])
+    assert imported("chat", raw)[0][0]["prompt_text"] == "user\na\nassistant\n"  # nothing was skipped: it stands as it is
     found, _ = imported("chat", path, tokenizer=make_tokenizer(None))
     assert [(row["prompt_text"], row["response_text"]) for row in found] == [("What is 1+1?", "2")] * 2
     refused("line 1: the response is a list of messages, but the prompt is no conversation", "chat",
@@ -783,6 +831,10 @@ def test_vllm_responses_with_token_ids(tmp_path):
     assert found[0]["response_token_ids"] == ids
     assert json.loads(found[1]["messages"]) == [user("What is 12 + 34?")]
     assert (report.ids_exact, report.template_exact, report.warnings()) == (2, 2, [])
+    row = chat_response(token_ids=ids) | {"messages": [user("What is 12 + 34?")]}
+    (found,), report = imported("vllm", write_lines(tmp_path / "r.jsonl", [row]))
+    assert found["prompt_text"] == SHOWN
+    assert (found["ids_origin"], found["template_origin"], found["finish_reason"]) == ("retokenized", "reapplied", "stop")
 
 
 def test_openai_text_beside_messages_and_several_choices(tmp_path):

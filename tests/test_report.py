@@ -33,6 +33,8 @@ class _Page(HTMLParser):
         self.texts: list[str] = []
         self.data: dict | None = None
         self._caption: str | None = None
+        self._caption_id: str | None = None
+        self._captions: dict[str, str] = {}
         self._stack: list[str] = []
         self._script: str | None = None
         self.feed(text)
@@ -42,8 +44,11 @@ class _Page(HTMLParser):
         self._stack.append(tag)
         if tag == "script":
             self._script = dict(attrs).get("type", "code")
+        if dict(attrs).get("class") == "caption":
+            self._caption_id = dict(attrs)["id"]
         if tag == "table":
-            self._caption = ""
+            self._caption = self._captions[dict(attrs)["aria-labelledby"]]
+            self.tables[self._caption] = []
         if tag == "tr" and self._caption is not None:
             self.tables[self._caption].append([])
         if tag in ("td", "th") and self._caption is not None:
@@ -60,12 +65,12 @@ class _Page(HTMLParser):
             self.data = json.loads(data)
         elif self._script is None and self._stack[-1:] != ["style"]:
             self.texts.append(data)
+        if self._stack and self._stack[-1] == "p" and self._caption_id:
+            self._captions[self._caption_id] = data
+            self._caption_id = None
         if self._caption is None:
             return
-        if self._stack[-1] == "caption" and self._caption == "":
-            self._caption = data
-            self.tables[data] = []
-        elif self.tables.get(self._caption) and self.tables[self._caption][-1]:
+        if self.tables.get(self._caption) and self.tables[self._caption][-1]:
             self.tables[self._caption][-1][-1] += data.strip()
 
     def table(self, caption: str) -> list[list[str]]:
@@ -92,6 +97,16 @@ def hostile(tmp_path_factory) -> str:
     return build_report([write_run(tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>", make_hostile_tables())])
 
 
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch):
+    """Pages that a single test makes leave out the pictures; those of the module's fixtures have them."""
+    monkeypatch.setattr("tip_analysis.report.page.inline_svg", lambda *_arguments, **_options: "")
+
+
+def _options(**options) -> ReportOptions:
+    return ReportOptions(**{"num_resamples": 20, **options})
+
+
 def _plain_quadrants(tokens: pl.DataFrame) -> np.ndarray:
     """Quadrants by the definition: strictly above the median entropy, strictly above the mean reverse KL."""
     h = tokens["student_entropy"].to_numpy().astype(float)
@@ -113,7 +128,7 @@ def test_shares_in_the_page_equal_a_plain_count(page, tables):
 
 
 def test_paper_ranges_are_marked_as_the_papers(page):
-    assert [row[6] for row in page.table("Tokens of each quadrant")[1:]] == [
+    assert [row[7] for row in page.table("Tokens of each quadrant")[1:]] == [
         "40–52% (Q1+Q2)the paper",
         "40–52% (Q1+Q2)the paper",
         "3–15%the paper",
@@ -136,7 +151,7 @@ def test_planted_errors_are_measured_as_a_plain_loop_does(page, tables):
 
 
 def test_density_holds_every_finite_token_in_its_own_quadrant(tables, run):
-    view = RunView(run, ReportOptions())
+    view = RunView(run, _options())
     cells = summaries.density(view.tokens, view.cuts)
     assert cells["num_tokens"].sum() == tables.tokens.height
     counted = dict(cells.group_by("quadrant").agg(pl.col("num_tokens").sum()).iter_rows())
@@ -146,7 +161,7 @@ def test_density_holds_every_finite_token_in_its_own_quadrant(tables, run):
 
 def test_strongest_q3_tokens_are_those_of_a_plain_sort(page, tables, run):
     names = _plain_quadrants(tables.tokens)
-    view = RunView(run, ReportOptions(num_strong=3))
+    view = RunView(run, _options(num_strong=3))
     found = summaries.strongest(view.tokens, "Q3", 3)
     plain = tables.tokens.with_columns(pl.Series("name", names)).filter(pl.col("name") == "Q3")
     h = tables.tokens["student_entropy_norm"].cast(pl.Float64)
@@ -164,7 +179,7 @@ def test_strongest_q3_tokens_are_those_of_a_plain_sort(page, tables, run):
 
 
 def test_both_models_top_tokens_have_their_text_and_percent(page, tables, run):
-    view = RunView(run, ReportOptions())
+    view = RunView(run, _options())
     row = summaries.strongest(view.tokens, "Q3", 1).row(0, named=True)
     shown = "".join(page.texts)
     for model in ("student", "teacher"):
@@ -213,13 +228,13 @@ def test_browser_shows_the_smallest_ratio_of_each_rule(page, tables):
 
 
 def test_a_sample_stays_within_its_budget(tables, run):
-    small = _Page(build_report([run], ReportOptions(browser_tokens=200)))
+    small = _Page(build_report([run], _options(browser_tokens=200)))
     shown = sum(len(rollout["t"]) for rollout in small.data["runs"][0]["rollouts"])
     assert 100 < shown <= 200
 
 
 def test_cuts_of_the_options_are_used_and_named(run, tables):
-    shown = _Page(build_report([run], ReportOptions(entropy_cut="0.5", divergence_cut="q0.8")))
+    shown = _Page(build_report([run], _options(entropy_cut="0.5", divergence_cut="q0.8")))
     h, d = tables.tokens["student_entropy"], tables.tokens["reverse_kl"].cast(pl.Float64)
     q3 = ((h <= 0.5) & (d > np.quantile(d.to_numpy(), 0.8))).sum()
     assert shown.table("Tokens of each quadrant")[3][2] == str(q3)
@@ -236,7 +251,7 @@ def test_sensitivity_table_agrees_with_counting(page, tables):
 
 def test_several_runs_stand_side_by_side(run, tmp_path):
     other = write_run(tmp_path / "other", make_tables(seed=3, kind_shares=(0.3, 0.3, 0.2, 0.2)))
-    shown = _Page(build_report([run, other]))
+    shown = _Page(build_report([run, other], _options()))
     rows = shown.table("Runs side by side")[1:]
     assert [row[0] for row in rows] == ["small", "other"]
     quadrants = _plain_quadrants(make_tables(seed=3, kind_shares=(0.3, 0.3, 0.2, 0.2)).tokens)
@@ -319,7 +334,7 @@ def test_warnings_name_what_is_unusual(tmp_path):
     shard = next((path / "rollouts").glob("*.parquet"))
     frame = pl.read_parquet(shard)
     frame.with_columns(prompt_text=pl.lit("changed")).write_parquet(shard)
-    shown = " ".join(_Page(build_report([path], ReportOptions(entropy_cut="0.0001", divergence_clip=0.98))).texts)
+    shown = " ".join(_Page(build_report([path], _options(entropy_cut="0.0001", divergence_clip=0.98))).texts)
     for words_expected in (
         "0 reverse and 2 forward divergences are +∞",
         "6 of 6 rollouts were imported as text",
@@ -331,9 +346,7 @@ def test_warnings_name_what_is_unusual(tmp_path):
         assert words_expected in shown
 
 
-@pytest.mark.parametrize(
-    "options", [ReportOptions(entropy_cut="1e9"), ReportOptions(divergence_cut="1e9"), ReportOptions(cut_scope="batch")]
-)
+@pytest.mark.parametrize("options", [_options(entropy_cut="1e9"), _options(divergence_cut="1e9"), _options(cut_scope="batch")])
 def test_empty_quadrants_and_batch_cuts_make_a_page(run, options):
     shown = _Page(build_report([run], options))
     assert sum(int(row[2].replace(",", "")) for row in shown.table("Tokens of each quadrant")[1:]) > 1000
@@ -342,7 +355,7 @@ def test_empty_quadrants_and_batch_cuts_make_a_page(run, options):
 def test_one_rollout_of_one_token_without_reward(tmp_path):
     tables = make_tables(num_prompts=1, rollouts_per_prompt=1, mean_length=0, rewards=False, planted=False, gradients=False)
     assert tables.tokens.height == 1
-    shown = _Page(build_report([write_run(tmp_path / "one", tables)]))
+    shown = _Page(build_report([write_run(tmp_path / "one", tables)], _options()))
     assert shown.table("Tokens of each quadrant")[4][2] == "1"
 
 
@@ -355,14 +368,14 @@ def test_only_tokens_of_others(tmp_path):
     path = write_run(
         tmp_path / "none", Tables(tables.rollouts, tokens, tables.gradients, tables.masks.head(0), tables.vocabulary)
     )
-    assert "No response token has statistics" in " ".join(_Page(build_report([path])).texts)
+    assert "No response token has statistics" in " ".join(_Page(build_report([path], _options())).texts)
 
 
 def test_errors_name_the_fix(tmp_path, run):
     with pytest.raises(RunError, match=r"expected a folder with run\.json"):
         build_report([tmp_path / "absent"])
     with pytest.raises(OptionError, match="twice"):
-        build_report([run, run])
+        build_report([run, run], _options())
     with pytest.raises(OptionError, match="at least one"):
         build_report([])
 
@@ -381,7 +394,7 @@ def test_command_line_writes_the_page_without_torch(run, tmp_path):
 
 
 def test_equal_runs_make_equal_pages(run, tmp_path):
-    first, second = write_report([run], tmp_path / "a.html"), write_report([run], tmp_path / "a.html")
+    first, second = write_report([run], tmp_path / "a.html", _options()), write_report([run], tmp_path / "a.html", _options())
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -399,5 +412,5 @@ def test_titles_are_escaped(hostile):
 
 
 def test_cuts_in_the_text_are_those_measured(page, run):
-    cuts = resolve_cuts(RunView(run, ReportOptions()).raw)
+    cuts = resolve_cuts(RunView(run, _options()).raw)
     assert any(f"Entropy cut: median ({words.number(cuts.entropy.value)} nats)" in text for text in page.texts)

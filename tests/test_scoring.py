@@ -1,10 +1,10 @@
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -275,8 +275,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.15])
-def test_a_killed_run_continues_from_its_last_whole_shard(run, student, teacher, tmp_path, delay):
+def test_a_run_killed_three_times_ends_as_an_uninterrupted_one(run, student, teacher, tmp_path):
     whole, killed = create_run(tmp_path / "whole"), create_run(tmp_path / "killed")
     for target in (whole, killed):
         target.begin("rollout", config={}).write(0, run.rollouts().collect())
@@ -286,15 +285,20 @@ def test_a_killed_run_continues_from_its_last_whole_shard(run, student, teacher,
         score_rollouts(whole, Scorer(student, teacher), shard_size=1)
     finally:
         torch.set_num_threads(threads)
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT).format(tests=os.path.dirname(__file__)), str(killed.path)]  # noqa: PTH120
-    process = subprocess.Popen(command)
-    while not list(killed.path.glob("tokens/*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = {path: path.stat().st_mtime_ns for path in killed.path.glob("tokens/*.parquet")}
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT).format(tests=str(Path(__file__).parent)), str(killed.path)]
+    finished: dict[Path, int] = {}
+    for delay in (0.0, 0.02, 0.05):
+        process = subprocess.Popen(command)
+        while len(list(killed.path.glob("tokens/*.parquet"))) <= len(finished):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {path: path.stat().st_mtime_ns for path in killed.path.glob("tokens/*.parquet")}
+        assert finished.items() <= now.items()  # what was whole was not touched
+        finished = now
+    assert len(finished) < len(list(whole.path.glob("tokens/*.parquet")))  # the last kill left something to do
     subprocess.run(command, check=True)
     assert open_run(killed.path).tokens().collect().equals(whole.tokens().collect())
     assert {path: path.stat().st_mtime_ns for path in finished} == finished

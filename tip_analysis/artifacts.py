@@ -369,7 +369,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file beside `path`, then rename it into its place.
 
     Raises:
@@ -386,9 +386,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _write_json(path: Path, record: Record) -> None:
-    write_atomically(
-        path, lambda part: part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8") and None
-    )
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, "utf-8"))
 
 
 @contextmanager
@@ -430,15 +429,20 @@ def _check_dtypes(found: pl.Schema, name: str, path: Path) -> None:
 
 def _differences(known: Record, identity: Record) -> list[str]:
     """What differs between two identities, each as `option: old → new`."""
-    differences = []
-    for part in ("config", "inputs"):
-        old, new = known[part], identity[part]
-        differences += [
-            f"{key}: {_brief(old.get(key))} → {_brief(new.get(key))}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-    return differences
+    old, new = (_flat(value["config"] | value["inputs"]) for value in (known, identity))
+    return [
+        f"{key}: {_brief(old.get(key))} → {_brief(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(record: Record, prefix: str = "") -> Record:
+    """Nested records as one, with keys such as `teacher.name`."""
+    flat: Record = {}
+    for key, value in record.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def _brief(value: Any) -> str:

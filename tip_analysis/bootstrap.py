@@ -67,7 +67,8 @@ def expanded_interval(value: Floats, replicates: Floats, num_prompts: int) -> In
         return Interval(value, unknown, unknown, unknown)
     stretch = math.sqrt(num_prompts / (num_prompts - 1))
     tail = float(stats.norm.cdf(stretch * stats.t.ppf(0.5 - CONFIDENCE / 2.0, num_prompts - 1)))
-    usable = np.isfinite(replicates).mean(0) >= 0.5
+    known = np.isfinite(replicates)
+    usable = (known.mean(0) >= 0.5) & (known.sum(0) >= 2)
     kept = np.where(np.isfinite(replicates), replicates, math.nan)[:, usable]
     low, high, se = unknown.copy(), unknown.copy(), unknown.copy()
     if kept.size:

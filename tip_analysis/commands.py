@@ -98,6 +98,8 @@ def select(command: options.Select) -> None:
         raise OptionError("select needs a run folder, or --list")
     if not command.rules:
         raise OptionError(f"select needs --rules, among {', '.join(rule_names())}")
+    import polars as pl
+
     from tip_analysis.artifacts import open_run
     from tip_analysis.composition import composition
     from tip_analysis.masks import write_masks
@@ -114,10 +116,12 @@ def select(command: options.Select) -> None:
         divergence_clip=taxonomy.divergence_clip,
         overwrite=command.overwrite,
     )
-    show_table(
-        f"{command.run}: what the selections are made of",
-        composition(masks, assign_quadrants(run.tokens(), **cut_options(taxonomy))),
-    )
+    made_of = composition(masks, assign_quadrants(run.tokens(), **cut_options(taxonomy)))
+    shares = made_of.pivot(
+        on="quadrant", index=["rule", "retention_ratio", "seed"], values="share", maintain_order=True
+    ).rename({"retention_ratio": "ratio"})  # fmt: skip
+    totals = made_of.group_by("rule", "retention_ratio", "seed", maintain_order=True).agg(tokens=pl.col("num_tokens").sum())
+    show_table(f"{command.run}: shares of the quadrants in each selection", shares.hstack(totals.select("tokens")))
 
 
 def report(command: options.Report) -> None:
@@ -206,7 +210,7 @@ def recorded_student(run: "Run") -> str:
     return config["student"]["name"]
 
 
-def cut_options(taxonomy: options.TaxonomyOptions) -> dict[str, str]:
+def cut_options(taxonomy: options.TaxonomyOptions) -> dict[str, Any]:
     """The options that place the cuts."""
     return {
         "entropy_cut": taxonomy.entropy_cut,

@@ -12,15 +12,15 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tip_analysis.errors import LogitsError, OptionError
 from tip_analysis.logit_rows import (
-    Ratio,
     compute_dtype,
+    difference_of_exponentials,
     forward_kl_summands,
     infinite_divergences,
     jsd_summands,
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 COMPILE_VARIABLE = "TIP_ANALYSIS_COMPILE"
 """Environment variable: `0` never compiles, `1` compiles whatever the size of the work."""
 
-_GRADIENT_SCALE = 2.0**60
+_SCALE = 2.0**60
 """Differences of probabilities times this: their squares stay between float32's smallest and largest normal number."""
 _CENTRE_ON_TOP_ABOVE = 1e-3
 """Curvature is a variance under P_S: about the top token it loses a factor 1/P_S(top) in precision, about the mean none."""
@@ -100,104 +100,184 @@ def token_statistics(
         for start in range(0, num_rows, step) or [0]:
             rows = slice(start, start + step)
             ids = None if token_ids is None else token_ids[rows].to(student.device)
-            block = _compiled_block if compile else _block_statistics
-            blocks.append(block(*_fill(student[rows], teacher[rows], ids, step if compile else 1), top_k, support_k))
+            filled = _fill(student[rows], teacher[rows], ids, step if compile else 1)
+            blocks.append(
+                _compiled_block(*filled, top_k, support_k) if compile else _block_statistics(*filled, top_k, support_k, _EAGER)
+            )
     columns = {name: torch.cat([block[name] for block in blocks])[:num_rows] for name in blocks[0]}
     _check_maxima("student", columns.pop("student_max"))
     _check_maxima("teacher", columns.pop("teacher_max"))
     return columns
 
 
+class _Tops(NamedTuple):
+    """The most likely tokens of a block of rows, in the dtype that is computed in."""
+
+    student_max: Tensor
+    """Largest logit, [N, 1]; NaN or infinite in a row that is refused."""
+    teacher_max: Tensor
+    student_values: Tensor
+    """Logits of the student's max(top_k, support_k) most likely tokens, [N, k]."""
+    teacher_values: Tensor
+    """Logits of the teacher's top_k most likely tokens, [N, k]."""
+    student_ids: Tensor
+    teacher_ids: Tensor
+    support_x: Tensor
+    """The teacher's x (`logit_rows.Row`) at the student's support_k most likely tokens, [N, k]."""
+    r_top: Tensor
+    """Log-ratio r at the student's first token, [N, 1]."""
+
+
+class _FirstSums(NamedTuple):
+    """What the second pass over a row needs to know of the whole row, [N, 1] each; e = exp x, Σ over tokens."""
+
+    student_rest: Tensor
+    """Σ e_S − 1."""
+    teacher_rest: Tensor
+    student_moment: Tensor
+    """Σ e_S x_S."""
+    teacher_moment: Tensor
+    difference: Tensor
+    """Σ (e_S − e_T)."""
+    squares: Tensor
+    """Σ e_S²."""
+    products: Tensor
+    """Σ e_S e_T."""
+    centred_ratio: Tensor
+    """Σ e_S (r − r_top)."""
+    max_ratio: Tensor
+    min_ratio: Tensor
+
+
+class _SecondSums(NamedTuple):
+    """Sums of what takes the normalised probabilities, [N, 1] each."""
+
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    jsd: Tensor
+    square_hellinger: Tensor
+    """Σ(√P_S − √P_T)², times `_SCALE`²."""
+    square_reverse_gradient: Tensor
+    """Σ P_S² (d − δ)², times `_SCALE`."""
+    square_difference: Tensor
+    """‖g‖², g = P_S − P_T, times `_SCALE`²."""
+    curvature: Tensor
+    """gᵀHg, times `_SCALE`²."""
+
+
 def _block_statistics(
-    student: Tensor, teacher: Tensor, token_ids: Tensor | None, top_k: int, support_k: int
+    student: Tensor, teacher: Tensor, token_ids: Tensor | None, top_k: int, support_k: int, stages: "_Stages"
 ) -> dict[str, Tensor]:
-    """`token_statistics` of one block of rows, and the largest logit of each row: NaN or infinite in a row that is refused."""
+    """`token_statistics` of one block of rows, and each row's largest logits under `student_max` and `teacher_max`."""
+    tops = stages.tops(student, teacher, top_k, support_k)
+    first = stages.first_pass(student, teacher, tops)
+    second = stages.second_pass(student, teacher, tops, first)
+    return _columns(student, teacher, token_ids, top_k, tops, first, second)
+
+
+def _tops(student: Tensor, teacher: Tensor, top_k: int, support_k: int) -> _Tops:
     dtype = compute_dtype(student, teacher)
-    top_s, values_s, ids_s = _largest(student, max(top_k, support_k))
-    top_t, values_t, ids_t = _largest(teacher, top_k)
-    top_s, top_t = top_s.to(dtype), top_t.to(dtype)
-    row_s, row_t = relative_to_top(student, dtype, top_s), relative_to_top(teacher, dtype, top_t)
-    e_s, e_t = row_s.x.exp(), row_t.x.exp()
-    rest_s, rest_t = rest_of_sum(row_s.x, e_s), rest_of_sum(row_t.x, e_t)
-    r = log_ratio(row_s, row_t)
-    log_sums = log_ratio_of_sums(r, e_s, e_t, rest_s, rest_t)
-
-    support = relative_to_top(teacher.gather(1, ids_s[:, :support_k]), dtype, top_t)
+    max_s, values_s, ids_s = _largest(student, max(top_k, support_k))
+    max_t, values_t, ids_t = _largest(teacher, top_k)
+    max_s, max_t = max_s.to(dtype), max_t.to(dtype)
+    support = relative_to_top(teacher.gather(1, ids_s[:, :support_k]), dtype, max_t)
     r_top = -(support.x + support.error)[:, :1]
-    ratio = ratio_of(e_s / (1 + rest_s), e_t / (1 + rest_t), r - log_sums)
-    at_top = ratio_of(1 / (1 + rest_s), support.x[:, :1].exp() / (1 + rest_t), r_top - log_sums)
-    is_top = (row_s.x == 0) & (r == r_top)
-    square_norm, curvature = _forward_kl_moments(ratio, at_top, is_top, e_s, e_t, rest_s, rest_t)
-    square_norm, curvature = square_norm.squeeze(1), curvature.squeeze(1)
-    curvature_unscaled = curvature / _GRADIENT_SCALE / _GRADIENT_SCALE
-    tiny = torch.finfo(dtype).tiny
-    resolved = (curvature_unscaled >= tiny) & (square_norm / _GRADIENT_SCALE / _GRADIENT_SCALE >= tiny)
+    return _Tops(max_s, max_t, values_s.to(dtype), values_t.to(dtype), ids_s, ids_t, support.x, r_top)
 
+
+def _first_pass(student: Tensor, teacher: Tensor, tops: _Tops) -> _FirstSums:
+    dtype = tops.r_top.dtype
+    row_s, row_t = relative_to_top(student, dtype, tops.student_max), relative_to_top(teacher, dtype, tops.teacher_max)
+    e_s, e_t = row_s.x.exp(), row_t.x.exp()
+    r = log_ratio(row_s, row_t)
+    return _FirstSums(
+        student_rest=rest_of_sum(row_s.x, e_s),
+        teacher_rest=rest_of_sum(row_t.x, e_t),
+        student_moment=(e_s * row_s.x).sum(-1, keepdim=True),
+        teacher_moment=(e_t * row_t.x).sum(-1, keepdim=True),
+        difference=difference_of_exponentials(r, e_s, e_t).sum(-1, keepdim=True),
+        squares=(e_s * e_s).sum(-1, keepdim=True),
+        products=(e_s * e_t).sum(-1, keepdim=True),
+        centred_ratio=(e_s * (r - tops.r_top)).sum(-1, keepdim=True),
+        max_ratio=r.amax(-1, keepdim=True),
+        min_ratio=r.amin(-1, keepdim=True),
+    )
+
+
+def _second_pass(student: Tensor, teacher: Tensor, tops: _Tops, first: _FirstSums) -> _SecondSums:
+    dtype = tops.r_top.dtype
+    row_s, row_t = relative_to_top(student, dtype, tops.student_max), relative_to_top(teacher, dtype, tops.teacher_max)
+    sum_s, sum_t = 1 + first.student_rest, 1 + first.teacher_rest
+    r = log_ratio(row_s, row_t)
+    log_sums = log_ratio_of_sums(first.difference, first.student_rest, first.teacher_rest)
+    ratio = ratio_of(row_s.x.exp() * (1 / sum_s), row_t.x.exp() * (1 / sum_t), r - log_sums)
+    at_top = ratio_of(1 / sum_s, tops.support_x[:, :1].exp() / sum_t, tops.r_top - log_sums)
+
+    # √P_S − √P_T = (P_S − P_T) / (√P_S + √P_T)
+    g = ratio.difference * _SCALE
+    roots = ratio.p.sqrt() + ratio.q.sqrt() + torch.finfo(dtype).tiny
+    # P_S (d − δ), from d relative to the top token's: nearly one-hot rows keep what is left of it there
+    reverse_gradient = ratio.p * math.sqrt(_SCALE) * (r - tops.r_top - first.centred_ratio / sum_s)
+    # gᵀHg = Var(g) under P_S = E(g − a)² − (E g − a)², a = g of the top token or, where that is a small part, about E g
+    g_top = at_top.difference * _SCALE
+    mean = (first.squares / sum_s - first.products / sum_t) / sum_s * _SCALE
+    is_top = (row_s.x == 0) & (r == tops.r_top)
+    centred = torch.where(is_top, g_top, g) - torch.where(at_top.p > _CENTRE_ON_TOP_ABOVE, g_top, mean)
+    weighted = ratio.p * centred
+    return _SecondSums(
+        reverse_kl=reverse_kl_summands(ratio).sum(-1, keepdim=True),
+        forward_kl=forward_kl_summands(ratio).sum(-1, keepdim=True),
+        jsd=jsd_summands(ratio).sum(-1, keepdim=True),
+        square_hellinger=(g / roots).square().sum(-1, keepdim=True),
+        square_reverse_gradient=reverse_gradient.square().sum(-1, keepdim=True),
+        square_difference=g.square().sum(-1, keepdim=True),
+        curvature=(weighted * centred).sum(-1, keepdim=True) - weighted.sum(-1, keepdim=True).square(),
+    )
+
+
+def _columns(
+    student: Tensor, teacher: Tensor, token_ids: Tensor | None, top_k: int, tops: _Tops, first: _FirstSums, second: _SecondSums
+) -> dict[str, Tensor]:
+    """The columns of the token table from the sums of both passes."""
+    log_sum_s, log_sum_t = first.student_rest.log1p(), first.teacher_rest.log1p()
+    sum_s, sum_t = 1 + first.student_rest, 1 + first.teacher_rest
     max_entropy = math.log(student.shape[1])
-    entropy_s = (rest_s.log1p() - (e_s * row_s.x).sum(-1, keepdim=True) / (1 + rest_s)).squeeze(1).clamp(max=max_entropy)
-    entropy_t = (rest_t.log1p() - (e_t * row_t.x).sum(-1, keepdim=True) / (1 + rest_t)).squeeze(1).clamp(max=max_entropy)
-    infinite = infinite_divergences(r)
-    columns = {
-        "student_max": top_s.squeeze(1),
-        "teacher_max": top_t.squeeze(1),
-        "student_entropy": entropy_s,
-        "student_entropy_norm": entropy_s / max_entropy if max_entropy > 0 else torch.zeros_like(entropy_s),
-        "teacher_entropy": entropy_t,
-        "reverse_kl": reverse_kl_summands(ratio).sum(-1).masked_fill(infinite.reverse, math.inf),
-        "forward_kl": forward_kl_summands(ratio).sum(-1).masked_fill(infinite.forward, math.inf),
-        "jsd": jsd_summands(ratio).sum(-1).clamp(max=math.log(2)),
-        "hellinger": _hellinger(ratio).clamp(max=1.0),
+    entropy = (log_sum_s - first.student_moment / sum_s).clamp(max=max_entropy)
+    infinite = infinite_divergences(first.max_ratio, first.min_ratio)
+    curvature, square_norm = second.curvature.clamp(min=0.0), second.square_difference
+    smallest = torch.finfo(curvature.dtype).tiny
+    resolved = (curvature / _SCALE / _SCALE >= smallest) & (square_norm / _SCALE / _SCALE >= smallest)
+    per_row = {
+        "student_max": tops.student_max,
+        "teacher_max": tops.teacher_max,
+        "student_entropy": entropy,
+        "student_entropy_norm": entropy / max_entropy if max_entropy > 0 else torch.zeros_like(entropy),
+        "teacher_entropy": (log_sum_t - first.teacher_moment / sum_t).clamp(max=max_entropy),
+        "reverse_kl": second.reverse_kl.masked_fill(infinite.reverse, math.inf),
+        "forward_kl": second.forward_kl.masked_fill(infinite.forward, math.inf),
+        "jsd": second.jsd.clamp(max=math.log(2)),
+        "hellinger": ((0.5 * second.square_hellinger).sqrt() / _SCALE).clamp(max=1.0),
+        "student_top1_prob": 1 / sum_s,
+        "teacher_top1_prob": 1 / sum_t,
+        "top1_agree": tops.student_ids[:, :1] == tops.teacher_ids[:, :1],
+        "teacher_mass_on_student_topk": (tops.support_x.exp().sum(-1, keepdim=True) / sum_t).clamp(max=1.0),
+        "reverse_kl_logit_grad_norm": (second.square_reverse_gradient.sqrt() / math.sqrt(_SCALE)).masked_fill(
+            infinite.reverse, math.inf
+        ),
+        "forward_kl_logit_grad_norm": square_norm.sqrt() / _SCALE,
+        "logit_curvature": curvature / _SCALE / _SCALE,
+        "w_local": torch.where(resolved, square_norm / curvature, math.nan),
     }
     if token_ids is not None:
         ids = token_ids.long().unsqueeze(1)
-        columns["student_logprob"] = (student.gather(1, ids).to(dtype) - top_s - rest_s.log1p()).squeeze(1)
-        columns["teacher_logprob"] = (teacher.gather(1, ids).to(dtype) - top_t - rest_t.log1p()).squeeze(1)
-    columns |= {
-        "student_top1_prob": (1 / (1 + rest_s)).squeeze(1),
-        "teacher_top1_prob": (1 / (1 + rest_t)).squeeze(1),
-        "top1_agree": ids_s[:, 0] == ids_t[:, 0],
-        "teacher_mass_on_student_topk": (support.x.exp().sum(-1) / (1 + rest_t).squeeze(1)).clamp(max=1.0),
-        "reverse_kl_logit_grad_norm": _reverse_kl_norm(ratio.p, r - r_top, e_s, rest_s).masked_fill(infinite.reverse, math.inf),
-        "forward_kl_logit_grad_norm": square_norm.sqrt() / _GRADIENT_SCALE,
-        "logit_curvature": curvature_unscaled,
-        "w_local": torch.where(resolved, square_norm / curvature, math.nan),
-        "student_topk_ids": ids_s[:, :top_k],
-        "student_topk_logprobs": values_s[:, :top_k].to(dtype) - top_s - rest_s.log1p(),
-        "teacher_topk_ids": ids_t,
-        "teacher_topk_logprobs": values_t.to(dtype) - top_t - rest_t.log1p(),
+        per_row["student_logprob"] = student.gather(1, ids).to(sum_s.dtype) - tops.student_max - log_sum_s
+        per_row["teacher_logprob"] = teacher.gather(1, ids).to(sum_s.dtype) - tops.teacher_max - log_sum_t
+    return {name: values.squeeze(1) for name, values in per_row.items()} | {
+        "student_topk_ids": tops.student_ids[:, :top_k],
+        "student_topk_logprobs": tops.student_values[:, :top_k] - tops.student_max - log_sum_s,
+        "teacher_topk_ids": tops.teacher_ids,
+        "teacher_topk_logprobs": tops.teacher_values - tops.teacher_max - log_sum_t,
     }
-    return columns
-
-
-def _hellinger(ratio: Ratio) -> Tensor:
-    """√(½ Σ(√P_S − √P_T)²), [N], with √P_S − √P_T = (P_S − P_T) / (√P_S + √P_T)."""
-    roots = ratio.p.sqrt() + ratio.q.sqrt() + torch.finfo(ratio.p.dtype).tiny
-    return (0.5 * (ratio.difference * _GRADIENT_SCALE / roots).square().sum(-1)).sqrt() / _GRADIENT_SCALE
-
-
-def _reverse_kl_norm(p: Tensor, centred: Tensor, e: Tensor, rest: Tensor) -> Tensor:
-    """‖P_S (d − δ)‖₂, [N], of d − d(top): nearly one-hot rows keep what is left of it at the top token."""
-    mean = (e * centred).sum(-1, keepdim=True) / (1 + rest)
-    scale = math.sqrt(_GRADIENT_SCALE)
-    return (p * scale * (centred - mean)).square().sum(-1).sqrt() / scale
-
-
-def _forward_kl_moments(
-    ratio: Ratio, at_top: Ratio, is_top: Tensor, e_s: Tensor, e_t: Tensor, rest_s: Tensor, rest_t: Tensor
-) -> tuple[Tensor, Tensor]:
-    """‖g‖² and gᵀHg = Var_{P_S}(g) of g = P_S − P_T times `_GRADIENT_SCALE`, [N, 1] each.
-
-    The variance is taken about g of the top token, or, where that token is a small part of the row, about an estimate
-    of the mean: E(g − a)² − (E g − a)².
-    """
-    g = ratio.difference * _GRADIENT_SCALE
-    g_top = at_top.difference * _GRADIENT_SCALE
-    estimate = (e_s * e_s).sum(-1, keepdim=True) / (1 + rest_s) - (e_s * e_t).sum(-1, keepdim=True) / (1 + rest_t)
-    centre = torch.where(at_top.p > _CENTRE_ON_TOP_ABOVE, g_top, estimate / (1 + rest_s) * _GRADIENT_SCALE)
-    centred = torch.where(is_top, g_top, g) - centre
-    weighted = ratio.p * centred
-    curvature = (weighted * centred).sum(-1, keepdim=True) - weighted.sum(-1, keepdim=True).square()
-    return g.square().sum(-1, keepdim=True), curvature.clamp(min=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------------- top-k
@@ -279,28 +359,46 @@ def _fill(student: Tensor, teacher: Tensor, token_ids: Tensor | None, num_rows: 
     return student[rows], teacher[rows], None if token_ids is None else token_ids[rows]
 
 
+class _Stages(NamedTuple):
+    """The three steps of a block that touch whole rows. Apart, so that each compiles into one loop over a row.
+
+    Compiled together, a sum that one loop needs of another ends up in a third, and what they share in memory.
+    """
+
+    tops: Callable[..., _Tops]
+    first_pass: Callable[..., _FirstSums]
+    second_pass: Callable[..., _SecondSums]
+
+
+_EAGER = _Stages(_tops, _first_pass, _second_pass)
+
+
 @functools.cache
-def _compiler() -> Callable[..., dict[str, Tensor]]:
-    return torch.compile(_block_statistics, dynamic=False)
+def _compiled() -> _Stages:
+    opts = eval(os.environ.get("OPTS", "None"))
+    tops, first_pass, second_pass = (torch.compile(stage, dynamic=False, options=opts) for stage in _EAGER)
+    return _Stages(tops, first_pass, second_pass)  # pyright: ignore[reportArgumentType]
 
 
 _compiler_failed = False
 
 
-def _compiled_block(*arguments: Any) -> dict[str, Tensor]:
+def _compiled_block(
+    student: Tensor, teacher: Tensor, token_ids: Tensor | None, top_k: int, support_k: int
+) -> dict[str, Tensor]:
     """`_block_statistics`, compiled; uncompiled for the rest of the process, which is said once, if compiling fails."""
     global _compiler_failed
     if not _compiler_failed:
         try:
             with torch._dynamo.config.patch(recompile_limit=64):
-                return _compiler()(*arguments)
+                return _block_statistics(student, teacher, token_ids, top_k, support_k, _compiled())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             logger.warning("logit statistics run uncompiled, several times slower: the compiler failed (%s)", reason)
             _compiler_failed = True
-    return _block_statistics(*arguments)
+    return _block_statistics(student, teacher, token_ids, top_k, support_k, _EAGER)
 
 
 def _check_arguments(student: Tensor, teacher: Tensor, token_ids: Tensor | None, top_k: int, support_k: int) -> None:

@@ -15,10 +15,12 @@ How it is made cheap, for any decoder-only model of transformers, through PyTorc
 """
 
 import logging
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,6 +67,7 @@ class ForwardMode:
         self._one_row = False
 
     def __enter__(self) -> "ForwardMode":
+        _load_rules()
         self._was_training = self.model.training
         self.model.eval()
         self._attention = causal_model(self.model).config._attn_implementation
@@ -143,6 +146,8 @@ class ForwardMode:
             return None
         if isinstance(module, nn.Embedding):
             return self._embedding
+        if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not any(module.children()):
+            return lambda module, original, inputs: self._norm(own, module, original, inputs)
         return lambda module, original, *args, **kwargs: self._any(own, module, original, *args, **kwargs)
 
     def _patch(self, module: nn.Module, tangent_forward: Callable[..., Any]) -> None:
@@ -213,6 +218,25 @@ class ForwardMode:
                 return original(index + offset)
         finally:
             module.padding_idx = padding
+
+    def _norm(self, own: dict[str, str], module: nn.Module, original: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        """A norm over the last dimension: its gain and bias differ by row and are broadcast over the rest."""
+        rows = len(self.directions)
+        if self.recording or rows == 1 or inputs.shape[0] != rows:
+            return self._any(own, module, original, inputs)
+        duals = {}
+        for key, parameter in module.named_parameters(recurse=False):
+            shape = (rows, *[1] * (inputs.dim() - 2), parameter.shape[-1])
+            duals[key] = parameter.detach().expand(shape)
+            if key in own:
+                parts = torch.stack([direction.tensor(own[key], parameter) for direction in self.directions])
+                duals[key] = dual.make_dual(duals[key].contiguous(), parts.view(shape))
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):  # their fused kernels take no gain by row
+            with _replaced(module, dict.fromkeys(duals)):
+                normal = original(inputs)
+            return normal * duals["weight"] + duals.get("bias", 0.0)
+        with _replaced(module, duals):
+            return original(inputs)
 
     def _any(self, own: dict[str, str], module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Any other module: its forward with dual parameters, direction by direction."""
@@ -392,14 +416,22 @@ def _running(forward: ForwardMode) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+def _replaced(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
     """Put other tensors in the place of a module's parameters."""
     own: dict[str, Any] = {key: module._parameters[key] for key in tensors}
-    module._parameters.update(tensors)  # pyright: ignore[reportArgumentType]
+    module._parameters.update(tensors)  # pyright: ignore[reportCallIssue, reportArgumentType]
     try:
         yield
     finally:
         module._parameters.update(own)
+
+
+@cache
+def _load_rules() -> None:
+    """Let PyTorch load its forward-mode rules, as it does at the first dual number, without a warning not meant for users."""
+    with warnings.catch_warnings(), dual.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        dual.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _rows(value: Tensor, rows: int) -> Tensor:

@@ -117,7 +117,13 @@ def measure_rollouts(
         directions: ∇L and ∇J if they are there already.
         folder: where ∇L and ∇J are kept while they are needed; in memory by default.
         only: indices of the rollouts to measure; all by default.
+
+    Raises:
+        OptionError: a loss needs a teacher, and there is none.
+        ModelError: forward mode does not see all parameters of the scope.
     """
+    if pair.teacher is None and any(loss != Loss.NEGATIVE_LOGPROB for loss in settings.losses):
+        raise OptionError(f"losses {', '.join(settings.losses)}: all but negative_logprob need a teacher")
     scope = parameter_scope(pair.student.model, pair.student.head, settings.param_scope)
     if directions is None:
         directions = loss_directions(

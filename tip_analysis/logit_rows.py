@@ -97,16 +97,17 @@ def log_ratio(student: Row, teacher: Row) -> Tensor:
     return (student.x - teacher.x) + (student.error - teacher.error)
 
 
-def log_ratio_of_sums(r: Tensor, e_student: Tensor, e_teacher: Tensor, rest_student: Tensor, rest_teacher: Tensor) -> Tensor:
-    """L = ln Σ exp x_S − ln Σ exp x_T, [N, 1], exact to its own size where the rows are close."""
-    near = r.abs() < SERIES_BELOW
+def difference_of_exponentials(r: Tensor, e_student: Tensor, e_teacher: Tensor) -> Tensor:
+    """exp x_S − exp x_T, [N, V], exact to its own size where they are close."""
     clipped = r.clamp(-SERIES_BELOW, SERIES_BELOW)
-    differences = torch.where(near, e_teacher * (clipped + _excess(clipped)[0]), e_student - e_teacher)
-    relative = differences.sum(-1, keepdim=True) / (1 + rest_teacher)
+    return torch.where(r.abs() < SERIES_BELOW, e_teacher * (clipped + _excess(clipped)[0]), e_student - e_teacher)
+
+
+def log_ratio_of_sums(difference: Tensor, rest_student: Tensor, rest_teacher: Tensor) -> Tensor:
+    """L = ln Σ exp x_S − ln Σ exp x_T, [N, 1], from Σ (exp x_S − exp x_T): exact to its own size where the rows are close."""
+    relative = difference / (1 + rest_teacher)
     close = relative.abs() < SERIES_BELOW
-    return torch.where(
-        close, torch.log1p(torch.where(close, relative, 0.0)), torch.log1p(rest_student) - torch.log1p(rest_teacher)
-    )
+    return torch.where(close, torch.where(close, relative, 0.0).log1p(), rest_student.log1p() - rest_teacher.log1p())
 
 
 def ratio_of(p: Tensor, q: Tensor, d: Tensor) -> Ratio:
@@ -125,7 +126,8 @@ def compare(student: Tensor, teacher: Tensor) -> tuple[Ratio, Row, Row]:
     r = log_ratio(row_s, row_t)
     e_s, e_t = row_s.x.exp(), row_t.x.exp()
     rest_s, rest_t = rest_of_sum(row_s.x, e_s), rest_of_sum(row_t.x, e_t)
-    d = r - log_ratio_of_sums(r, e_s, e_t, rest_s, rest_t)
+    difference = difference_of_exponentials(r, e_s, e_t).sum(-1, keepdim=True)
+    d = r - log_ratio_of_sums(difference, rest_s, rest_t)
     return ratio_of(e_s / (1 + rest_s), e_t / (1 + rest_t), d), row_s, row_t
 
 
@@ -147,31 +149,27 @@ def forward_kl_summands(ratio: Ratio) -> Tensor:
 
 
 def jsd_summands(ratio: Ratio) -> Tensor:
-    """½ m [(1 + u) ln(1 + u) + (1 − u) ln(1 − u)], m = (P_S + P_T) / 2, u = (P_S − P_T) / (P_S + P_T).
+    """½ m [(1 + u) ln(1 + u) + (1 − u) ln(1 − u)] ≥ 0, m = (P_S + P_T) / 2, u = (P_S − P_T) / (P_S + P_T) = tanh(d/2).
 
-    The bracket is Σ u²ⁿ / (n (2n − 1)); for |d| ≥ ½, where |u| > 0.24, ln(1 − |u|) = ln(1 + |u|) − |d| serves.
+    The bracket is u d + ln(1 − u²), of which the second part is half the first where d is small, so that little cancels.
+    Where |u| nears 1 it is 2 ln(1 + |u|) − (1 − |u|) |d|.
     """
     p, q, d = ratio.p, ratio.q, ratio.d
     total = p + q
     u = ratio.difference / (total + torch.finfo(d.dtype).tiny)
-    square = u.clamp(-0.25, 0.25).square()
-    num_terms = 6 if d.dtype == torch.float32 else 14
-    series = 1 / (num_terms * (2 * num_terms - 1))
-    for n in range(num_terms - 1, 0, -1):
-        series = square * series + 1 / (n * (2 * n - 1))
-    near = 0.5 * ratio.difference * u * series
-    far = total * u.abs().log1p() - torch.minimum(p, q) * d.abs()
-    return 0.5 * torch.where(ratio.near, near, far)
+    logarithm = torch.where(ratio.near, -u * u, u.abs()).log1p()
+    near = 0.5 * (ratio.difference * d + total * logarithm)
+    return 0.5 * torch.where(ratio.near, near, total * logarithm - torch.minimum(p, q) * d.abs())
 
 
 class Infinite(NamedTuple):
-    """Whether a Kullback-Leibler divergence is infinite, [N]."""
+    """Whether a Kullback-Leibler divergence is infinite, [N, 1]."""
 
     reverse: Tensor
     forward: Tensor
 
 
-def infinite_divergences(r: Tensor) -> Infinite:
-    """A token is masked in one model and not in the other."""
-    limit = -masked_level(r.dtype) / 2
-    return Infinite(r.amax(-1) > limit, r.amin(-1) < -limit)
+def infinite_divergences(max_ratio: Tensor, min_ratio: Tensor) -> Infinite:
+    """A token is masked in one model and not in the other: seen in the row's largest and smallest r, [N, 1]."""
+    limit = -masked_level(max_ratio.dtype) / 2
+    return Infinite(max_ratio > limit, min_ratio < -limit)

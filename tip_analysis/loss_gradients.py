@@ -1,7 +1,8 @@
 """Gradients of whole losses over the student's parameters: ∇L and ∇J, by fold of prompts.
 
 φ_t = ⟨∇L, g_t⟩ with its own token inside L contains ‖g_t‖²/m and is positive by construction. So prompts are dealt to two
-folds, and a token's φ_t takes ∇L from the other fold (cross-fitting); the plug-in value, from all, is what the two folds sum up to.
+folds, and a token's φ_t takes ∇L from the other fold (cross-fitting); the plug-in value, from all, is
+what the two folds sum up to.
 
 ∇J is a score-function estimate of the gradient of the expected reward: per prompt, the mean over its n rollouts of
 (r_i − b_i) ∇ ln P_S(y_i), b_i being the mean reward of the *other* rollouts of the prompt (so that it is unbiased); then

@@ -82,7 +82,9 @@ def _about_top(p: Tensor, value: Tensor, x: Tensor) -> Tensor:
 
 def _reverse_kl_value(student: Tensor, teacher: Tensor) -> Tensor:
     ratio, row_s, row_t = compare(student, teacher)
-    return reverse_kl_summands(ratio).sum(-1).masked_fill(infinite_divergences(log_ratio(row_s, row_t)).reverse, math.inf)
+    r = log_ratio(row_s, row_t)
+    infinite = infinite_divergences(r.amax(-1), r.amin(-1)).reverse
+    return reverse_kl_summands(ratio).sum(-1).masked_fill(infinite, math.inf)
 
 
 def _reverse_kl_gradient(student: Tensor, teacher: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tip_analysis.arithmetic import weights_path
 from tip_analysis.errors import ModelError, OptionError, UnknownNameError, VocabularyMismatchError
@@ -68,9 +68,10 @@ class LanguageModel:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """Tokens that end a rollout: those of the generation config and the tokenizer's end of sequence."""
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        configured: Any = getattr(self.model.generation_config, "eos_token_id", None)
+        ends: Any = self.tokenizer.eos_token_id
         ids = [configured] if isinstance(configured, int) else list(configured or [])
-        return frozenset([*ids, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])])
+        return frozenset(ids if ends is None else [*ids, ends])
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` records: name, fingerprints, |V|, dtype, architecture."""
@@ -127,7 +128,7 @@ class OutputHead:
         size = min(self.vocab_size, int(weight.shape[0]))  # pyright: ignore[reportArgumentType]
         tokens = torch.arange(8, device=weight.device).mul(max(1, size // 8)).remainder(size)[None]  # pyright: ignore
         own = self._model(input_ids=tokens, use_cache=False).logits[0]
-        body_output = model_body(self._model)(input_ids=tokens, use_cache=False)
+        body_output: Any = model_body(self._model)(input_ids=tokens, use_cache=False)
         hidden = body_output.last_hidden_state[0]
         if _close(self(hidden), own):
             return
@@ -223,12 +224,12 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) ->
     on their own appear as U+FFFD.
     """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # pyright: ignore[reportIndexIssue]
-    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-    texts = {}
-    for token_id in set(token_ids):
-        text = tokenizer.decode([*anchor, token_id], clean_up_tokenization_spaces=False)
-        texts[token_id] = text.removeprefix(before)
-    return texts
+    before = str(tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
+
+    def text(token_id: int) -> str:
+        return str(tokenizer.decode([*anchor, token_id], clean_up_tokenization_spaces=False)).removeprefix(before)
+
+    return {token_id: text(token_id) for token_id in set(token_ids)}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -292,7 +293,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if name.startswith("arithmetic-"):
         if name not in BUILT_IN:
             raise UnknownNameError("built-in model", name, BUILT_IN)
-        return str(weights_path(name.removeprefix("arithmetic-"))), {}
+        return str(weights_path("teacher" if name == "arithmetic-teacher" else "student")), {}
     if name == "smollm2-135m-instruct":
         return _gguf(smollm2_path())
     path = Path(name).expanduser()

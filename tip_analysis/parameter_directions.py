@@ -5,7 +5,8 @@ direction is therefore drawn on the way (nothing is stored), and a gradient may 
 
 A Gaussian direction is a pure function of (seed, rollout_id, probe): each tensor is cut into blocks, each block drawn by a
 generator of its own whose seed is a hash of that key, the parameter's name and the block's number. So it depends neither on
-the batch, nor on the other parameters, nor on the number of threads. Devices have different generators, so draws do differ
+the batch, nor on the other parameters, nor on the number of threads; and it is drawn in float32, so that models of
+different dtypes see the same direction up to rounding. Devices have different generators, so draws do differ
 between a CPU and a GPU.
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,10 +65,9 @@ class GaussianDirection:
         return self._draw(name, torch.Size([len(ids), *like.shape[1:]]), like)
 
     def _draw(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
-        precise = torch.float64 if like.dtype == torch.float64 else torch.float32
-        flat = torch.empty(shape.numel(), dtype=precise, device=like.device)
+        flat = torch.empty(shape.numel(), dtype=torch.float32, device=like.device)
         key = f"{self.seed}|{self.rollout_id}|{self.probe}|{name}"
-        blocks = list(flat.split(BLOCK))
+        blocks = flat.split(BLOCK) if len(flat) > BLOCK else [flat]
         workers = torch.get_num_threads() if flat.device.type == "cpu" else 1
         if workers == 1 or len(blocks) == 1:
             _fill(key, list(enumerate(blocks)))
@@ -146,8 +147,16 @@ def stable_hash(*parts: object) -> int:
 
 def _fill(key: str, blocks: Sequence[tuple[int, Tensor]]) -> None:
     for number, block in blocks:
-        generator = torch.Generator(device=block.device).manual_seed(stable_hash(key, number))
-        torch.randn(block.shape, generator=generator, dtype=block.dtype, device=block.device, out=block)
+        block.normal_(generator=_generator(block.device).manual_seed(stable_hash(key, number)))
+
+
+_generators = threading.local()
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """This thread's generator on a device, to be seeded before each use."""
+    known = _generators.__dict__.setdefault("known", {})
+    return known.setdefault(device, torch.Generator(device=device)) if device not in known else known[device]
 
 
 @cache

@@ -26,7 +26,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def track(description: str, total: float, *, unit: str = "rollouts", done: float = 0) -> Iterator[Advance]:
+def track(description: str, total: float, *, unit: str = "rollouts", done: int = 0) -> Iterator[Advance]:
     """Show the progress of `total` items, `done` of which were there before.
 
     Example:

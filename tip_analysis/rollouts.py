@@ -148,8 +148,8 @@ def _row(
     student: LanguageModel, task: _Task, sample: int, generation: Generation, sampling: Sampling, grader: str
 ) -> dict[str, Any]:
     """One row of the rollout table."""
-    decode = student.tokenizer.decode
     prompt, token_ids = task.prompt, generation.token_ids
+    text, bare_text = (str(student.tokenizer.decode(token_ids, skip_special_tokens=skip)) for skip in (False, True))
     return {
         "rollout_id": f"{prompt.id}/{sample}",
         "prompt_id": prompt.id,
@@ -159,7 +159,7 @@ def _row(
         "messages": json.dumps(task.messages, ensure_ascii=False),
         "prompt_text": task.rendered.text,
         "prompt_token_ids": task.rendered.token_ids,
-        "response_text": decode(token_ids, skip_special_tokens=False),
+        "response_text": text,
         "response_token_ids": token_ids,
         "loss_mask": [True] * len(token_ids),
         "sampled_logprobs": generation.logprobs,
@@ -168,7 +168,7 @@ def _row(
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "seed": sampling.seed,
-        "reward": grade(grader, decode(token_ids, skip_special_tokens=True), prompt.answer),
+        "reward": grade(grader, bare_text, prompt.answer),
         "ground_truth": prompt.answer,
         "solution": prompt.solution,
         "tokenizer_fingerprint": tokenizer_fingerprint(student.tokenizer),

@@ -284,7 +284,7 @@ def _assemble(rollouts: pl.DataFrame, parts: Sequence[Statistics], scorer: Score
         .with_row_index("row")
     )
     texts = token_texts(scorer.student.tokenizer, base["token_id"].to_list())
-    base = base.with_columns(token=pl.col("token_id").replace_strict(texts, return_dtype=pl.String))
+    base = base.with_columns(pl.Series("token", [texts[token_id] for token_id in base["token_id"]], dtype=pl.String))
     schema = polars_schema(TokenTable)
     if not parts:
         return base.select(

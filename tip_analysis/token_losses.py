@@ -10,6 +10,7 @@ Logits exist for one block of tokens at a time.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def token_loss(loss: str, student: Tensor, teacher: Tensor | None, token_ids: Te
 
 def _head_output(head: OutputHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The output of the head's linear layer and the logits made of it (capped or scaled), both [n, V]."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     handle = head.linear.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         logits = head(hidden)

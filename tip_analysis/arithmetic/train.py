@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class TrainOptions:
     teacher: ModelOptions = field(
         default_factory=lambda: ModelOptions(
             num_layers=4,
-            hidden_size=128,
+            hidden_size=96,
             num_heads=4,
             num_steps=600,
             num_solutions=40_000,
@@ -115,7 +115,7 @@ class TrainOptions:
         )
     )
     """The student."""
-    only: tuple[str, ...] = ("teacher", "student")
+    only: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")
     """Which of the two to train."""
     num_threads: int = 1
     """Processor threads; more threads sum in another order."""

@@ -131,7 +131,8 @@ def cut_sensitivity(
 
 def _name_corners(axes: Axes, shares: Mapping[str, float], *, named: bool) -> None:
     """The quadrants and their shares, just outside the four corners, where no token is hidden."""
-    corners = {"Q3": (0.0, 1.025), "Q1": (1.0, 1.025), "Q4": (0.0, -0.115), "Q2": (1.0, -0.115)}
+    below = -0.115 if named else -0.24
+    corners = {"Q3": (0.0, 1.025), "Q1": (1.0, 1.025), "Q4": (0.0, below), "Q2": (1.0, below)}
     for name, (x, y) in corners.items():
         text = f"{name}  {shares.get(name, 0.0):.1%}" + (f"  {QUADRANT_NAMES[name]}" if named else "")
         on_left, above = x == 0.0, y > 0.0
@@ -139,7 +140,8 @@ def _name_corners(axes: Axes, shares: Mapping[str, float], *, named: bool) -> No
             text, (x + (0.025 if named else 0.05) * on_left, y), xycoords="axes fraction", ha="left" if on_left else "right",
             va="bottom" if above else "top", fontweight="bold", fontsize=8.5,
         )  # fmt: skip
-        swatch = x + (0.008 if on_left else 0.014), y + (0.018 if above else -0.022)
+        beside = 0.008 if on_left else 0.014 if named else 0.035
+        swatch = x + beside, y + (0.018 if above else -0.022) * (1 if named else 1.4)
         axes.plot(*swatch, "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False)
 
 
@@ -172,7 +174,7 @@ def _density_image(axes: Axes, density: pl.DataFrame) -> None:
     rows = np.searchsorted(y, density["divergence_left"].to_numpy())
     weight = np.log1p(density["num_tokens"].to_numpy())
     image[rows, columns, :3] = [to_rgb(QUADRANT_COLORS[str(name)]) for name in density["quadrant"]]
-    image[rows, columns, 3] = 0.3 + 0.7 * weight / weight.max()
+    image[rows, columns, 3] = 0.4 + 0.6 * weight / weight.max()
     mesh = axes.pcolormesh(x, y, image, rasterized=True, zorder=1)
     mesh.set_edgecolor("none")
     axes.set_xscale("log")

@@ -73,8 +73,10 @@ def _association_block(told: pl.DataFrame) -> Table:
         for row in told.iter_rows(named=True)
     ]  # fmt: skip
     columns = ["grouping", "uncertainty removed", "95% interval", "Cramér’s V", "95% interval"]
-    caption = f"How much a grouping says about the quadrant, over {count(told['num_tokens'][0])} tokens: I(group; "
-    "quadrant) / H(quadrant)."
+    caption = (
+        f"How much a grouping says about the quadrant, over {count(told['num_tokens'][0])} tokens: I(group; "
+        "quadrant) / H(quadrant)."
+    )
     return Table(columns, rows, caption, frozenset({1, 2, 3, 4}))
 
 
@@ -117,6 +119,8 @@ def _reward_block(view: RunView, sample: pl.LazyFrame, resamples: int) -> Table:
         "Spearman with reward",
         "95% interval",
     ]
-    caption = "Shares of the quadrants in rollouts with a reward above ½ and in the others; "
-    f"{count(table['num_rollouts'][0])} graded rollouts."
+    caption = (
+        "Shares of the quadrants in rollouts with a reward above ½ and in the others; "
+        f"{count(table['num_rollouts'][0])} graded rollouts."
+    )
     return Table(columns, rows, caption, frozenset(range(1, 7)))

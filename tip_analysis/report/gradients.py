@@ -1,6 +1,7 @@
 """The section on gradients: size and alignment by quadrant, for every loss that was measured, and what predicts them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import polars as pl
 
@@ -8,7 +9,7 @@ from tip_analysis import figures
 from tip_analysis.correlations import correlation_table
 from tip_analysis.figures.gradients import LOSS_NAMES
 from tip_analysis.report.overview import label_of, population, slug_of
-from tip_analysis.report.page import Block, Missing, Part, Section, Table, Tag, picture
+from tip_analysis.report.page import Block, Measured, Missing, Part, Section, Table, Tag, picture
 from tip_analysis.report.reading import RunView
 from tip_analysis.report.words import count, interval, listed, number, percent, plural
 from tip_analysis.statistics import equation_6, join_gradients, quadrant_statistics, widen
@@ -175,7 +176,7 @@ def _quadrant_block(loss: str, table: pl.DataFrame) -> Table:
     rewards = "positive_reward_alignment_share" in table.columns
     rows = []
     for row in table.iter_rows(named=True):
-        cells: list[str | Tag] = [Tag(str(row["quadrant"])), percent(row["share"])]
+        cells: list[str | Tag | Measured] = [Tag(str(row["quadrant"])), percent(row["share"])]
         cells += [_with_interval(row, name, percent) for name in ("share_grad_norm_sq", "share_grad_dot_loss")]
         cells += [_with_interval(row, name, number) for name in ("alignment_ratio", "median_oracle_weight_deconvolved")]
         cells.append(_with_interval(row, "negative_alignment_share", percent))
@@ -219,9 +220,8 @@ def _measured_words(table: pl.DataFrame, view: RunView) -> str:
     )
 
 
-def _with_interval(row: dict, name: str, show) -> str:
+def _with_interval(row: dict[str, Any], name: str, show: Callable[[float | None], str]) -> Measured:
     value = row.get(name)
     if value is None:
-        return "–"
-    ends = interval(row.get(f"{name}_low"), row.get(f"{name}_high"), as_share=show is percent)
-    return f"{show(value)} {ends}".strip()
+        return Measured("–")
+    return Measured(show(value), interval(row.get(f"{name}_low"), row.get(f"{name}_high"), as_share=show is percent))

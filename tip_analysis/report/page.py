@@ -40,11 +40,19 @@ class FromPaper:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A value with its interval on a line of its own."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of texts; `numeric` columns are set flush right, `from_paper` rows are marked."""
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | Tag | FromPaper]]
+    rows: Sequence[Sequence[str | Tag | FromPaper | Measured]]
     caption: str
     numeric: frozenset[int] = frozenset()
     paper_rows: frozenset[int] = frozenset()
@@ -58,6 +66,8 @@ class Picture:
     narrow: Markup
     caption: str
     alt: str
+    kind: str = ""
+    """A class for the style sheet: `map` is drawn brighter on a dark ground."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ class Section:
         return bool(self.parts) and all(any(isinstance(block, Missing) for block in part.blocks) for part in self.parts)
 
 
-def picture(draw: Callable[[float], Figure], *, key: str, caption: str, alt: str) -> Picture:
+def picture(draw: Callable[[float], Figure], *, key: str, caption: str, alt: str, kind: str = "") -> Picture:
     """Draw a figure twice, for a page and for a phone.
 
     Args:
@@ -163,13 +173,14 @@ def picture(draw: Callable[[float], Figure], *, key: str, caption: str, alt: str
         key: unique in the page; prefixes the ids inside the SVG.
         caption: shown below.
         alt: read out in place of the figure.
+        kind: a class for the style sheet.
     """
     wide = inline_svg(draw(figures.PAGE_WIDTH), prefix=f"{key}-w", alt=alt)
-    narrow = inline_svg(draw(figures.COLUMN_WIDTH), prefix=f"{key}-n", alt=alt)
-    return Picture(wide, narrow, caption, alt)
+    narrow = inline_svg(draw(figures.COLUMN_WIDTH), prefix=f"{key}-n", alt=alt, full_width=figures.COLUMN_WIDTH)
+    return Picture(wide, narrow, caption, alt, kind)
 
 
-def inline_svg(figure: Figure, *, prefix: str, alt: str) -> Markup:
+def inline_svg(figure: Figure, *, prefix: str, alt: str, full_width: float = figures.PAGE_WIDTH) -> Markup:
     """The figure as an `<svg>` element: ids made unique, colours those of the reader's theme, text kept as text."""
     buffer = io.StringIO()
     with figures.figure_style():
@@ -184,7 +195,9 @@ def inline_svg(figure: Figure, *, prefix: str, alt: str) -> Markup:
     for color, variable in _theme_colors().items():
         svg = svg.replace(color, f"var({variable})")
     view_box = re.search(r'viewBox="[^"]+"', svg)
-    head = f'<svg {view_box[0] if view_box else ""} role="img" xmlns:xlink="http://www.w3.org/1999/xlink" aria-label="'
+    share = min(100.0, 100.0 * figure.get_figwidth() / full_width)
+    box = view_box[0] if view_box else ""
+    head = f'<svg {box} style="max-width:{share:.0f}%" role="img" xmlns:xlink="http://www.w3.org/1999/xlink" aria-label="'
     return Markup(head) + alt + Markup('"' + svg[svg.index(">", svg.index("<svg")) :])
 
 
@@ -233,6 +246,7 @@ def asset(name: str) -> str:
 
 def render(sections: Sequence[Section], **context: Any) -> str:
     """The whole page."""
+    numbers: dict[int, int] = {}
     script = "\n".join(asset(name) for name in ("page.js", "browser.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -244,6 +258,7 @@ def render(sections: Sequence[Section], **context: Any) -> str:
             script=Markup(script),
             script_hash=f"sha256-{digest}",
             json_block=json_block,
+            ident=lambda item: f"table-{numbers.setdefault(id(item), len(numbers))}",
             **context,
         )
     )

@@ -34,13 +34,11 @@ def _provenance_blocks(view: RunView) -> list[Block]:
     rows = []
     for key, stage in view.stages.items():
         rate = stage.get("summary", {}).get("tokens_per_second")
-        versions = stage.get("environment", {}).get("versions", {})
         rows.append([
-            key, stage.get("began") or "–", stage.get("finished") or "not finished", duration(stage.get("wall_time_s")),
+            key, _time(stage.get("began")), _time(stage.get("finished") or "not finished"), duration(stage.get("wall_time_s")),
             number(rate) if rate else "–", count(len(stage.get("shards", {}))),
-            ", ".join(f"{name} {version}" for name, version in versions.items()),
         ])  # fmt: skip
-    columns = ["stage", "began (UTC)", "finished", "time", "tokens/s", "shards", "versions"]
+    columns = ["stage", "began (UTC)", "finished", "time", "tokens/s", "shards"]
     blocks: list[Block] = [Table(columns, rows, "Stages of this run.", frozenset({3, 4, 5}))]
     for key, stage in view.stages.items():
         entries = {
@@ -49,6 +47,8 @@ def _provenance_blocks(view: RunView) -> list[Block]:
             **stage.get("settings", {}),
             **stage.get("summary", {}),
         }
+        versions = stage.get("environment", {}).get("versions", {})
+        entries["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
         entries["git commit"] = stage.get("environment", {}).get("git_commit")
         entries["shards"] = {name: shard["sha256"][:12] for name, shard in list(stage.get("shards", {}).items())[:4]}
         blocks.append(
@@ -61,6 +61,11 @@ def command_of(views: Sequence[RunView], output: str) -> str:
     """The command that makes this page."""
     paths = " ".join(shlex.quote(str(view.run.path)) for view in views)
     return f"python -m tip_analysis.report {paths} -o {shlex.quote(output)} {views[0].options.arguments()}"
+
+
+def _time(stamp: str | None) -> str:
+    """2026-01-31 12:00:00, from an ISO time."""
+    return "–" if stamp is None else stamp[:19].replace("T", " ")
 
 
 def _plain(value: Any) -> str:

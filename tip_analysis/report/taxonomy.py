@@ -80,6 +80,7 @@ def _map_blocks(view: RunView) -> list[Block]:
         caption="Each cell is coloured by the quadrant of its tokens; opacity grows with the logarithm of their number. Lines: "
         "the cuts. Values below the first cell of an axis are drawn in it.",
         alt="Density of tokens over student entropy and reverse KL, with the cuts; shares are in the overview's table.",
+        kind="map",
     )
     return [drawn]
 

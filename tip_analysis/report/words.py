@@ -47,7 +47,8 @@ def percent(share: float | None, decimals: int = 1) -> str:
     """0.123 as 12.3%; an en dash where there is none."""
     if share is None or math.isnan(share):
         return "–"
-    return f"{100 * share:.{decimals}f}%"
+    text = f"{100 * share:.{decimals}f}%"
+    return text.removeprefix("-") if float(text[:-1]) == 0 else text.replace("-", "−")
 
 
 def number(value: float | None, digits: int = 3) -> str:
