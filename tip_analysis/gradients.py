@@ -203,6 +203,8 @@ def model_pair(student: LanguageModel | PreTrainedModel, teacher: LanguageModel 
 def _language_model(model: LanguageModel | PreTrainedModel) -> LanguageModel:
     if isinstance(model, LanguageModel):
         return model
-    head = OutputHead(model)
+    head, training = OutputHead(model), model.training
+    model.eval()
     head.verify()
+    model.train(training)
     return LanguageModel(type(model).__name__, model, None, head)  # pyright: ignore[reportArgumentType]

@@ -57,7 +57,7 @@ def parameter_scope(model: nn.Module, head: OutputHead, name: str) -> ParameterS
         ModelError: the scope is empty, or holds a parameter that is used neither by the body nor as the head's weight.
     """
     select = SCOPES.get(name.split(":", maxsplit=1)[0])
-    if select is None or (":" in name) != name.startswith("last:"):
+    if select is None or (":" in name) != (select is _last):
         raise UnknownNameError("parameter scope", name, ["all", "body", "head", "last:N", "lora"])
     chosen = select(model, head, name)
     if not chosen:

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from tip_analysis.errors import ModelError, OptionError
+from tip_analysis.errors import ModelError, OptionError, UnknownNameError
 from tip_analysis.forward_mode import ForwardMode
 from tip_analysis.loss_gradients import (
     REWARD,
@@ -61,6 +61,9 @@ class GradientSettings:
     """Probes evaluated as one batch; by default what memory allows and short sequences gain from."""
 
     def __post_init__(self) -> None:
+        for loss in self.losses:
+            if loss not in list(Loss):
+                raise UnknownNameError("loss", loss, list(Loss))
         if self.method not in METHODS:
             raise OptionError(f"gradient method {self.method!r}: expected one of {', '.join(METHODS)}")
         if self.num_probes < 1 or (self.tokens_per_rollout or 1) < 1 or (self.probes_together or 1) < 1:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tip_analysis.divergence import LOSSES
-from tip_analysis.errors import UnknownNameError
 from tip_analysis.models import OutputHead
 from tip_analysis.parameter_directions import Direction
 from tip_analysis.parameter_scopes import ParameterScope
@@ -78,13 +77,7 @@ def token_losses(
         looked_up: [U], the distinct tokens that the student reads.
         directions: of each loss, the directions along which the head's part of the derivative is wanted.
         vocab_size: |V|, the number of logits that student and teacher share.
-
-    Raises:
-        UnknownNameError: no such loss.
     """
-    for loss in losses:
-        if loss not in LOSSES:
-            raise UnknownNameError("loss", loss, LOSSES)
     vocab_size = vocab_size or head.vocab_size
     block = max(1, BLOCK_ELEMENTS // head.vocab_size)
     parts: dict[str, list[TokenLosses]] = {loss: [] for loss in losses}
