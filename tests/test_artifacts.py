@@ -52,7 +52,7 @@ def test_an_altered_shard_counts_as_absent_and_is_named(run, caplog):
 def test_another_configuration_is_refused_with_what_differs(run):
     run.begin("score", config={"teacher": "a", "top_k": 5}, inputs={"rollouts": "x"})
     run.begin("score", config={"teacher": "a", "top_k": 5}, inputs={"rollouts": "x"})
-    with pytest.raises(ConfigurationMismatchError, match=r'top_k: 5 → 6.*rollouts: "x" → "y".*--overwrite'):
+    with pytest.raises(ConfigurationMismatchError, match=r'rollouts: "x" → "y"; top_k: 5 → 6\. .*--overwrite'):
         run.begin("score", config={"teacher": "a", "top_k": 6}, inputs={"rollouts": "y"})
 
 

@@ -236,29 +236,26 @@ class Run:
         name = f"{stage}-{config_hash(key or identity)[:8]}" if additive or key else stage
         if overwrite:
             self._remove_stage(name)
-        known = self.stages().get(name)
-        if known is not None and (differences := _differences(known, identity)):
-            raise ConfigurationMismatchError(
-                f"{self.path}: {stage} was begun with another configuration: {'; '.join(differences)}. "
-                "Use the same options, another run folder, or --overwrite to start afresh"
-            )
         table = TABLE_OF_STAGE[stage]
         with _storage_errors(self.path / table):
             (self.path / table).mkdir(exist_ok=True)
             _remove_stale_parts(self.path / table)
-        entry = identity | {
-            "table": table,
-            "settings": _jsonable(dict(settings or {})),
-            "environment": environment(),
-            "began": _now(),
-            "finished": None,
-            "wall_time_s": (known or {}).get("wall_time_s", 0.0),
-            "shards": (known or {}).get("shards", {}),
-            "summary": (known or {}).get("summary", {}),
-        }
-        if known is not None:
-            entry["began"] = known["began"]
-        self.update(lambda record: record["stages"].update({name: entry}))
+        begun = {"settings": _jsonable(dict(settings or {})), "environment": environment(), "finished": None}
+
+        def enter(record: Record) -> None:  # under the lock: another process may have begun, or added a shard, just now
+            known = record["stages"].get(name)
+            if known is None:
+                new = {"table": table, "began": _now(), "wall_time_s": 0.0, "shards": {}, "summary": {}}
+                record["stages"][name] = identity | new | begun
+            elif differences := _differences(known, identity):
+                raise ConfigurationMismatchError(
+                    f"{self.path}: {stage} was begun with another configuration: {'; '.join(differences)}. "
+                    "Use the same options, another run folder, or --overwrite to start afresh"
+                )
+            else:
+                known |= begun
+
+        self.update(enter)
         return Stage(self, name, table)
 
     def _remove_stage(self, key: str) -> None:

@@ -124,11 +124,11 @@ class OutputHead:
     @torch.no_grad()
     def verify(self) -> None:
         """Compare with the model's own logits on a short input; where the plain head differs, use the model's own forward."""
-        weight = self._model.get_input_embeddings().weight
-        size = min(self.vocab_size, int(weight.shape[0]))  # pyright: ignore[reportArgumentType]
-        tokens = torch.arange(8, device=weight.device).mul(max(1, size // 8)).remainder(size)[None]  # pyright: ignore
+        weight: Tensor = self._model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+        size = min(self.vocab_size, weight.shape[0])
+        tokens = torch.arange(8, device=weight.device).mul(max(1, size // 8)).remainder(size).unsqueeze(0)
         own = self._model(input_ids=tokens, use_cache=False).logits[0]
-        body_output: Any = model_body(self._model)(input_ids=tokens, use_cache=False)
+        body_output = model_body(self._model)(input_ids=tokens, use_cache=False)
         hidden = body_output.last_hidden_state[0]
         if _close(self(hidden), own):
             return
