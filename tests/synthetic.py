@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.artifacts import create_run
-from tip_analysis.schema import GradientTable, MaskTable, RolloutTable, TokenTable, validate
+from tip_analysis.schema import AblationTable, GradientTable, MaskTable, RolloutTable, TokenTable, validate
 
 _WORDS = ("the", "a", "is", "of", "so", "we", "add", "then", "and", "carry", "sum", "first", "last", "equals", "let", "step")
 _MARKS = ("+", "=", ".", ",", "\n", "(", ")", "un", "break", "able", "<eos>")
@@ -39,6 +39,13 @@ HOSTILE_TOKENS = (
     "\\u003cscript\\u003e",
 )
 """Token texts that would run, break out of a string or mark, or garble a page that trusts them."""
+
+ARM_ACCURACIES = {
+    ("all", 1.0): 0.80, ("entropy_sampling", 0.5): 0.82, ("soft_or", 0.5): 0.84, ("soft_or_bottom", 0.5): 0.30,
+    ("entropy_sampling", 0.1): 0.66, ("soft_or", 0.1): 0.72, ("q3", 0.1): 0.79, ("divergence", 0.1): 0.70,
+    ("random", 0.1): 0.60,
+}  # fmt: skip
+"""True accuracy of each synthetic arm."""
 
 KINDS = ("plain", "fork", "planted_error", "dense")
 
@@ -158,6 +165,44 @@ def write_run(path: Path, tables: Tables, *, config: dict | None = None) -> Path
     vocabulary = pl.DataFrame({"token_id": pl.Series(ids, dtype=pl.Int32), "token": list(tables.vocabulary)})
     vocabulary.write_parquet(path / "vocabulary.parquet")
     return path
+
+
+def make_ablations(*, seeds: int = 3, problems: int = 40, samples: int = 4, seed: int = 0) -> pl.DataFrame:
+    """Arms whose true accuracies are those of `ARM_ACCURACIES`; the seeds share their problems."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    hardness = rng.normal(scale=0.15, size=problems)
+    for index, ((rule, ratio), mean) in enumerate({("untrained", 1.0): 0.5, **ARM_ACCURACIES}.items()):
+        for run_seed in range(seeds):
+            chance = np.clip(mean + hardness + 0.004 * rng.normal(), 0.0, 1.0)
+            graded = rng.random((problems, samples)) < chance[:, None]
+            steps = 0 if rule == "untrained" else 60
+            rows.append(_arm_row(f"arm{index}-{run_seed}", rule, ratio, run_seed, steps, graded))
+    return validate(
+        pl.DataFrame(rows, strict=False).cast(_dtypes(AblationTable)).select(AblationTable.column_names()), AblationTable
+    )
+
+
+def write_ablations(path: Path, ablations: pl.DataFrame) -> None:
+    """Add an ablation to a run folder."""
+    stage = create_run(path).begin("ablate", config={"rules": sorted(ablations["rule"].unique())})
+    stage.write(0, ablations)
+    stage.finish()
+
+
+def _arm_row(key: str, rule: str, ratio: float, seed: int, steps: int, graded: np.ndarray) -> dict[str, object]:
+    means = graded.mean(1)
+    return {
+        "arm_key": key, "rule": rule, "retention_ratio": ratio, "selection_scope": "rollout", "seed": seed, "mode": "on_policy",
+        "loss": "reverse_kl", "loss_normalizer": "selected", "loss_aggregation": "rollout", "step": steps, "num_steps": steps,
+        "accuracy": float(means.mean()), "accuracy_se": float(means.std() / np.sqrt(len(means))),
+        "best_at_k": float(graded.max(1).mean()), "num_problems": len(means), "num_samples": graded.shape[1],
+        "heldout_reverse_kl": 0.1, "tokens_trained": int(10_000 * ratio), "tokens_seen": 10_000, "train_loss": 0.2,
+        "losses": [0.2] * steps, "learning_rate": 1e-3, "step_time_s": 0.3, "peak_memory_bytes": int(5e8 * (0.6 + 0.4 * ratio)),
+        "drift_reverse_kl": None, "effective_sample_size": None,
+        "problem_ids": [f"q{index}" for index in range(len(means))], "problem_accuracy": means.tolist(),
+        "problem_best": graded.max(1).astype(float).tolist(),
+    }  # fmt: skip
 
 
 def _distributions(kinds: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from synthetic import HOSTILE_TOKENS, Tables, make_hostile_tables, make_tables, write_run
+from synthetic import (
+    ARM_ACCURACIES,
+    HOSTILE_TOKENS,
+    Tables,
+    make_ablations,
+    make_hostile_tables,
+    make_tables,
+    write_ablations,
+    write_run,
+)
 
 from tip_analysis.errors import OptionError, RunError
 from tip_analysis.quadrants import resolve_cuts
@@ -414,3 +423,91 @@ def test_titles_are_escaped(hostile):
 def test_cuts_in_the_text_are_those_measured(page, run):
     cuts = resolve_cuts(RunView(run, _options()).raw)
     assert any(f"Entropy cut: median ({words.number(cuts.entropy.value)} nats)" in text for text in page.texts)
+
+
+def test_gradient_shares_equal_plain_sums(page, tables):
+    names = _plain_quadrants(tables.tokens)
+    measured = tables.gradients.filter(pl.col("loss").cast(pl.String) == "forward_kl")
+    norms, phi = measured["grad_norm_sq"].to_numpy(), measured["grad_dot_loss"].to_numpy()
+    for row in page.table("Gradients of the forward KL")[1:]:
+        inside = names == row[0]
+        assert row[2].startswith(f"{100 * norms[inside].sum() / norms.sum():.1f}%")
+        assert row[3].startswith(f"{100 * phi[inside].sum() / phi.sum():.1f}%".replace("-", "−"))
+        assert row[4].startswith(words.number(phi[inside].sum() / norms[inside].sum()))
+        assert row[6].startswith(f"{100 * (phi[inside] < 0).mean():.1f}%")
+
+
+def test_what_a_selection_misses_of_q3_equals_a_plain_count(page, tables):
+    in_q3 = tables.tokens.filter(pl.Series(_plain_quadrants(tables.tokens) == "Q3")).select("rollout_id", "position")
+    for row in page.table("What each selection takes from Q3")[1:]:
+        chosen = tables.masks.filter(pl.col("rule") == row[0], (pl.col("retention_ratio") - float(row[1])).abs() < 1e-9)
+        taken = chosen.join(in_q3, on=["rollout_id", "position"], how="semi").height
+        assert row[4] == str(chosen.height)
+        assert row[5] == f"{100 * taken / chosen.height:.1f}%"
+        assert row[6] == f"{100 * (1 - taken / in_q3.height):.1f}%"
+
+
+def test_group_shares_equal_a_plain_count(page, tables):
+    names, position = _plain_quadrants(tables.tokens), tables.tokens["position"].to_numpy()
+    rows = {row[0]: row for row in page.table("Shares within groups")[1:]}
+    inside = (position >= 4) & (position <= 15)
+    assert rows["position: 4–15"][1] == str(inside.sum())
+    assert rows["position: 4–15"][4] == f"{100 * (names[inside] == 'Q3').mean():.1f}%"
+    digits = np.array([text.strip().isdigit() for text in tables.tokens["token"]])
+    assert rows["kind: number"][1] == str(digits.sum())
+    assert rows["kind: number"][6] == words.number((names[digits] == "Q3").mean() / (names == "Q3").mean())
+
+
+def test_stages_not_run_say_how(tmp_path):
+    bare = make_tables(num_prompts=2, rollouts_per_prompt=2, gradients=False)
+    path = write_run(tmp_path / "bare", Tables(bare.rollouts, bare.tokens, bare.gradients, bare.masks.clear(), bare.vocabulary))
+    shown = " ".join(_Page(build_report([path], _options())).texts)
+    assert f"tip-analysis gradients {path}" in shown
+    assert f"tip-analysis select {path} --rules" in shown
+    assert f"tip-analysis ablate {path} --rules" in shown
+
+
+@pytest.fixture(scope="module")
+def ablated(tables, tmp_path_factory) -> tuple[_Page, pl.DataFrame]:
+    path = write_run(tmp_path_factory.mktemp("runs") / "ablated", tables)
+    arms = make_ablations()
+    write_ablations(path, arms)
+    return _Page(build_report([path], _options())), arms
+
+
+def test_arms_show_the_mean_over_seeds(ablated):
+    shown, arms = ablated
+    rows = {row[0]: row for row in shown.table("Arms by accuracy")[1:]}
+    assert set(rows) == {"all"} | {f"{rule}@{ratio:g}" for rule, ratio in ARM_ACCURACIES if rule != "all"}
+    for name, ratio in ARM_ACCURACIES:
+        of_arm = arms.filter(pl.col("rule") == name, pl.col("retention_ratio") == ratio)["accuracy"]
+        row = rows[name if name == "all" else f"{name}@{ratio:g}"]
+        assert row[2] == f"{100 * of_arm.mean():.1f}%± {100 * of_arm.std():.1f}%"
+
+
+def test_claims_stand_beside_the_papers_numbers(ablated):
+    shown, arms = ablated
+    rows = shown.table("Differences of accuracy in points")[1:]
+    accuracy = {
+        (rule, round(ratio, 3), seed): value
+        for rule, ratio, seed, value in arms.select("rule", "retention_ratio", "seed", "accuracy").iter_rows()
+    }
+    effect = np.mean([accuracy["soft_or", 0.5, seed] - accuracy["soft_or_bottom", 0.5, seed] for seed in range(3)])
+    row = next(row for row in rows if row[0] == "e")
+    assert row[3].startswith(f"{100 * effect:+.1f}")
+    assert row[5] == "supported"
+    assert row[7] == "9 of 9the paper"
+    assert any("supported: b at ρ = 0.1" in text or "supported: " in text for text in shown.texts)
+
+
+def test_intervals_of_a_large_run_come_from_sampled_prompts(tables, run):
+    """Values are those of all tokens; widths, from half of the prompts, are near those of all prompts."""
+    whole = RunView(run, ReportOptions(num_resamples=400)).quadrant_means.filter(pl.col("statistic") == "share")
+    view = RunView(run, ReportOptions(num_resamples=400, resampled_tokens=tables.tokens.height // 2))
+    assert view.prompt_sample is not None
+    assert 2 <= view.prompt_sample.height < 8
+    part = view.quadrant_means.filter(pl.col("statistic") == "share")
+    assert part["value"].to_list() == whole["value"].to_list()
+    ratio = (part["high"] - part["low"]).to_numpy() / (whole["high"] - whole["low"]).to_numpy()
+    assert (ratio > 0.2).all()
+    assert (ratio < 4).all()

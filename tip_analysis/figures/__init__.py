@@ -9,6 +9,7 @@ taxonomy (Q1, Q2), vermilion the overconfident tokens (Q3), grey the solved ones
 always drawn as hollow marks or hatched bands, never in a colour of ours.
 """
 
+from tip_analysis.figures.ablations import accuracy_by_ratio, claims, difference_from_all, memory_by_ratio
 from tip_analysis.figures.effects import group_shares
 from tip_analysis.figures.gradients import energy_shares, quadrant_profile
 from tip_analysis.figures.selection import composition, coverage_curve, overlap
@@ -29,12 +30,16 @@ __all__ = [
     "PAGE_WIDTH",
     "QUADRANT_COLORS",
     "QUADRANT_NAMES",
+    "accuracy_by_ratio",
+    "claims",
     "composition",
     "coverage_curve",
     "cut_sensitivity",
+    "difference_from_all",
     "energy_shares",
     "figure_style",
     "group_shares",
+    "memory_by_ratio",
     "overlap",
     "quadrant_map",
     "quadrant_profile",

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tip_analysis.artifacts import write_atomically
-from tip_analysis.report import browser, effects, gradients, overview, paper, provenance, selections, taxonomy
+from tip_analysis.report import ablations, browser, effects, gradients, overview, paper, provenance, selections, taxonomy
 from tip_analysis.report.page import Section, render
 from tip_analysis.report.reading import ReportOptions, RunView, open_views
 from tip_analysis.report.words import listed, plural, visible
@@ -67,6 +67,7 @@ def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section
         gradients.gradients(views),
         selections.selections(views),
         effects.group_effects(views),
+        ablations.ablations(views),
         taxonomy.strong_tokens(views),
         browser.browser(views),
         provenance.provenance(views, str(output)),
