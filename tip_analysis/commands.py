@@ -60,6 +60,39 @@ def rollout(command: options.Rollout) -> None:
     show_summary(f"{command.run}: rollouts", summary)
 
 
+def import_(command: options.Import) -> None:
+    """Bring in rollouts of another tool."""
+    from tip_analysis.artifacts import create_run
+    from tip_analysis.importers import import_rollouts
+    from tip_analysis.models import load_tokenizer, tokenizer_fingerprint
+    from tip_analysis.prompts import read_prompts
+    from tip_analysis.rollouts import store_imported
+
+    how: dict[str, Any] = {
+        "template": command.template,
+        "chat_template_kwargs": parse_switches(command.chat_template_kwargs),
+        "reward_key": command.reward_key,
+        "filter_name": command.filter_name,
+        "all_turns": command.all_turns,
+        "prompts_per_batch": command.prompts_per_batch,
+        "limit": command.limit,
+    }
+    tokenizer = load_tokenizer(command.student)
+    rollouts, report = import_rollouts(
+        command.from_,
+        command.files,
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        prompts=read_prompts(command.prompts) if command.prompts else (),
+        **how,
+    )
+    run = create_run(command.run)
+    summary = store_imported(run, rollouts, report, student=command.student, options=how, overwrite=command.overwrite)
+    for warning in summary.pop("import_report")["warnings"]:
+        console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+    show_summary(f"{command.run}: rollouts", summary)
+
+
 def score(command: options.Score) -> None:
     """Score rollouts with both models."""
     from tip_analysis.artifacts import open_run
@@ -259,6 +292,7 @@ def _load(name: str, models: options.ModelOptions) -> "LanguageModel":
 
 _COMMANDS: dict[type, Callable[[Any], None]] = {
     options.Rollout: rollout,
+    options.Import: import_,
     options.Score: score,
     options.Select: select,
     options.Report: report,

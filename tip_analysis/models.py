@@ -171,6 +171,19 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", attentio
     return LanguageModel(name, model, tokenizer, head)
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone, without its weights.
+
+    Raises:
+        ModelError: there is no such model, or its tokenizer cannot be loaded.
+    """
+    folder, options = _locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {_reason(error)}") from error
+
+
 def hidden_states(
     model: PreTrainedModel,
     input_ids: Tensor,

@@ -121,11 +121,25 @@ class Import:
     run: RunFolder
     """Run folder; made if it does not exist."""
     from_: Annotated[str, arg(name="from", metavar="FORMAT")]
-    """Who wrote them: native, text, chat, verl, trl, lighteval, lm-eval, openai."""
+    """Who wrote them: native, text, chat, verl, trl, lighteval, lm-eval, openai, vllm."""
     files: Annotated[tuple[Path, ...], arg(metavar="FILE [FILE ...]")]
-    """The files to read."""
+    """Files to read, or folders of them."""
     student: str
     """The model that wrote them, or is to be analysed on them: its tokenizer gives the token ids."""
+    prompts: str | None = None
+    """The prompts that they answer, as for `rollout`: chat markers and answers that the files lost come back from them."""
+    template: str = "plain"
+    """What stands around a problem in the prompts: plain, boxed, or a text of your own that contains {problem}."""
+    chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
+    """Switches for the chat template, such as enable_thinking=false."""
+    reward_key: str | None = None
+    """Field that holds the reward, where a format has several."""
+    filter_name: str | None = None
+    """Filter of lm-evaluation-harness whose rows to read."""
+    all_turns: Flag = False
+    """Analyse every turn of the assistant, not only the last."""
+    prompts_per_batch: int = 8
+    """Prompts whose rollouts make one optimizer step (column batch_id), where the files name no step."""
     limit: int | None = None
     """Use the first N rollouts only."""
     overwrite: Flag = False

@@ -9,17 +9,19 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from tip_analysis.arithmetic import language
-from tip_analysis.artifacts import Run, config_hash
+from tip_analysis.artifacts import Run, config_hash, file_hash
 from tip_analysis.batching import TokenBudget
 from tip_analysis.errors import OptionError
 from tip_analysis.forward import check_context
 from tip_analysis.generation import Generation, Sampling, generate
 from tip_analysis.grading import default_grader, grade, resolve_grader
+from tip_analysis.importers import ImportReport
 from tip_analysis.models import LanguageModel, tokenizer_fingerprint
 from tip_analysis.progress import Advance, track
 from tip_analysis.prompts import Message, Prompt, RenderedPrompt, render, resolve_template, student_messages, unused_switches
@@ -109,6 +111,43 @@ def sample_rollouts(
             ]
             stage.write(index, pl.DataFrame(rows, schema=polars_schema(RolloutTable)))
     return stage.finish(**summarize(run))
+
+
+def store_imported(
+    run: Run,
+    rollouts: pl.DataFrame,
+    report: ImportReport,
+    *,
+    student: str,
+    options: Mapping[str, Any],
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Put rollouts that another tool wrote (`importers.import_rollouts`) into a run folder, in place of sampled ones.
+
+    Args:
+        run: the run folder.
+        rollouts: valid rows of the rollout table.
+        report: what could not be recovered; becomes part of the record, and of every report made from it.
+        student: the model that wrote them, as `load_model` takes it.
+        options: how they were read, for the record.
+        overwrite: start afresh, whatever the folder holds.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        ConfigurationMismatchError: the folder holds other rollouts.
+    """
+    stage = run.begin(
+        "rollout",
+        config={"source": report.format, "student": {"name": student}, **options},
+        inputs={path: file_hash(Path(path)) for path in report.files},
+        overwrite=overwrite,
+    )
+    for index, start in enumerate(range(0, rollouts.height, ROLLOUTS_PER_SHARD)):
+        if not stage.is_whole(index):
+            stage.write(index, rollouts[start : start + ROLLOUTS_PER_SHARD])
+    return stage.finish(**summarize(run), import_report=report.to_dict())
 
 
 @dataclass(frozen=True)
