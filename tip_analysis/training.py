@@ -41,6 +41,9 @@ from tip_analysis.training_selection import needed_statistics, select_step, step
 
 logger = logging.getLogger(__name__)
 
+RESCORED_TOGETHER = 64
+"""Rollouts whose hidden states are held at once when fixed rollouts are scored again."""
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -107,7 +110,10 @@ class Trainer:
     def train_step(self) -> StepRecord:
         """Do one optimizer step."""
         began = time.perf_counter()
-        with self._precision():
+        every = self.options.rescore_every
+        if every and self.step and self.step % every == 0 and self.options.rule != "all":
+            self.rescore()
+        with self.precision():
             rollouts = self.source.rollouts(self.step, self.student)
         record = self.update_on([rollout for rollout in rollouts if rollout.written.any()])
         record = replace(record, num_rollouts=len(rollouts), time_s=time.perf_counter() - began)
@@ -152,6 +158,9 @@ class Trainer:
         """[N] bool over the tokens that the student wrote: by the rule, or as the fixed masks say."""
         if isinstance(self.source, FixedRollouts):
             return np.concatenate([self.source.mask(r)[r.written] for r in rollouts] or [np.zeros(0, dtype=bool)])
+        return self._by_rule(rollouts, statistics)
+
+    def _by_rule(self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]) -> np.ndarray:
         options = self.options
         return select_step(
             rollouts,
@@ -175,26 +184,33 @@ class Trainer:
         kept = _Scored({}, [])
         parts: dict[str, list[np.ndarray]] = {}
         for batch in micro_batches:
-            chosen = [rollouts[i] for i in batch]
-            with self._precision():
-                with torch.set_grad_enabled(single):
-                    student = self.hidden(self.student, chosen, [r.written for r in chosen])
-                with torch.no_grad():
-                    teacher = self.hidden(self.teacher, chosen, [r.written for r in chosen], teacher=True)
-                statistics = step_statistics(
-                    self.columns,
-                    student_hidden=student.detach(),
-                    teacher_hidden=teacher,
-                    student_head=self.student.head,
-                    teacher_head=self.teacher.head,
-                    vocab_size=self.vocab_size,
-                )
+            statistics, student, teacher = self._statistics([rollouts[i] for i in batch], self.columns, keep_graph=single)
             kept.states.append((student if single else None, teacher if single else teacher.cpu()))
             for name, values in statistics.items():
                 parts.setdefault(name, []).append(values)
         order = _token_order(rollouts, micro_batches)
         kept.statistics.update({name: np.concatenate(values)[order] for name, values in parts.items()})
         return kept
+
+    def _statistics(
+        self, rollouts: Sequence[TrainingRollout], columns: frozenset[str], *, keep_graph: bool = False
+    ) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+        """Statistics of the written tokens of some rollouts, and both models' hidden states that they come from."""
+        written = [rollout.written for rollout in rollouts]
+        with self.precision():
+            with torch.set_grad_enabled(keep_graph):
+                student = self.hidden(self.student, rollouts, written)
+            with torch.no_grad():
+                teacher = self.hidden(self.teacher, rollouts, written, teacher=True)
+            statistics = step_statistics(
+                columns,
+                student_hidden=student.detach(),
+                teacher_hidden=teacher,
+                student_head=self.student.head,
+                teacher_head=self.teacher.head,
+                vocab_size=self.vocab_size,
+            )
+        return statistics, student, teacher
 
     def _backward(
         self, rollouts: list[TrainingRollout], weights: list[np.ndarray], states: "tuple[Tensor | None, Tensor] | None"
@@ -206,7 +222,7 @@ class Trainer:
         chosen = [_scatter(rollout.written, mask) for rollout, mask in zip(rollouts, carried, strict=True)]
         rows = torch.from_numpy(np.flatnonzero(np.concatenate(carried)))
         student, teacher = states or (None, None)
-        with self._precision():
+        with self.precision():
             if student is None:
                 student = self.hidden(self.student, rollouts, chosen)
             else:
@@ -266,26 +282,56 @@ class Trainer:
         counts = [int(mask.sum()) for mask in chosen]
         return states.index_select(0, torch.from_numpy(_restoring_order(order, counts)).to(states.device))
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
+        """The context in which models run: autocast with `bfloat16`, none otherwise."""
         if self.options.precision != "bfloat16":
             return nullcontext()
         return torch.autocast(self.student.device.type, dtype=torch.bfloat16)
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint: trainable weights, optimizer state and history. The folder is whole or absent."""
+    def rescore(self) -> None:
+        """Offline: make the masks anew from what both models now say of the fixed rollouts.
+
+        Raises:
+            OptionError: rollouts are not fixed.
+        """
+        if not isinstance(self.source, FixedRollouts):
+            raise OptionError("only fixed rollouts are scored again; on-policy rollouts are scored at every step")
+        rollouts = self.source.all_rollouts()
+        columns = needed_statistics(self.options.rule)
+        parts: dict[str, list[np.ndarray]] = {}
+        for start in range(0, len(rollouts) if columns else 0, RESCORED_TOGETHER):
+            for name, values in self._statistics(rollouts[start : start + RESCORED_TOGETHER], columns)[0].items():
+                parts.setdefault(name, []).append(values)
+        selected = self._by_rule(rollouts, {name: np.concatenate(values) for name, values in parts.items()})
+        masks = [_scatter(r.written, mask) for r, mask in zip(rollouts, _per_rollout(selected, rollouts), strict=True)]
+        self.source = replace(self.source, masks={r.rollout_id: mask for r, mask in zip(rollouts, masks, strict=True)})
+
+    def save(self, folder: Path, extra: Any = None) -> None:
+        """Write a checkpoint: trainable weights, optimizer, history, fixed masks, and `extra` (anything that JSON holds).
+
+        The folder is whole or absent.
+        """
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         weights = {name: value.detach().contiguous() for name, value in self.parameters.items()}
         save_file(weights, part / "weights.safetensors")
         torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
-        state = {"step": self.step, "options": self.options.identity(), "history": [asdict(record) for record in self.history]}
+        if isinstance(self.source, FixedRollouts):
+            masks = {name: torch.from_numpy(np.packbits(mask)) for name, mask in self.source.masks.items()}
+            torch.save(masks, part / "masks.pt")
+        state = {
+            "step": self.step,
+            "options": self.options.identity(),
+            "history": [asdict(record) for record in self.history],
+            "extra": extra,
+        }
         (part / "state.json").write_text(json.dumps(state), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
 
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint.
+    def load(self, folder: Path) -> Any:
+        """Go on from a checkpoint; returns the `extra` that it was saved with.
 
         Raises:
             RunError: there is none, or it is of another model.
@@ -295,6 +341,8 @@ class Trainer:
             state = json.loads((folder / "state.json").read_text("utf-8"))
             weights = load_file(folder / "weights.safetensors")
             optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+            fixed = isinstance(self.source, FixedRollouts)
+            masks = torch.load(folder / "masks.pt", weights_only=True) if fixed else {}
         except (OSError, json.JSONDecodeError) as error:
             raise RunError(f"{folder} is no whole checkpoint: {error}") from error
         mine = json.loads(json.dumps(self.options.identity()))
@@ -308,6 +356,11 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.step = state["step"]
         self.history = [StepRecord(**record) for record in state["history"]]
+        if isinstance(self.source, FixedRollouts):
+            lengths = {rollout.rollout_id: len(rollout.response) for rollout in self.source.all_rollouts()}
+            unpacked = {name: np.unpackbits(bits.numpy(), count=lengths[name]).astype(bool) for name, bits in masks.items()}
+            self.source = replace(self.source, masks=unpacked)
+        return state["extra"]
 
 
 @dataclass
@@ -323,10 +376,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-[0-9]*[0-9]"), default=None)
 
 
-def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
+def save_checkpoint(trainer: Trainer, folder: Path, extra: Any = None) -> Path:
     """Write `folder/step-NNNNNN`, then remove those of earlier steps."""
     path = folder / f"step-{trainer.step:06d}"
-    trainer.save(path)
+    trainer.save(path, extra)
     for older in folder.glob("step-[0-9]*"):
         if older != path:
             shutil.rmtree(older, ignore_errors=True)

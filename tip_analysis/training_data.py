@@ -23,6 +23,7 @@ from tip_analysis.generation import Sampling, generate, uniforms
 from tip_analysis.importance import add_scores
 from tip_analysis.models import LanguageModel, tokenizer_fingerprint
 from tip_analysis.prompts import Prompt, render, student_messages, teacher_messages
+from tip_analysis.selection import rule as rule_of
 from tip_analysis.selection import select_tokens
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,8 @@ def _selected_positions(
 ) -> pl.DataFrame:
     """(rollout_id, position) of a mask: the stored one, else one made from the token table."""
     if run.has("masks"):
-        same = [pl.col(name).cast(pl.String) == str(value) for name, value in key.items() if name != "retention_ratio"]
+        names = ["rule", "selection_scope", *(["seed"] if rule_of(key["rule"]).sampled else [])]  # others have one mask
+        same = [pl.col(name).cast(pl.String) == str(key[name]) for name in names]
         close = (pl.col("retention_ratio") - key["retention_ratio"]).abs() < 1e-12
         stored = run.masks().filter(*same, close).select("rollout_id", "position").collect()
         if stored.height:

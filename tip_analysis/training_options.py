@@ -50,6 +50,8 @@ class TrainingOptions:
     """Gradients are clipped to this norm; none to leave them as they are."""
     seed: int = 0
     """Seed of prompt order, sampling and selection: arms that share it see the same prompts and random numbers."""
+    rescore_every: int = 0
+    """Offline: make the masks anew with the student as it is, every so many steps; 0 keeps them as they were."""
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers but the head; 0 trains all weights."""
     lora_alpha: float = 32.0
