@@ -16,11 +16,12 @@ from strategies import token_frames
 
 from tip_analysis import selection
 from tip_analysis.errors import OptionError, SchemaError, UnknownNameError
-from tip_analysis.importance import add_scores
+from tip_analysis.importance import add_scores, resolve_normalization
 from tip_analysis.schema import MaskTable
 from tip_analysis.selection import (
     RULES,
     exact_ratio,
+    masks_by_part,
     num_selected,
     random_exponentials,
     register_rule,
@@ -257,6 +258,17 @@ def test_masks_of_a_table(tmp_path: Path) -> None:
     MaskTable.validate(masks)
     with pytest.raises(OptionError, match="no mask was asked for"):
         to_masks(scored, rules=[], retention_ratios=[0.5])
+
+
+def test_masks_part_by_part_are_those_of_the_whole() -> None:
+    tokens = pl.concat([_scorable(9).with_columns(rollout_id=pl.lit(f"p{i}/0"), jsd=pl.col("jsd") * (i + 1)) for i in range(4)])
+    bounds = resolve_normalization(tokens)
+    options = {"rules": ["random", "q3"], "retention_ratios": [0.3], "seeds": [0, 1]}
+    whole = to_masks(add_scores(tokens), **options)
+    shards = [add_scores(part, normalization=bounds) for part in (tokens[:18], tokens[18:])]
+    parts = pl.concat(masks_by_part(shards, **options))
+    keys = ["rule", "seed", "rollout_id", "position"]
+    assert parts.sort(keys).equals(whole.sort(keys))
 
 
 def _scorable(size: int) -> pl.DataFrame:

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import polars as pl
 
 from tip_analysis.errors import OptionError, SchemaError, UnknownNameError
+from tip_analysis.grids import exact_quantiles, is_large, measure_grids
 from tip_analysis.schema import require_columns
 
 NormalizationScope = Literal["batch", "run"]
@@ -202,7 +203,7 @@ class Normalization:
 def resolve_normalization(
     tokens: pl.LazyFrame | pl.DataFrame, *, normalization_scope: str = "run", divergence_clip: float | None = None
 ) -> Normalization:
-    """Measure the bounds of ĥ and δ̂, in one pass.
+    """Measure the bounds of ĥ and δ̂: in one pass, or in two over a table above `grids.LARGE_TABLE_ROWS` rows (scope `run`).
 
     Low is the minimum; high is the 98th percentile of h (linear interpolation), and of δ its largest finite value or the
     quantile `divergence_clip`. Rows that the student did not write and divergences of +inf are left out.
@@ -216,6 +217,8 @@ def resolve_normalization(
         raise OptionError(f"divergence_clip must be a quantile in (0, 1], or None for no clipping; found {divergence_clip}")
     tokens = tokens.lazy()
     require_columns(tokens, ["batch_id", "loss_mask", "student_entropy_norm", "reverse_kl"], "add_scores")
+    if normalization_scope == "run" and is_large(tokens):
+        return Normalization("run", divergence_clip, _streamed_bounds(tokens, divergence_clip))
     h = pl.col("student_entropy_norm").cast(pl.Float64)
     delta = pl.col("reverse_kl").cast(pl.Float64)
     finite = delta.filter(delta.is_finite())
@@ -232,6 +235,22 @@ def resolve_normalization(
         table = written.group_by("batch_id").agg(bounds).sort("batch_id")
     scope: NormalizationScope = "run" if normalization_scope == "run" else "batch"
     return Normalization(scope, divergence_clip, table.collect(engine="streaming"))
+
+
+def _streamed_bounds(tokens: pl.LazyFrame, divergence_clip: float | None) -> pl.DataFrame:
+    grids = measure_grids(tokens, ["student_entropy_norm", "reverse_kl"])
+    wanted = {"student_entropy_norm": [ENTROPY_CLIP], "reverse_kl": [] if divergence_clip is None else [divergence_clip]}
+    found = exact_quantiles(tokens, grids, wanted)
+    entropy, divergence = grids["student_entropy_norm"], grids["reverse_kl"]
+    known = divergence.num_finite > 0
+    row = {
+        "batch_id": None,
+        "entropy_low": entropy.low if entropy.num_finite else None,
+        "entropy_high": found["student_entropy_norm"][0],
+        "divergence_low": divergence.low if known else None,
+        "divergence_high": (found["reverse_kl"] or [divergence.high])[0] if known else None,
+    }
+    return pl.DataFrame([row], schema={"batch_id": pl.Int32, **dict.fromkeys(list(row)[1:], pl.Float64)})
 
 
 def add_scores(

@@ -12,7 +12,7 @@ A divergence of +inf is high whatever the cut, and takes no part in measuring on
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.errors import OptionError, SchemaError
+from tip_analysis.grids import ColumnGrid, exact_quantiles, is_large, measure_grids
 from tip_analysis.importance import check_scope
 from tip_analysis.schema import Quadrant, require_columns
 
@@ -70,6 +71,10 @@ class Cut:
     """Nats; None under scope `batch`, or where no token can be measured."""
     batch_values: tuple[tuple[int, float], ...] = ()
     """(batch_id, nats) under scope `batch`."""
+
+    def threshold(self) -> float:
+        """The value under scope `run`, such that +inf is above it and, where nothing was measured, nothing finite is."""
+        return np.finfo(np.float32).max.item() if self.value is None else self.value
 
     def is_high(self) -> pl.Expr:
         """Whether a token is strictly above the cut; +inf always is."""
@@ -251,8 +256,12 @@ def resolve_cuts(
     entropy_cut: str | float = "median",
     divergence_cut: str | float = "mean",
     cut_scope: str = "run",
+    grids: Mapping[str, ColumnGrid] | None = None,
 ) -> Cuts:
     """Measure both cuts on the tokens that the student wrote.
+
+    Both columns are collected; above `grids.LARGE_TABLE_ROWS` rows, medians, means and quantiles of scope `run` are measured by
+    passes over the table instead, with the same result.
 
     Args:
         tokens: Rows of the token table.
@@ -260,6 +269,7 @@ def resolve_cuts(
         divergence_cut: On `reverse_kl`, likewise. `paper` is a joint preset: named for one axis it holds for both, and
             the other axis may name nothing but `paper` or its default.
         cut_scope: `run`, or `batch` for one cut per `batch_id`.
+        grids: Of both columns, where they have been measured already; used under scope `run`.
 
     Raises:
         OptionError: a cut or the scope is none of the valid forms, or `paper` meets another cut.
@@ -269,6 +279,8 @@ def resolve_cuts(
     specs = joint_specs(entropy_cut, divergence_cut)
     tokens = tokens.lazy()
     require_columns(tokens, ["batch_id", "loss_mask", "student_entropy", "reverse_kl"], "assign_quadrants")
+    if cut_scope == "run" and not {"otsu", "paper"} & {specs[0].kind, specs[1].kind} and (grids or is_large(tokens)):
+        return _streamed_cuts(tokens, specs, grids or measure_grids(tokens, list(AXIS_COLUMNS.values())))
     written = tokens.filter("loss_mask", pl.col("student_entropy").is_not_null(), pl.col("reverse_kl").is_not_null())
     frame = written.select("batch_id", "student_entropy", "reverse_kl").collect(engine="streaming")
     num_infinite = int(frame["reverse_kl"].is_infinite().sum())
@@ -289,6 +301,23 @@ def resolve_cuts(
         Cut("divergence", str(specs[1]), "batch", None, divergences),
         num_infinite,
         met,
+    )
+
+
+def _streamed_cuts(tokens: pl.LazyFrame, specs: tuple[CutSpec, CutSpec], grids: Mapping[str, ColumnGrid]) -> Cuts:
+    """Medians, means and quantiles from histograms and one more pass."""
+    quantile = {spec: 0.5 if spec.number is None else spec.number for spec in specs if spec.kind in ("median", "quantile")}
+    named = dict(zip(AXIS_COLUMNS.values(), specs, strict=True))
+    found = exact_quantiles(tokens, grids, {name: [quantile[spec]] for name, spec in named.items() if spec in quantile})
+    values = {
+        name: found[name][0] if name in found else spec.number if spec.kind == "nats" else grids[name].mean
+        for name, spec in named.items()
+    }
+    divergence = grids["reverse_kl"]
+    return Cuts(
+        Cut("entropy", str(specs[0]), "run", values["student_entropy"]),
+        Cut("divergence", str(specs[1]), "run", values["reverse_kl"]),
+        divergence.num_values - divergence.num_finite,
     )
 
 

@@ -13,7 +13,7 @@ scope and seed the mask of a smaller ρ lies inside that of a larger one.
 Deviations from the paper: `random` is a control that it lacks; `all` ignores ρ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -346,6 +346,27 @@ def _within(ratio: Fraction) -> pl.Expr:
     """Whether `selection_rank` < max(1, ⌊ρ·m⌋), in integers."""
     k = pl.max_horizontal(pl.col("num_competing") * ratio.numerator // ratio.denominator, pl.lit(1, pl.Int64))
     return (pl.col("selection_rank") < k).fill_null(False)
+
+
+def masks_by_part(
+    parts: Iterable[pl.LazyFrame],
+    *,
+    rules: Sequence[str],
+    retention_ratios: Sequence[float],
+    seeds: Sequence[int] = (0,),
+) -> Iterator[pl.DataFrame]:
+    """`to_masks` in scope `rollout`, part by part: for tables larger than memory.
+
+    Args:
+        parts: Scored tokens of whole rollouts, such as the shards of a run, each with `add_scores` under one
+            `Normalization` that was measured on all of them.
+        rules, retention_ratios, seeds: As in `to_masks`.
+
+    Yields:
+        The mask rows of each part; together they are those of `to_masks`.
+    """
+    for part in parts:
+        yield to_masks(part, rules=rules, retention_ratios=retention_ratios, seeds=seeds)
 
 
 def to_masks(
