@@ -406,10 +406,26 @@ def test_generation_blocks_say_who_wrote_what(tmp_path):
 
 SIGNED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
-    "{% generation %}<|im_start|>assistant\n{% endgeneration %}[signed] {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% generation %}<|im_start|>assistant\n{% endgeneration %}[signed] "
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking is defined %}hm{% endif %}{% endif %}"
 )
+
+
+ENCLOSING = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}<|im_start|>assistant\n{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_generation_block_that_begins_in_the_prompt_is_cut_there(tmp_path):
+    tokenizer = make_tokenizer(ENCLOSING)
+    path = write_lines(tmp_path / "c.jsonl", [{"messages": [user("a"), assistant("b")]}])
+    (row,), _ = imported("chat", path, tokenizer=tokenizer)
+    assert masked_text(row, tokenizer, students=True) == row["response_text"] == "b<|im_end|>"
 
 
 def test_text_of_the_template_inside_a_turn_is_masked_and_no_span_reaches_into_the_prompt(tmp_path):
@@ -440,8 +456,9 @@ FORGETS = (
 
 
 ELIDES = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'tool' and messages[loop.index:] | selectattr('role', 'equalto', 'tool')"
-    " | list %}...{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'tool' and messages[loop.index:] | selectattr('role', 'equalto', 'tool') | list %}..."
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Shows the text of the last tool only, so that earlier turns were written in another context than the final text's."""
@@ -741,7 +758,7 @@ def lm_eval_row(doc_id=0, filter="strict-match", match=0.0, prompt="Question: Wh
         "doc_id": doc_id,
         "doc": {"question": "What is 12 + 34?", "answer": "46"},
         "target": "46",
-        "arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"until": ["\n\n"], "do_sample": False, "temperature": 0.0}}},
+        "arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"until": ["\n\n"], "do_sample": False}}},
         "resps": [["It is 46."]],
         "filtered_resps": ["46"],
         "filter": filter,
