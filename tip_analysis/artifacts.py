@@ -235,7 +235,7 @@ class Run:
         identity = _jsonable({"config": dict(config), "inputs": dict(inputs or {})})
         name = f"{stage}-{config_hash(key or identity)[:8]}" if additive or key else stage
         if overwrite:
-            self._remove_stage(name)
+            self.discard(name)
         table = TABLE_OF_STAGE[stage]
         with _storage_errors(self.path / table):
             (self.path / table).mkdir(exist_ok=True)
@@ -258,7 +258,19 @@ class Run:
         self.update(enter)
         return Stage(self, name, table)
 
-    def _remove_stage(self, key: str) -> None:
+    def stage(self, key: str) -> "Stage":
+        """A stage that was begun.
+
+        Raises:
+            RunError: it was not.
+        """
+        record = self.stages().get(key)
+        if record is None:
+            raise RunError(f"{self.path}: {key} was not begun; there are {', '.join(self.stages()) or 'no stages'}")
+        return Stage(self, key, record["table"])
+
+    def discard(self, key: str) -> None:
+        """Remove a stage's rows and record, and those of the stages that were built on it."""
         stage = key.split("-", maxsplit=1)[0]
         built_on = [k for k in self.stages() if k.split("-", maxsplit=1)[0] in BUILT_ON.get(stage, ())]
         for name in [key, *built_on]:
@@ -297,12 +309,16 @@ class Stage:
             return False
         return True
 
+    def shards(self) -> list[Record]:
+        """What is on record of each shard: `sha256`, `num_rows`, and the facts that came with it."""
+        return list(self.run.stages()[self.key]["shards"].values())
+
     def missing(self, num_shards: int) -> list[int]:
         """Indices of the shards that are still to be made."""
         return [index for index in range(num_shards) if not self.is_whole(index)]
 
-    def write(self, index: int, frame: pl.DataFrame) -> Path:
-        """Write one shard, whole or not at all.
+    def write(self, index: int, frame: pl.DataFrame, **facts: Any) -> Path:
+        """Write one shard, whole or not at all; `facts` about it go on record with its hash.
 
         Raises:
             SchemaError: the rows break the table's contract.
@@ -318,7 +334,7 @@ class Stage:
                     frame.write_parquet(file)
                     file.flush()
                     os.fsync(file.fileno())
-                entry = {"sha256": file_hash(part), "num_rows": frame.height}
+                entry = {"sha256": file_hash(part), "num_rows": frame.height, **_jsonable(facts)}
                 self.run.update(lambda record: record["stages"][self.key]["shards"].update({path.name: entry}))
                 part.replace(path)
         finally:

@@ -103,6 +103,11 @@ def score(command: options.Score) -> None:
     run.rollouts()
     part = parse_part(command.shard)
     name = command.student or recorded_student(run)
+    if command.engine == "ray":
+        if part != (0, 1):
+            raise OptionError("--shard is for array jobs of one process each; --engine ray shares the shards out itself")
+        show_summary(f"{command.run}: tokens", _score_with_ray(command, name))
+        return
     student = _load(name, command.models)
     teacher = student if command.teacher == name else _load(command.teacher, command.models)
     scorer = Scorer(student, teacher, TokenBudget(command.models.token_budget), command.top_k)
@@ -115,6 +120,24 @@ def score(command: options.Score) -> None:
         overwrite=command.overwrite,
     )
     show_summary(f"{command.run}: tokens", summary)
+
+
+def _score_with_ray(command: options.Score, student: str) -> dict[str, Any]:
+    from tip_analysis.ray_engine import ScoringJob, score_with_ray
+
+    job = ScoringJob(
+        run=str(command.run.resolve()),
+        student=student,
+        teacher=command.teacher,
+        teacher_context=command.teacher_context,
+        shard_size=command.shard_size,
+        top_k=command.top_k,
+        token_budget=command.models.token_budget,
+        dtype=command.models.dtype,
+        device=command.models.device,
+        overwrite=command.overwrite,
+    )
+    return score_with_ray(job, num_workers=command.ray_workers)
 
 
 def select(command: options.Select) -> None:

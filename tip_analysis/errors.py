@@ -26,9 +26,13 @@ class UnknownNameError(InputError, LookupError):
 
     def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
         valid = list(valid)
+        self._arguments = (kind, name, valid)
         close = get_close_matches(name, valid, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         super().__init__(f"unknown {kind} {name!r}{hint}; valid names: {', '.join(valid)}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, list[str]]]:
+        return type(self), self._arguments  # so that it crosses from one process to another
 
 
 class SchemaError(InputError):

@@ -167,6 +167,8 @@ class Score:
     """i/n: make only every n-th shard, from the i-th on, as one of n array jobs."""
     engine: Literal["local", "ray"] = "local"
     """One process, or Ray actors that share the work."""
+    ray_workers: int | None = None
+    """Ray actors; by default one for each GPU, or one for each machine without GPUs."""
     overwrite: Flag = False
     """Start afresh: removes the run's token table and what was built on it."""
     models: Models = field(default_factory=ModelOptions)

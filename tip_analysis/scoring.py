@@ -153,21 +153,44 @@ def score_rollouts(
         LogitsError: a model answers NaN or +inf; names rollout and position.
         ConfigurationMismatchError: the folder was scored with another configuration.
     """
-    stage, rollouts = begin_scoring(run, scorer, teacher_context, shard_size, part, overwrite=overwrite)
-    shards = [rollouts[start : start + shard_size] for start in range(0, rollouts.height, shard_size)]
-    mine = range(part[0], len(shards), part[1])
-    missing = [index for index in mine if not stage.is_whole(index)]
-    total = sum(shards[index].height for index in mine)
-    with track("scoring", total, done=total - sum(shards[index].height for index in missing)) as advance:
+    work = begin_scoring(run, scorer, teacher_context, shard_size, part, overwrite=overwrite)
+    missing = [index for index in work.mine if not work.stage.is_whole(index)]
+    total = sum(work.shard(index).height for index in work.mine)
+    with track("scoring", total, done=total - sum(work.shard(index).height for index in missing)) as advance:
         for index in missing:
-            stage.write(index, scorer.token_table(shards[index], advance))
-    return finish_scoring(run, stage, shards, scorer.budget)
+            score_shard(scorer, work, index, advance)
+    return finish_scoring(run, work.stage)
+
+
+@dataclass(frozen=True)
+class ScoringWork:
+    """The rollouts of a run, cut into the shards of its token table."""
+
+    stage: Stage
+    rollouts: pl.DataFrame
+    shard_size: int
+    mine: range
+    """Shards that this process is to make."""
+
+    def shard(self, index: int) -> pl.DataFrame:
+        """The rollouts of one shard."""
+        return self.rollouts[index * self.shard_size : (index + 1) * self.shard_size]
+
+
+def score_shard(scorer: Scorer, work: ScoringWork, index: int, advance: Advance | None = None) -> int:
+    """Score one shard and write it; returns its number of token rows."""
+    rollouts = work.shard(index)
+    table = scorer.token_table(rollouts, advance)
+    lengths = [_length(row) for row in rollouts.iter_rows(named=True)]
+    plan = plan_batches(lengths, scorer.budget.tokens, groups=rollouts["prompt_id"].to_list())
+    work.stage.write(index, table, padding_waste=round(padding_waste(lengths, plan), 4))
+    return table.height
 
 
 def begin_scoring(
     run: Run, scorer: Scorer, teacher_context: str, shard_size: int, part: tuple[int, int] = (0, 1), *, overwrite: bool = False
-) -> tuple[Stage, pl.DataFrame]:
-    """Check everything that can be checked before a model runs; the stage, and the rollouts with their teacher prompts."""
+) -> ScoringWork:
+    """Check everything that can be checked before a model runs, and say what there is to do."""
     if shard_size < 1:
         raise OptionError(f"--shard-size must be at least 1, found {shard_size}")
     if not 0 <= part[0] < part[1]:
@@ -187,23 +210,20 @@ def begin_scoring(
         settings={"device": str(scorer.student.device), "token_budget": scorer.budget.tokens},
         overwrite=overwrite,
     )
-    return stage, rollouts
+    return ScoringWork(stage, rollouts, shard_size, range(part[0], -(-rollouts.height // shard_size), part[1]))
 
 
-def finish_scoring(run: Run, stage: Stage, shards: Sequence[pl.DataFrame], budget: TokenBudget) -> dict[str, Any]:
+def finish_scoring(run: Run, stage: Stage) -> dict[str, Any]:
     """Record the outcome once the last shard is there, whichever process made it."""
-    if missing := stage.missing(len(shards)):
-        return {"num_shards": len(shards), "num_shards_missing": len(missing)}
-    waste = [
-        padding_waste(lengths, plan_batches(lengths, budget.tokens, groups=shard["prompt_id"].to_list()))
-        for shard in shards
-        for lengths in [[_length(row) for row in shard.iter_rows(named=True)]]
-    ]
-    num_empty = sum(int((shard["response_token_ids"].list.len() == 0).sum()) for shard in shards)
+    rollouts = run.rollouts().select(num_tokens=pl.col("response_token_ids").list.len()).collect()
+    num_shards = -(-rollouts.height // run.stages()[stage.key]["config"]["shard_size"])
+    if missing := stage.missing(num_shards):
+        return {"num_shards": num_shards, "num_shards_missing": len(missing)}
+    waste = [shard["padding_waste"] for shard in stage.shards()]
     return stage.finish(
-        num_shards=len(shards),
+        num_shards=num_shards,
         **summarize(run),
-        num_empty_rollouts=num_empty,
+        num_empty_rollouts=int((rollouts["num_tokens"] == 0).sum()),
         mean_padding_waste=round(sum(waste) / len(waste), 4) if waste else 0.0,
     )
 
