@@ -894,6 +894,8 @@ def test_openai_batches_are_joined_with_their_requests(tmp_path):
     )
     found, _ = imported("openai", files[0], prompts=prompts)
     assert [(json.loads(row["messages"])[0]["content"], row["ground_truth"]) for row in found] == [("b?", "1"), ("a?", "1")]
+    (found, *_), _ = imported("openai", files[0], prompts=prompts, template="Solve: {problem}")
+    assert json.loads(found["messages"])[0]["content"] == "Solve: b?"
 
 
 def test_openai_completions_reasoning_and_tools(tmp_path):
