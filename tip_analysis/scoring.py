@@ -1,6 +1,7 @@
 """Two models over rollouts: every column of the token table, shard by shard.
 
-Reads `rollouts/*.parquet`; writes `tokens/*.parquet` (`schema.TokenTable`), one shard for every `shard_size` rollouts.
+Reads `rollouts/*.parquet`; writes `tokens/*.parquet` (`schema.TokenTable`), one shard for every `shard_size` rollouts, and
+`vocabulary.parquet`, the text of every shared token.
 Each model's body runs once over a batch; then, a block of rows at a time, both heads make the logits of that block and
 `divergence.token_statistics` reads everything off them, so that no more than two [block, V] arrays of logits ever exist.
 
@@ -18,7 +19,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tip_analysis.artifacts import Run, Stage
+from tip_analysis.artifacts import Run, Stage, write_atomically
 from tip_analysis.batching import TokenBudget, padding_waste, plan_batches
 from tip_analysis.divergence import rows_per_block, token_statistics, worth_compiling
 from tip_analysis.errors import LogitsError, OptionError, RunError, UnknownNameError, VocabularyMismatchError
@@ -210,7 +211,18 @@ def begin_scoring(
         settings={"device": str(scorer.student.device), "token_budget": scorer.budget.tokens},
         overwrite=overwrite,
     )
+    write_vocabulary(run, scorer, overwrite=overwrite)
     return ScoringWork(stage, rollouts, shard_size, range(part[0], -(-rollouts.height // shard_size), part[1]))
+
+
+def write_vocabulary(run: Run, scorer: Scorer, *, overwrite: bool = False) -> None:
+    """Write `vocabulary.parquet` (token_id, token), so that a report can name tokens that were likely but not sampled."""
+    path = run.path / "vocabulary.parquet"
+    if path.is_file() and not overwrite:
+        return
+    texts = sorted(token_texts(scorer.student.tokenizer, range(scorer.vocab_size)).items())
+    frame = pl.DataFrame(texts, schema={"token_id": pl.Int32, "token": pl.String}, orient="row")
+    write_atomically(path, frame.write_parquet)
 
 
 def finish_scoring(run: Run, stage: Stage) -> dict[str, Any]:

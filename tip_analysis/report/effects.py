@@ -27,7 +27,7 @@ def _part(view: RunView, label: str) -> Part:
     if not view.population.num_tokens:
         return Part("No token has statistics.", run=label)
     taxonomy = view.taxonomy()
-    resamples = min(100, view.options.num_resamples)
+    resamples = min(60, view.options.num_resamples)
     sample = view.sampled(view.raw).collect().lazy()
     told = effects.association(sample, num_resamples=resamples, **taxonomy)
     groups = pl.concat([

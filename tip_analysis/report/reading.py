@@ -43,7 +43,7 @@ class ReportOptions:
     """Tokens in the browser, over all runs."""
     num_resamples: int = 300
     """Resamples of prompts behind each interval."""
-    resampled_tokens: int = 100_000
+    resampled_tokens: int = 60_000
     """Tokens that intervals are resampled from; a longer run lends a sample of its prompts, and intervals are scaled."""
 
     def arguments(self) -> str:
