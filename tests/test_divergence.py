@@ -315,7 +315,7 @@ def test_without_a_compiler_the_pass_runs_uncompiled_and_says_so_once(
     def no_compiler(*_: object) -> None:
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(divergence, "_compiled", lambda: divergence._Stages(no_compiler, no_compiler, no_compiler))
+    monkeypatch.setattr(divergence, "_compiled", lambda: divergence._Stages(no_compiler, no_compiler, no_compiler, False))
     monkeypatch.setattr(divergence, "_compiler_failed", False)
     student, teacher = as_rows([logit_pair("random", 50, 0)], torch.float32)
     with caplog.at_level(logging.WARNING):

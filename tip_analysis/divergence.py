@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tip_analysis.errors import LogitsError, OptionError
 from tip_analysis.logit_rows import (
+    Row,
     compute_dtype,
     difference_of_exponentials,
     forward_kl_summands,
@@ -95,6 +96,8 @@ def token_statistics(
     if compile is None:
         compile = worth_compiling(student.numel())
     step = rows_per_block(vocab_size, device=student.device)
+    if not compile and student.device.type == "cpu":
+        step = min(step, max(1, _UNCOMPILED_LOGITS // vocab_size))
     blocks: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for start in range(0, num_rows, step) or [0]:
@@ -108,6 +111,10 @@ def token_statistics(
     _check_maxima("student", columns.pop("student_max"))
     _check_maxima("teacher", columns.pop("teacher_max"))
     return columns
+
+
+_UNCOMPILED_LOGITS = 2**17
+"""Rows times V of a block that is not compiled: some twenty arrays of its size are in use at once."""
 
 
 class _Tops(NamedTuple):
@@ -170,8 +177,9 @@ def _block_statistics(
 ) -> dict[str, Tensor]:
     """`token_statistics` of one block of rows, and each row's largest logits under `student_max` and `teacher_max`."""
     tops = stages.tops(student, teacher, top_k, support_k)
-    first = stages.first_pass(student, teacher, tops)
-    second = stages.second_pass(student, teacher, tops, first)
+    kept = _exponentials(student, teacher, tops) if stages.keeps_exponentials else None
+    first = stages.first_pass(student, teacher, tops, kept)
+    second = stages.second_pass(student, teacher, tops, first, kept)
     return _columns(student, teacher, token_ids, top_k, tops, first, second)
 
 
@@ -185,11 +193,24 @@ def _tops(student: Tensor, teacher: Tensor, top_k: int, support_k: int) -> _Tops
     return _Tops(max_s, max_t, values_s.to(dtype), values_t.to(dtype), ids_s, ids_t, support.x, r_top)
 
 
-def _first_pass(student: Tensor, teacher: Tensor, tops: _Tops) -> _FirstSums:
+class _Exponentials(NamedTuple):
+    """What both passes begin with, [N, V] each. A compiled pass makes it again, which is quicker than to read it."""
+
+    student: Row
+    teacher: Row
+    e_student: Tensor
+    e_teacher: Tensor
+    r: Tensor
+
+
+def _exponentials(student: Tensor, teacher: Tensor, tops: _Tops) -> _Exponentials:
     dtype = tops.r_top.dtype
     row_s, row_t = relative_to_top(student, dtype, tops.student_max), relative_to_top(teacher, dtype, tops.teacher_max)
-    e_s, e_t = row_s.x.exp(), row_t.x.exp()
-    r = log_ratio(row_s, row_t)
+    return _Exponentials(row_s, row_t, row_s.x.exp(), row_t.x.exp(), log_ratio(row_s, row_t))
+
+
+def _first_pass(student: Tensor, teacher: Tensor, tops: _Tops, kept: _Exponentials | None = None) -> _FirstSums:
+    row_s, row_t, e_s, e_t, r = kept or _exponentials(student, teacher, tops)
     return _FirstSums(
         student_rest=rest_of_sum(row_s.x, e_s),
         teacher_rest=rest_of_sum(row_t.x, e_t),
@@ -204,18 +225,18 @@ def _first_pass(student: Tensor, teacher: Tensor, tops: _Tops) -> _FirstSums:
     )
 
 
-def _second_pass(student: Tensor, teacher: Tensor, tops: _Tops, first: _FirstSums) -> _SecondSums:
-    dtype = tops.r_top.dtype
-    row_s, row_t = relative_to_top(student, dtype, tops.student_max), relative_to_top(teacher, dtype, tops.teacher_max)
+def _second_pass(
+    student: Tensor, teacher: Tensor, tops: _Tops, first: _FirstSums, kept: _Exponentials | None = None
+) -> _SecondSums:
+    row_s, _, e_s, e_t, r = kept or _exponentials(student, teacher, tops)
     sum_s, sum_t = 1 + first.student_rest, 1 + first.teacher_rest
-    r = log_ratio(row_s, row_t)
     log_sums = log_ratio_of_sums(first.difference, first.student_rest, first.teacher_rest)
-    ratio = ratio_of(row_s.x.exp() * (1 / sum_s), row_t.x.exp() * (1 / sum_t), r - log_sums)
+    ratio = ratio_of(e_s * (1 / sum_s), e_t * (1 / sum_t), r - log_sums)
     at_top = ratio_of(1 / sum_s, tops.support_x[:, :1].exp() / sum_t, tops.r_top - log_sums)
 
     # √P_S − √P_T = (P_S − P_T) / (√P_S + √P_T)
     g = ratio.difference * _SCALE
-    roots = ratio.p.sqrt() + ratio.q.sqrt() + torch.finfo(dtype).tiny
+    roots = ratio.p.sqrt() + ratio.q.sqrt() + torch.finfo(r.dtype).tiny
     # P_S (d − δ), from d relative to the top token's: nearly one-hot rows keep what is left of it there
     reverse_gradient = ratio.p * math.sqrt(_SCALE) * (r - tops.r_top - first.centred_ratio / sum_s)
     # gᵀHg = Var(g) under P_S = E(g − a)² − (E g − a)², a = g of the top token or, where that is a small part, about E g
@@ -362,22 +383,22 @@ def _fill(student: Tensor, teacher: Tensor, token_ids: Tensor | None, num_rows: 
 class _Stages(NamedTuple):
     """The three steps of a block that touch whole rows. Apart, so that each compiles into one loop over a row.
 
-    Compiled together, a sum that one loop needs of another ends up in a third, and what they share in memory.
+    Compiled together, sums that one loop needs of another are put into a third, and what they share goes through memory.
     """
 
     tops: Callable[..., _Tops]
     first_pass: Callable[..., _FirstSums]
     second_pass: Callable[..., _SecondSums]
+    keeps_exponentials: bool
 
 
-_EAGER = _Stages(_tops, _first_pass, _second_pass)
+_EAGER = _Stages(_tops, _first_pass, _second_pass, keeps_exponentials=True)
 
 
 @functools.cache
 def _compiled() -> _Stages:
-    opts = eval(os.environ.get("OPTS", "None"))
-    tops, first_pass, second_pass = (torch.compile(stage, dynamic=False, options=opts) for stage in _EAGER)
-    return _Stages(tops, first_pass, second_pass)  # pyright: ignore[reportArgumentType]
+    tops, first_pass, second_pass = (torch.compile(stage, dynamic=False) for stage in _EAGER[:3])
+    return _Stages(tops, first_pass, second_pass, keeps_exponentials=False)  # pyright: ignore[reportArgumentType]
 
 
 _compiler_failed = False

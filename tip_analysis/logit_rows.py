@@ -78,11 +78,11 @@ def _excess(d: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_terms = 8 if d.dtype == torch.float32 else 16
     square = d * d
-    even, odd = 1 / math.factorial(num_terms), 1 / math.factorial(num_terms + 1)
-    for n in range(num_terms - 2, 0, -2):
-        even = square * even + 1 / math.factorial(n)
-        odd = square * odd + 1 / math.factorial(n + 1)
-    even, odd = square * even, square * odd * d
+    even, odd = square / math.factorial(num_terms), square / math.factorial(num_terms + 1)
+    for n in range(num_terms - 2, 0, -2):  # in place: uncompiled, new arrays are what costs
+        even.add_(1 / math.factorial(n)).mul_(square)
+        odd.add_(1 / math.factorial(n + 1)).mul_(square)
+    odd.mul_(d)
     return even + odd, even - odd
 
 
