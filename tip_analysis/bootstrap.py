@@ -27,6 +27,8 @@ DEFAULT_RESAMPLES = 1000
 TOKEN_BUDGET = 200_000_000
 """Tokens times resamples that a default number of resamples stays within, from 100 resamples up."""
 
+_BLOCK_WEIGHTS = 1_000_000
+
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 QUADRANTS = tuple(Quadrant)
@@ -50,8 +52,16 @@ def default_resamples(num_tokens: int) -> int:
 
 def prompt_weights(num_prompts: int, num_resamples: int, seed: int) -> np.ndarray:
     """[num_resamples, num_prompts] int64: how often each prompt is drawn; each row sums to the number of prompts."""
+    return np.concatenate(list(_weight_blocks(num_prompts, num_resamples, seed)))
+
+
+def _weight_blocks(num_prompts: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows of `prompt_weights`, a block that fits in memory at a time."""
     generator = np.random.Generator(np.random.Philox(seed))
-    return generator.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=num_resamples)
+    block = max(1, _BLOCK_WEIGHTS // num_prompts)
+    for start in range(0, num_resamples, block):
+        size = min(block, num_resamples - start)
+        yield generator.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=size)
 
 
 def expanded_interval(value: Floats, replicates: Floats, num_prompts: int) -> Interval:
@@ -84,10 +94,11 @@ def ratio_interval(
 
     A mean over items is the ratio of the sum per prompt to the number of items per prompt.
     """
-    weights = prompt_weights(numerator.shape[0], num_resamples, seed).astype(np.float64)
+    blocks = _weight_blocks(numerator.shape[0], num_resamples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = numerator.sum(0) / denominator.sum(0)
-        replicates = (weights @ numerator) / (weights @ denominator)
+        parts = [(weights @ numerator) / (weights @ denominator) for weights in (block.astype(np.float64) for block in blocks)]
+        replicates = np.concatenate(parts)
     return expanded_interval(value, replicates, numerator.shape[0])
 
 
@@ -197,8 +208,9 @@ class Resampler:
 
     def weights(self) -> Iterator[Floats]:
         """Weights [N] of each resample."""
-        for row in prompt_weights(self.num_prompts, self.num_resamples, self._seed):
-            yield row.astype(np.float64)[self.prompts]
+        for block in _weight_blocks(self.num_prompts, self.num_resamples, self._seed):
+            for row in block:
+                yield row.astype(np.float64)[self.prompts]
 
     def codes(self, weights: Floats) -> Codes:
         """[N] quadrant codes (see `QUADRANTS`) under the cuts that these weights give."""

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from tip_analysis.bootstrap import QUADRANTS, Floats, interval_frame, ratio_interval
+from tip_analysis.bootstrap import DEFAULT_RESAMPLES, QUADRANTS, Floats, interval_frame, ratio_interval
 from tip_analysis.correlations import correlation_matrix
 from tip_analysis.errors import SchemaError
 from tip_analysis.grids import ColumnGrid, bins_of, is_large, measure_grids, stream_batches
@@ -25,6 +25,8 @@ from tip_analysis.schema import Quadrant, require_columns
 AXES = ("student_entropy", "reverse_kl")
 DEFAULT_COLUMNS = ("student_entropy", "reverse_kl", "forward_kl")
 _COMPACT_ROWS = 1_000_000
+_PROMPT_BUDGET = 10_000_000
+"""Prompts times resamples of the shares' intervals, from 100 resamples up."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,6 @@ def survey_tokens(
         correlations = _exact_correlations(frame, list(columns))
     else:
         correlations = _grid_correlations(tokens, grids, list(columns), counted)
-    if counted.num_tokens == 0:
-        raise SchemaError("survey_tokens needs at least one token that the student wrote; the table has none")
     return Survey("exact" if collect else "grid", cuts, counted.shares(), correlations)
 
 
@@ -108,10 +108,12 @@ class _Counted:
         return pl.concat(self._parts).group_by("rollout_id", "prompt_id").agg(pl.col("0", "1", "2", "3").sum())
 
     def shares(self) -> pl.DataFrame:
+        if self.num_tokens == 0:
+            raise SchemaError("survey_tokens needs at least one token that the student wrote; the table has none")
         by_rollout = self._by_rollout()
         by_prompt = by_rollout.group_by("prompt_id").agg(pl.col("0", "1", "2", "3").sum()).sort("prompt_id")
         counts = by_prompt.drop("prompt_id").to_numpy().astype(np.float64)
-        resamples = max(100, min(1000, 50_000_000 // max(counts.shape[0], 1)))
+        resamples = max(100, min(DEFAULT_RESAMPLES, _PROMPT_BUDGET // counts.shape[0]))
         interval = ratio_interval(counts, counts.sum(1, keepdims=True), num_resamples=resamples)
         present = pl.col("0", "1", "2", "3") > 0
         numbers = {
