@@ -87,6 +87,8 @@ class StudyOptions:
     """`none`, or `solution`: the teacher is shown the reference solution."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Switches for the chat template."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are left out of training."""
     dtype: str = "auto"
     """Dtype in which models are loaded."""
     device: str = "auto"
@@ -110,6 +112,7 @@ class StudyOptions:
             "template": resolve_template(self.template),
             "teacher_context": self.teacher_context,
             "chat_template_kwargs": dict(self.chat_template_kwargs),
+            "max_prompt_tokens": self.max_prompt_tokens,
         }
 
 
@@ -125,11 +128,11 @@ class ArmRunner:
         student = self._load(study.student)
         self.student_record = student.describe()
         self.teacher_record = self.teacher.describe()
-        self.prompts: list[TrainingPrompt] = self._encode(student, study.prompts, study.teacher_context)
+        self.prompts = self._without_long(self._encode(student, study.prompts, study.teacher_context))
         solved = all(prompt.solution is not None for prompt in study.evaluation_prompts)
         self.teacher_knows_problems = study.teacher_context == "none" or solved
         context = study.teacher_context if self.teacher_knows_problems else "none"
-        self.problems: list[TrainingPrompt] = self._encode(student, study.evaluation_prompts, context)
+        self.problems = self._encode(student, study.evaluation_prompts, context)
         check_trainable(student, self.prompts, study.sampling.max_new_tokens)
         check_trainable(student, self.problems, study.evaluation_sampling.max_new_tokens)
         self.author = student if study.mode == "offline" else None  # what drift is measured against
@@ -149,6 +152,15 @@ class ArmRunner:
             teacher_context=teacher_context,
             chat_template_kwargs=study.chat_template_kwargs,
         )
+
+    def _without_long(self, prompts: list[TrainingPrompt]) -> list[TrainingPrompt]:
+        longest = self.study.max_prompt_tokens
+        kept = [prompt for prompt in prompts if longest is None or len(prompt.token_ids) <= longest]
+        if len(kept) < len(prompts):
+            logger.warning(
+                "%d of %d prompts have more than %s tokens and are left out", len(prompts) - len(kept), len(prompts), longest
+            )
+        return kept
 
     def run_arm(self, arm: Arm, seed: int) -> str:
         """Train and evaluate one arm, unless its file is there; returns `done`, or `kept` where it was there."""

@@ -32,6 +32,9 @@ from tip_analysis.arm_training import ArmRunner, StudyOptions
 from tip_analysis.arms import UNTRAINED, Arm
 from tip_analysis.artifacts import Run
 from tip_analysis.errors import OptionError, PromptFileError, TipAnalysisError
+from tip_analysis.generation import Sampling
+from tip_analysis.presets import Preset
+from tip_analysis.prompts import Prompt
 
 Task = tuple[Arm, int]
 
@@ -69,6 +72,33 @@ def run_ablation(
         else:
             keys = _run_in_processes(run, study, tasks, board, jobs, threads)
     return run.ablations().filter(pl.col("arm_key").is_in(keys)).collect().sort("rule", "retention_ratio", "seed", "step")
+
+
+def study_from_preset(
+    preset: Preset, *, prompts: Sequence[Prompt], evaluation_prompts: Sequence[Prompt], **options: Any
+) -> StudyOptions:
+    """What the arms of a preset share.
+
+    Args:
+        preset: as `resolve_preset` gives it.
+        prompts: what it trains on (`load_prompts`); none offline.
+        evaluation_prompts: its held-out problems (`load_evaluation_sets`).
+        options: further fields of `StudyOptions`.
+    """
+    sampling = Sampling(max_new_tokens=preset.max_new_tokens)
+    defaults: dict[str, Any] = {
+        "student": preset.student,
+        "teacher": preset.teacher,
+        "mode": preset.mode,
+        "training": preset.training,
+        "sampling": sampling,
+        "evaluation_sampling": sampling,
+        "num_samples": preset.num_samples,
+        "grader": preset.grader,
+        "template": preset.template,
+        "max_prompt_tokens": preset.max_prompt_tokens,
+    }
+    return StudyOptions(**(defaults | options | {"prompts": tuple(prompts), "evaluation_prompts": tuple(evaluation_prompts)}))
 
 
 def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs: int) -> None:
