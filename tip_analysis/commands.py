@@ -180,6 +180,67 @@ def select(command: options.Select) -> None:
     show_table(f"{command.run}: shares of the quadrants in each selection", shares.hstack(totals.select("tokens")))
 
 
+def gradients(command: options.Gradients) -> None:
+    """Measure gradient norms and alignment."""
+    from tip_analysis.artifacts import open_run
+    from tip_analysis.gradient_stage import measure_run
+    from tip_analysis.rollout_gradients import GradientSettings
+
+    run = open_run(command.run)
+    settings = GradientSettings(
+        losses=command.loss,
+        param_scope=command.params,
+        method=command.method,
+        num_probes=command.num_probes,
+        seed=command.seed,
+        loss_aggregation=command.loss_aggregation,
+    )
+    scored = run.stages().get("score", {}).get("config")
+    if scored is None:
+        raise RunError(f"{run.path} is not scored yet; `tip-analysis score {run.path} --teacher MODEL` comes first")
+    names = scored["student"]["name"], scored["teacher"]["name"]
+    student = _load(names[0], command.models)
+    teacher = student if names[0] == names[1] else _load(names[1], command.models)
+    found = measure_run(
+        run,
+        student=student,
+        teacher=teacher,
+        settings=settings,
+        teacher_context=scored["teacher_context"],
+        limit=command.limit,
+        overwrite=command.overwrite,
+    )
+    for loss, summary in found.items():
+        show_summary(f"{command.run}: gradients of {loss} over {command.params}", summary)
+
+
+def evaluate(command: options.Evaluate) -> None:
+    """Grade samples of a model."""
+    from tip_analysis.artifacts import create_run
+    from tip_analysis.evaluation import evaluate_model
+    from tip_analysis.generation import Sampling
+    from tip_analysis.grading import default_grader
+    from tip_analysis.prompts import read_prompts
+    from tip_analysis.rollouts import speaks_arithmetic
+
+    sampling = Sampling(command.max_new_tokens, command.temperature, command.top_p, seed=command.seed)
+    prompts = read_prompts(command.prompts, limit=command.limit)
+    model = _load(command.model, command.models)
+    summary = evaluate_model(
+        create_run(command.run),
+        model=model,
+        prompts=prompts,
+        num_samples=command.num_samples,
+        sampling=sampling,
+        template=command.template,
+        chat_template_kwargs=parse_switches(command.chat_template_kwargs),
+        grader=command.grader or default_grader(has_answer=True, is_arithmetic=speaks_arithmetic(model)),
+        token_budget=command.models.token_budget,
+        overwrite=command.overwrite,
+    )
+    show_summary(f"{command.model} on {command.prompts}", summary)
+
+
 def report(command: options.Report) -> None:
     """Write the HTML page."""
     from tip_analysis.report import ReportOptions, write_report
@@ -277,7 +338,8 @@ def cut_options(taxonomy: options.TaxonomyOptions) -> dict[str, Any]:
 
 def show_summary(title: str, summary: dict[str, Any]) -> None:
     """Print a stage's summary, one line a figure."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    console.print(f"[bold]{title}", soft_wrap=True)
+    table = Table(show_header=False, box=None)
     for name, value in summary.items():
         table.add_row(name.replace("_", " "), _shown(value))
     console.print(table)
@@ -285,7 +347,8 @@ def show_summary(title: str, summary: dict[str, Any]) -> None:
 
 def show_table(title: str, frame: "pl.DataFrame") -> None:
     """Print a result table."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim")
+    console.print(f"[bold]{title}", soft_wrap=True)
+    table = Table(box=None, header_style="dim")
     for name, dtype in frame.schema.items():
         table.add_column(name, justify="right" if dtype.is_numeric() else "left")
     for row in frame.iter_rows():
@@ -318,6 +381,8 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     options.Import: import_,
     options.Score: score,
     options.Select: select,
+    options.Gradients: gradients,
+    options.Evaluate: evaluate,
     options.Report: report,
     options.Export: export,
     options.Compare: compare,

@@ -244,3 +244,63 @@ class Report:
     """Where the page is written; by default reports/NAME.html, NAME being the first run's."""
     taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
     common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Measure the gradient norm of every token's own loss, and where it points (Proposition 1)."""
+
+    run: RunFolder
+    """Run folder with scored tokens; student, teacher and teacher context are those of `score`."""
+    loss: Annotated[tuple[str, ...], arg(metavar="LOSS [LOSS ...]")] = ("reverse_kl", "forward_kl")
+    """Per-token losses: reverse_kl, forward_kl, jsd, negative_logprob."""
+    method: Literal["probe", "exact"] = "probe"
+    """Random probes (a cost that does not grow with the number of tokens), or one backward pass a token."""
+    num_probes: int = 32
+    """Probes a rollout: the relative standard error of a squared norm is √(2/K)."""
+    params: str = "all"
+    """Parameters that count: all, body, head, last:N, lora."""
+    loss_aggregation: Literal["rollout", "token"] = "rollout"
+    """The loss L whose descent is meant: the mean of rollout means, or the mean over tokens."""
+    seed: int = 0
+    """Seed of the probes and of the two folds of prompts."""
+    limit: int | None = None
+    """Use the first N rollouts only."""
+    overwrite: Flag = False
+    """Measure again what this configuration has measured."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Sample answers to problems, grade them, and report mean@k and Best@k with standard errors."""
+
+    run: RunFolder
+    """Run folder that the rows go to; made if it does not exist."""
+    model: str
+    """The model: named as a student is."""
+    prompts: str
+    """Problems with answers, as for `rollout`."""
+    num_samples: int = 16
+    """k, samples of each problem."""
+    max_new_tokens: int = 512
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus."""
+    seed: int = 0
+    """Seed of the sampling."""
+    limit: int | None = None
+    """Use the first N problems only."""
+    template: str = "plain"
+    """What stands around a problem."""
+    chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
+    """Switches for the chat template."""
+    grader: str | None = None
+    """math, exact, module:function or file.py:function; by default math, or exact for the arithmetic pair."""
+    overwrite: Flag = False
+    """Make the rows of this configuration afresh."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)

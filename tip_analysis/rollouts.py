@@ -79,7 +79,7 @@ def sample_rollouts(
     )
     if grader is None:
         has_answer = any(prompt.answer is not None for prompt in prompts)
-        grader = default_grader(has_answer=has_answer, is_arithmetic=_speaks_arithmetic(student))
+        grader = default_grader(has_answer=has_answer, is_arithmetic=speaks_arithmetic(student))
     resolve_grader(grader)
     stage = run.begin(
         "rollout",
@@ -219,12 +219,13 @@ def _row(
 
 def planted_labels(student: LanguageModel, prompt: Prompt, token_ids: Sequence[int]) -> list[str] | None:
     """The true label of each response token, for a student that speaks the arithmetic pair's language."""
-    if prompt.problem is None or not _speaks_arithmetic(student):
+    if prompt.problem is None or not speaks_arithmetic(student):
         return None
     return list(language.label_tokens(prompt.problem, student.tokenizer.convert_ids_to_tokens(list(token_ids))))
 
 
-def _speaks_arithmetic(student: LanguageModel) -> bool:
+def speaks_arithmetic(student: LanguageModel) -> bool:
+    """Whether a model is of the arithmetic pair's kind, whose tokens have true labels."""
     return student.tokenizer.get_vocab() == language.TOKEN_ID
 
 

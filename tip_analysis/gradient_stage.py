@@ -1,0 +1,130 @@
+"""The `gradients` stage: rollouts in, `gradients/*.parquet` (`schema.GradientTable`) out, shard by shard and loss by loss.
+
+Each loss of a measurement has its own record, so that a later run with another loss adds to what is there. ∇L and ∇J are
+made anew when a stage goes on after an interruption; a rollout's numbers depend on neither shard nor batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import polars as pl
+
+from tip_analysis.artifacts import Run, Stage
+from tip_analysis.errors import OptionError, RunError
+from tip_analysis.gradients import measure_gradients, model_pair
+from tip_analysis.loss_gradients import GradientInput
+from tip_analysis.models import LanguageModel
+from tip_analysis.progress import track
+from tip_analysis.rollout_gradients import GradientSettings
+from tip_analysis.scoring import prepare_rollouts
+
+ROLLOUTS_PER_SHARD = 16
+
+
+def measure_run(
+    run: Run,
+    *,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    settings: GradientSettings,
+    teacher_context: str = "none",
+    limit: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure the gradient of every counted token of a run's rollouts; what is measured already is kept.
+
+    Args:
+        run: a run folder with rollouts.
+        student: P_S, whose parameters are meant.
+        teacher: P_T.
+        settings: losses, parameters, method, probes, seed.
+        teacher_context: what the teacher sees besides the prompt, as for scoring.
+        limit: the first rollouts only; they are also the token set of L.
+        overwrite: measure again.
+
+    Returns:
+        Counts of the rows, by loss.
+
+    Raises:
+        ConfigurationMismatchError: the same measurement was made on other rollouts or another number of them.
+        OptionError: `limit` is below 1, or an option is not valid.
+    """
+    if limit is not None and limit < 1:
+        raise OptionError(f"--limit must be at least 1, found {limit}")
+    rollouts = prepare_rollouts(run, student, teacher, teacher_context)
+    rollouts = rollouts if limit is None else rollouts.head(limit)
+    inputs = [_input(row) for row in rollouts.iter_rows(named=True)]
+    inputs = [rollout for rollout in inputs if rollout.num_tokens]
+    if not inputs:
+        raise RunError(f"{run.path}: no rollout has a token that counts")
+    shown = {"student": student.describe(), "teacher": teacher.describe(), "teacher_context": teacher_context, "limit": limit}
+    stages = {loss: _begin(run, loss, settings, shown, overwrite=overwrite) for loss in settings.losses}
+    shards = [inputs[start : start + ROLLOUTS_PER_SHARD] for start in range(0, len(inputs), ROLLOUTS_PER_SHARD)]
+    missing = {loss: stage.missing(len(shards)) for loss, stage in stages.items()}
+    losses = tuple(loss for loss in settings.losses if missing[loss])
+    if losses:
+        _measure(shards, inputs, stages, missing, model_pair(student, teacher), replace(settings, losses=losses))
+    return {loss: stage.finish(**_summary(stage, len(shards))) for loss, stage in stages.items()}
+
+
+def _measure(
+    shards: Sequence[Sequence[GradientInput]],
+    inputs: Sequence[GradientInput],
+    stages: dict[str, Stage],
+    missing: dict[str, list[int]],
+    pair: Any,
+    settings: GradientSettings,
+) -> None:
+    """Measure the rollouts of every shard that some loss lacks."""
+    wanted = sorted({index for loss in settings.losses for index in missing[loss]})
+    only = [index * ROLLOUTS_PER_SHARD + offset for index in wanted for offset in range(len(shards[index]))]
+    bar = track("gradients", len(inputs), done=len(inputs) - len(only))
+    with TemporaryDirectory(prefix="tip-analysis-") as folder, bar as advance:
+        frames = measure_gradients(pair, inputs, settings, folder=Path(folder), only=only)
+        for index in wanted:
+            parts = []
+            for rollout in shards[index]:
+                parts.append(next(frames))
+                advance(1, tokens=rollout.num_tokens)
+            rows = pl.concat(parts)
+            for loss in settings.losses:
+                if index in missing[loss]:
+                    stages[loss].write(index, rows.filter(pl.col("loss") == str(loss)))
+
+
+def _begin(run: Run, loss: str, settings: GradientSettings, shown: dict[str, Any], *, overwrite: bool) -> Stage:
+    """The record of one loss of a measurement; `shown` says which models saw what."""
+    key = {
+        "loss": str(loss),
+        "param_scope": settings.param_scope,
+        "method": settings.method,
+        "num_probes": settings.num_probes if settings.method == "probe" else 0,
+        "seed": settings.seed,
+    }
+    token_set = {"loss_aggregation": settings.loss_aggregation, "tokens_per_rollout": settings.tokens_per_rollout}
+    inputs = {"rollouts": run.table_hash("rollouts")}
+    return run.begin("gradients", key=key, config=key | shown | token_set, inputs=inputs, overwrite=overwrite)
+
+
+def _input(row: dict[str, Any]) -> GradientInput:
+    return GradientInput(
+        rollout_id=row["rollout_id"],
+        prompt_id=row["prompt_id"],
+        prompt=row["prompt_token_ids"],
+        response=row["response_token_ids"],
+        teacher_prompt=row["teacher_prompt_token_ids"],
+        loss_mask=row["loss_mask"],
+        reward=row["reward"],
+    )
+
+
+def _summary(stage: Stage, num_shards: int) -> dict[str, Any]:
+    rows = pl.concat([pl.read_parquet(stage.path(index)) for index in range(num_shards)])
+    return {
+        "num_tokens": rows.height,
+        "num_rollouts": rows["rollout_id"].n_unique(),
+        "mean_grad_norm_sq": rows["grad_norm_sq"].mean(),
+    }
