@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -368,7 +370,16 @@ def environment() -> Record:
         "git_commit": _git_commit(),
         "machine": platform.machine(),
         "num_cores": psutil.cpu_count(logical=True),
+        "command": _command_line(),
     }
+
+
+def _command_line() -> str | None:
+    """The command that this process was started with; null where the package is used from other code."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    if program.name == "__main__.py" and program.parent.name == "tip_analysis":
+        return shlex.join(["python", "-m", "tip_analysis", *sys.argv[1:]])
+    return shlex.join(["tip-analysis", *sys.argv[1:]]) if program.name == "tip-analysis" else None
 
 
 def config_hash(value: Any) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from tip_analysis.figures.style import (
     INK,
@@ -147,22 +147,25 @@ def _name_corners(axes: Axes, shares: Mapping[str, float], *, named: bool) -> No
 
 def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: float) -> None:
     """One horizontal bar: the shares of a group of quadrants end to end, each with its interval at its end."""
-    left, values = 0.0, {row["quadrant"]: row for row in rows.iter_rows(named=True)}
+    values = {row["quadrant"]: row for row in rows.iter_rows(named=True)}
+    left, end, outside = 0.0, 0.0, []
     for name in group:
         row = values.get(name)
         share = float(row["share"] or 0.0) if row else 0.0
         axes.barh(y, share, left=left, height=0.62, color=QUADRANT_COLORS[name], zorder=2)
-        end = left + share
         if row and row["share_low"] is not None and row["share_high"] is not None:
             low, high = left + row["share_low"], left + row["share_high"]
             axes.plot([low, high], [y + 0.2, y + 0.2], color=INK, lw=1.4, zorder=4, solid_capstyle="butt")
             end = max(end, high)
-        inside = share > 0.06
-        axes.text(
-            left + 0.008 if inside else end + 0.006, y - (0.06 if inside else 0), f"{share:.1%}", ha="left", va="center",
-            zorder=5, fontsize=8, fontweight="bold", color=(ON_BLUE if name == "Q1" else ON_LIGHT) if inside else INK,
-        )  # fmt: skip
+        if share > 0.06:
+            color = ON_BLUE if name == "Q1" else ON_LIGHT
+            axes.text(left + 0.008, y - 0.06, f"{share:.1%}", va="center", zorder=5, fontsize=8, fontweight="bold", color=color)
+        else:
+            outside.append(f"{name} {share:.1%}" if len(group) > 1 else f"{share:.1%}")
         left += share
+        end = max(end, left)
+    if outside:
+        axes.text(end + 0.008, y, ", ".join(outside), va="center", zorder=5, fontsize=8, fontweight="bold")
 
 
 def _density_image(axes: Axes, density: pl.DataFrame) -> None:
@@ -183,6 +186,7 @@ def _density_image(axes: Axes, density: pl.DataFrame) -> None:
     axes.set_ylim(y[0], y[-1])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(numticks=8))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(plain_number))
 
 

@@ -55,7 +55,8 @@ class Table:
     rows: Sequence[Sequence[str | Tag | FromPaper | Measured]]
     caption: str
     numeric: frozenset[int] = frozenset()
-    paper_rows: frozenset[int] = frozenset()
+    dense: bool = False
+    """For long lists of settings."""
 
 
 @dataclass(frozen=True)
