@@ -12,20 +12,17 @@ from scipy import stats
 from strategies import token_frames
 
 from tip_analysis.bootstrap import (
-    QUADRANTS,
-    ResampledScores,
-    Resampler,
     SortedColumn,
     default_resamples,
     expanded_interval,
     interval_frame,
     prompt_weights,
     ratio_interval,
-    written_tokens,
 )
 from tip_analysis.errors import OptionError, SchemaError
 from tip_analysis.importance import add_scores
 from tip_analysis.quadrants import assign_quadrants, measure_cut, parse_cut
+from tip_analysis.resampling import QUADRANTS, ResampledScores, Resampler, written_tokens
 
 VALUES = st.lists(
     st.tuples(st.one_of(st.sampled_from([0.0, 0.5, 1.0, math.inf]), st.floats(0, 2, width=32)), st.integers(0, 3)),
@@ -78,6 +75,43 @@ def test_quadrants_of_a_resample_equal_those_of_copied_rows(tokens: pl.DataFrame
         assume(scope == "run" or all(agree))
         agree = [ok or bool(near[index]) for index, ok in enumerate(agree)] if near is not None else agree
     assert all(agree)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    token_frames(),
+    st.sampled_from([("median", "mean"), ("q0.8", "q0.3"), ("mean", 0.5), ("otsu", "mean"), ("paper", "paper")]),
+    st.sampled_from(["run", "batch"]),
+)
+def test_sums_by_quadrant_equal_those_of_every_resample(tokens: pl.DataFrame, cuts, scope: str) -> None:
+    frame = written_tokens(tokens, ["jsd"], "test")
+    resampler = Resampler(frame, entropy_cut=cuts[0], divergence_cut=cuts[1], cut_scope=scope, num_resamples=8)
+    values = np.column_stack([np.ones(frame.height), frame["jsd"].cast(pl.Float64).to_numpy()])
+    fast = resampler.measure_sums(values, np.ravel)
+    slow = resampler.measure(
+        lambda weights, codes: np.stack([(values * weights[:, None])[codes == code].sum(0) for code in range(4)]).ravel()
+    )
+    if "mean" not in cuts:  # a value may sit on its mean's last bit
+        for a, b in ((fast.value, slow.value), (fast.low, slow.low), (fast.high, slow.high), (fast.se, slow.se)):
+            assert a == pytest.approx(b, rel=1e-9, abs=1e-9, nan_ok=True)
+    assert fast.value == pytest.approx(slow.value, rel=1e-9, abs=1e-9)
+
+
+def test_sums_by_quadrant_on_many_tokens() -> None:
+    rng = np.random.default_rng(0)
+    size = 5000
+    frame = pl.DataFrame({
+        "prompt_id": [f"p{i % 37}" for i in range(size)], "batch_id": [0] * size, "student_entropy": rng.gamma(0.4, size=size),
+        "reverse_kl": np.where(rng.random(size) < 0.01, math.inf, rng.gamma(0.4, size=size)),
+    })  # fmt: skip
+    values = np.column_stack([np.ones(size), rng.normal(size=size)])
+    resampler = Resampler(frame, num_resamples=60)
+    fast = resampler.measure_sums(values, np.ravel)
+    slow = resampler.measure(
+        lambda weights, codes: np.stack([(values * weights[:, None])[codes == code].sum(0) for code in range(4)]).ravel()
+    )
+    for a, b in ((fast.value, slow.value), (fast.low, slow.low), (fast.high, slow.high), (fast.se, slow.se)):
+        assert a == pytest.approx(b, rel=1e-9)
 
 
 @settings(deadline=None, max_examples=40)

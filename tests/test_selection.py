@@ -177,6 +177,12 @@ def test_negative_zero_ties_with_zero() -> None:
     assert selected(select_tokens(tokens, rule="jsd", retention_ratio=0.34)) == {("a/0", 0)}
 
 
+def test_a_weight_of_negative_zero_is_a_weight_of_zero() -> None:
+    register_rule("signed", lambda df: -df["jsd"], sampled=True)
+    tokens = frame(jsd=[0.0, 0.0, -0.5])
+    assert selected(select_tokens(tokens, rule="signed", retention_ratio=0.34)) == {("a/0", 2)}
+
+
 def test_random_numbers_are_pinned_and_equal_the_integer_oracle() -> None:
     ids, places = ["a/0", "a/0", "ü/1", "a/0"], [0, 1, 0, 2**31 - 1]
     for seed in (0, 1, -3, 2**63):

@@ -200,4 +200,6 @@ def test_proposition_2_equals_the_composition(joined: pl.DataFrame, quadrants: p
         assert row["q3_alignment_missed"] == pytest.approx(1 - kept / in_q3["grad_dot_loss"].sum())
         assert row["num_q3"] == in_q3.height
         assert row["num_tokens"] == part.height
+    with pytest.raises(SchemaError, match="at least one mask"):
+        proposition_2(masks.clear(), joined)
     assert "q3_alignment_missed" not in proposition_2(masks, joined.drop("grad_dot_loss"), num_resamples=5).columns

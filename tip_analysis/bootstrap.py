@@ -1,15 +1,14 @@
 """The prompt bootstrap: intervals that respect what tokens and rollouts of one prompt share.
 
-A resample draws prompts with replacement, each with all its rollouts; it is a vector of integer weights, one per token, and
-no row is copied. Everything that is measured on the data, cuts and the bounds of ĥ and δ̂, is measured again in each
-resample, exactly as it would be on the copied rows.
+A resample draws prompts with replacement, each with all its rollouts; it is a vector of integer weights, one per prompt, and
+no row is copied. What is measured on the data, such as cuts, is measured again in each resample (`resampling`).
 
 Intervals are expanded percentile intervals (Hesterberg 2015): the quantiles are widened as Student's t widens the normal, and
 standard errors carry √(P/(P − 1)), so that few prompts do not give intervals that are too narrow. One prompt gives none.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,7 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-from tip_analysis.errors import OptionError, SchemaError
-from tip_analysis.importance import ENTROPY_CLIP
-from tip_analysis.quadrants import CutSpec, joint_specs, otsu_index, paper_cuts
-from tip_analysis.schema import Quadrant, require_columns
+from tip_analysis.quadrants import CutSpec, otsu_index
 
 CONFIDENCE = 0.95
 DEFAULT_RESAMPLES = 1000
@@ -30,9 +26,6 @@ TOKEN_BUDGET = 200_000_000
 _BLOCK_WEIGHTS = 1_000_000
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Codes = np.ndarray[Any, np.dtype[np.uint8]]
-QUADRANTS = tuple(Quadrant)
-"""Quadrant of each code: 2·(low entropy) + (low divergence)."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +45,10 @@ def default_resamples(num_tokens: int) -> int:
 
 def prompt_weights(num_prompts: int, num_resamples: int, seed: int) -> np.ndarray:
     """[num_resamples, num_prompts] int64: how often each prompt is drawn; each row sums to the number of prompts."""
-    return np.concatenate(list(_weight_blocks(num_prompts, num_resamples, seed)))
+    return np.concatenate(list(weight_blocks(num_prompts, num_resamples, seed)))
 
 
-def _weight_blocks(num_prompts: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+def weight_blocks(num_prompts: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
     """The rows of `prompt_weights`, a block that fits in memory at a time."""
     generator = np.random.Generator(np.random.Philox(seed))
     block = max(1, _BLOCK_WEIGHTS // num_prompts)
@@ -94,7 +87,7 @@ def ratio_interval(
 
     A mean over items is the ratio of the sum per prompt to the number of items per prompt.
     """
-    blocks = _weight_blocks(numerator.shape[0], num_resamples, seed)
+    blocks = weight_blocks(numerator.shape[0], num_resamples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = numerator.sum(0) / denominator.sum(0)
         parts = [(weights @ numerator) / (weights @ denominator) for weights in (block.astype(np.float64) for block in blocks)]
@@ -158,137 +151,9 @@ class SortedColumn:
         return self.quantile(weights, 0.5 if spec.number is None else spec.number)
 
 
-class Resampler:
-    """Weights and quadrants of the table itself and of its resamples.
-
-    Args:
-        frame: Tokens that the student wrote: prompt_id, batch_id, student_entropy, reverse_kl, without nulls.
-        entropy_cut, divergence_cut, cut_scope: As in `quadrants.resolve_cuts`; measured again in each resample.
-        num_resamples: None for `default_resamples`.
-        seed: Of the resamples.
-    """
-
-    def __init__(
-        self,
-        frame: pl.DataFrame,
-        *,
-        entropy_cut: str | float = "median",
-        divergence_cut: str | float = "mean",
-        cut_scope: str = "run",
-        num_resamples: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        if frame.height == 0:
-            raise SchemaError("statistics need at least one token that the student wrote; the table has none")
-        if num_resamples is not None and num_resamples < 2:
-            raise OptionError(f"num_resamples must be at least 2; found {num_resamples}")
-        self.frame = frame
-        self.num_tokens = frame.height
-        self.num_resamples = num_resamples or default_resamples(frame.height)
-        self.prompts = group_index(frame["prompt_id"])
-        self.num_prompts = int(self.prompts.max()) + 1
-        self._seed = seed
-        self._specs = joint_specs(entropy_cut, divergence_cut)
-        self._entropy = frame["student_entropy"].cast(pl.Float64).to_numpy()
-        self._divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
-        batches = group_index(frame["batch_id"]) if cut_scope == "batch" else np.zeros(frame.height, dtype=np.int64)
-        order = np.argsort(batches, kind="stable")
-        self._groups = np.split(order, np.flatnonzero(np.diff(batches[order])) + 1)
-        self._sorted = [(SortedColumn(self._entropy[rows]), SortedColumn(self._divergence[rows])) for rows in self._groups]
-
-    def whole(self) -> tuple[Floats, Codes]:
-        """Weights of one, and the quadrants of the table itself."""
-        weights = np.ones(self.num_tokens)
-        return weights, self.codes(weights)
-
-    def __iter__(self) -> Iterator[tuple[Floats, Codes]]:
-        """Weights [N] and quadrant codes [N] of each resample."""
-        for weights in self.weights():
-            yield weights, self.codes(weights)
-
-    def weights(self) -> Iterator[Floats]:
-        """Weights [N] of each resample."""
-        for block in _weight_blocks(self.num_prompts, self.num_resamples, self._seed):
-            for row in block:
-                yield row.astype(np.float64)[self.prompts]
-
-    def codes(self, weights: Floats) -> Codes:
-        """[N] quadrant codes (see `QUADRANTS`) under the cuts that these weights give."""
-        codes = np.empty(self.num_tokens, dtype=np.uint8)
-        for rows, columns in zip(self._groups, self._sorted, strict=True):
-            everything = len(self._groups) == 1
-            entropy, divergence, kept = (
-                array if everything else array[rows] for array in (self._entropy, self._divergence, weights)
-            )
-            entropy_cut, divergence_cut = self._cuts(entropy, divergence, kept, columns)
-            uncertain, disagreeing = entropy > entropy_cut, (divergence > divergence_cut) | np.isinf(divergence)
-            part = 2 * (~uncertain).view(np.uint8) + (~disagreeing).view(np.uint8)
-            codes[slice(None) if everything else rows] = part
-        return codes
-
-    def _cuts(self, entropy: Floats, divergence: Floats, weights: Floats, columns: tuple[SortedColumn, SortedColumn]) -> Any:
-        if self._specs[0].kind != "paper":
-            return columns[0].cut(weights, self._specs[0]), columns[1].cut(weights, self._specs[1])
-        times = weights.astype(np.int64)
-        if times.sum() == 0:
-            return math.nan, math.nan
-        return paper_cuts(np.repeat(entropy, times), np.repeat(divergence, times))[:2]
-
-    def measure(self, statistic: Callable[[Floats, Codes], Floats]) -> Interval:
-        """A vector of statistics of (weights, quadrant codes), with intervals.
-
-        Args:
-            statistic: (weights [N], codes [N]) -> [S]; NaN where a statistic has nothing to measure.
-        """
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = statistic(*self.whole())
-            if self.num_prompts < 2:
-                return expanded_interval(value, np.empty((0, value.size)), self.num_prompts)
-            replicates = np.stack([statistic(weights, codes) for weights, codes in self])
-        return expanded_interval(value, replicates, self.num_prompts)
-
-
-class ResampledScores:
-    """ĥ, δ̂, Soft-OR and the Q3 score with the bounds that a resample gives (scope `run`, no clip of δ)."""
-
-    def __init__(self, frame: pl.DataFrame) -> None:
-        self._h = frame["student_entropy_norm"].cast(pl.Float64).to_numpy()
-        self._delta = frame["reverse_kl"].cast(pl.Float64).to_numpy()
-        self._forward = frame["forward_kl"].cast(pl.Float64).to_numpy()
-        self._sorted = SortedColumn(self._h), SortedColumn(self._delta)
-
-    def soft_or_and_q3(self, weights: Floats) -> tuple[Floats, Floats]:
-        """[N] Soft-OR and [N] Q3 score under the bounds of these weights."""
-        entropy_hat = _min_max(self._h, self._sorted[0].extremes(weights)[0], self._sorted[0].quantile(weights, ENTROPY_CLIP))
-        divergence_hat = _min_max(self._delta, *self._sorted[1].extremes(weights))
-        divergence_hat[np.isinf(self._delta)] = 1.0
-        rest = 1.0 - entropy_hat
-        with np.errstate(invalid="ignore"):
-            return 1.0 - rest * (1.0 - divergence_hat), np.where(rest == 0.0, 0.0, self._forward * rest)
-
-
-def _min_max(values: Floats, low: float, high: float) -> Floats:
-    if not high > low:
-        return np.zeros_like(values)
-    return np.clip((values - low) / (high - low), 0.0, 1.0)
-
-
 def group_index(column: pl.Series) -> np.ndarray:
     """[N] int64: which of the distinct values, in sorted order, each row has."""
     return column.rank("dense").to_numpy().astype(np.int64) - 1
-
-
-def written_tokens(tokens: pl.LazyFrame | pl.DataFrame, columns: list[str], purpose: str) -> pl.DataFrame:
-    """The rows that the student wrote, with `columns` and those that every statistic needs, sorted by rollout and position.
-
-    Raises:
-        SchemaError: a column is missing.
-    """
-    tokens = tokens.lazy()
-    needed = ["rollout_id", "prompt_id", "position", "batch_id", "student_entropy", "reverse_kl"]
-    names = list(dict.fromkeys([*needed, *columns]))
-    require_columns(tokens, ["loss_mask", *names], purpose)
-    return tokens.filter("loss_mask").select(names).sort("rollout_id", "position").collect(engine="streaming")
 
 
 def with_counts(table: pl.DataFrame, frame: pl.DataFrame) -> pl.DataFrame:

@@ -21,18 +21,9 @@ import polars as pl
 import polars.selectors as cs
 from scipy import special, stats
 
-from tip_analysis.bootstrap import (
-    Codes,
-    Floats,
-    Interval,
-    ResampledScores,
-    Resampler,
-    default_resamples,
-    interval_frame,
-    with_counts,
-    written_tokens,
-)
+from tip_analysis.bootstrap import Floats, Interval, default_resamples, interval_frame, with_counts
 from tip_analysis.errors import SchemaError, UnknownNameError
+from tip_analysis.resampling import Codes, ResampledScores, Resampler, written_tokens
 
 PREDICTORS = ("student_entropy_norm", "reverse_kl", "forward_kl", "soft_or", "q3_score")
 """h, δ, δ^fwd, Soft-OR, Q3 score."""

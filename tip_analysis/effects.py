@@ -10,18 +10,10 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 
-from tip_analysis.bootstrap import (
-    QUADRANTS,
-    Codes,
-    Floats,
-    Resampler,
-    group_index,
-    interval_frame,
-    with_counts,
-    written_tokens,
-)
+from tip_analysis.bootstrap import Floats, group_index, interval_frame, with_counts
 from tip_analysis.correlations import RankedColumn, correlation_matrix
 from tip_analysis.errors import SchemaError, UnknownNameError
+from tip_analysis.resampling import QUADRANTS, Codes, Resampler, written_tokens
 from tip_analysis.schema import Quadrant, require_columns
 
 POSITION_EDGES = (0, 1, 4, 16, 64, 256, 1024)
@@ -112,13 +104,13 @@ def group_effects(
     """
     frame, groups, names, resampler = _grouped(tokens, grouping, entropy_cut, divergence_cut, cut_scope, num_resamples, seed)
 
-    def statistic(weights: Floats, codes: Codes) -> Floats:
-        counts = _contingency(groups, codes, weights, len(names))
+    def finish(sums: Floats) -> Floats:
+        counts = sums.T
         overall = counts.sum(0) / counts.sum()
         share = counts / counts.sum(1, keepdims=True)
         return np.concatenate([share.ravel(), (share / overall).ravel(), (counts / counts.sum(0)).ravel()])
 
-    interval = resampler.measure(statistic)
+    interval = resampler.measure_sums(_members(groups, len(names)), finish)
     size = len(names) * 4
     weights, codes = resampler.whole()
     table = pl.DataFrame(
@@ -159,10 +151,8 @@ def association(
             tokens, grouping, entropy_cut, divergence_cut, cut_scope, num_resamples, seed
         )
 
-        def statistic(weights: Floats, codes: Codes, groups: np.ndarray = groups, size: int = len(names)) -> Floats:
-            return _association(_contingency(groups, codes, weights, size))
-
-        ends = interval_frame(resampler.measure(statistic), ("explained", "cramers_v"))
+        interval = resampler.measure_sums(_members(groups, len(names)), lambda sums: _association(sums.T))
+        ends = interval_frame(interval, ("explained", "cramers_v"))
         rows.append(with_counts(ends.insert_column(0, pl.Series("grouping", [grouping])), frame))
     return pl.concat(rows)
 
@@ -192,6 +182,11 @@ def _grouped(
     names = [name for name in order if name in present]
     groups = frame["_group"].replace_strict(names, range(len(names)), return_dtype=pl.Int64).to_numpy()
     return frame, groups, names, resampler
+
+
+def _members(groups: np.ndarray, num_groups: int) -> Floats:
+    """[N, G] 1 where a token is in a group."""
+    return (groups[:, None] == np.arange(num_groups)).astype(np.float64)
 
 
 def _contingency(groups: np.ndarray, codes: Codes, weights: Floats, num_groups: int) -> Floats:

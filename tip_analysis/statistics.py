@@ -17,21 +17,11 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-from tip_analysis.bootstrap import (
-    QUADRANTS,
-    Codes,
-    Floats,
-    Resampler,
-    group_index,
-    interval_frame,
-    ratio_interval,
-    sums_by_group,
-    with_counts,
-    written_tokens,
-)
+from tip_analysis.bootstrap import Floats, Interval, group_index, interval_frame, ratio_interval, sums_by_group, with_counts
 from tip_analysis.composition import MASK_KEYS
 from tip_analysis.correlations import correlation_table
 from tip_analysis.errors import OptionError, SchemaError
+from tip_analysis.resampling import QUADRANTS, Codes, Resampler, written_tokens
 from tip_analysis.schema import Quadrant, require_columns
 
 ENTROPY_ONLY_RULES = ("entropy", "entropy_sampling")
@@ -49,6 +39,8 @@ MEAN_COLUMNS = (
     "reward_alignment",
 )
 """Columns whose mean and share of the sum a quadrant table gives, where they are present."""
+
+_MASKS_AT_ONCE = 16
 
 GRADIENT_COLUMNS = (
     "grad_norm_sq",
@@ -121,11 +113,6 @@ def _sums(frame: pl.DataFrame, columns: list[str]) -> _Sums:
     return _Sums(columns, np.where(known, raw, 0.0), known.astype(np.float64))
 
 
-def _one_hot(weights: Floats, codes: Codes) -> Floats:
-    """[4, N] weights, each in the row of its quadrant."""
-    return (codes[None, :] == np.arange(4, dtype=np.uint8)[:, None]) * weights
-
-
 def quadrant_statistics(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
@@ -167,8 +154,13 @@ def quadrant_statistics(
         num_resamples=num_resamples,
         seed=seed,
     )
-    names, statistic = _quadrant_statistic(frame, [name for name in MEAN_COLUMNS if name in present])
-    interval = resampler.measure(statistic)
+    columns = [name for name in MEAN_COLUMNS if name in present]
+    names, values, finish = _quadrant_sums(frame, columns)
+    interval = resampler.measure_sums(values, finish)
+    if {"grad_norm_sq", "grad_dot_loss"} <= set(columns):
+        median = _RatioMedian(frame)
+        names += ["median_oracle_weight", "median_oracle_weight_deconvolved"]
+        interval = _beside(interval, resampler.measure(median))
     _, codes = resampler.whole()
     counts = _counts_by_quadrant(frame, codes)
     table = interval_frame(interval).with_columns(
@@ -181,43 +173,40 @@ def quadrant_statistics(
     return joined.select(*first, "num_tokens", "num_rollouts", "num_prompts", "num_resamples")
 
 
-def _quadrant_statistic(frame: pl.DataFrame, columns: list[str]) -> tuple[list[str], Callable[[Floats, Codes], Floats]]:
-    """Names of the statistics of one quadrant, and the function that gives them for all four."""
+def _quadrant_sums(frame: pl.DataFrame, columns: list[str]) -> tuple[list[str], Floats, Callable[[Floats], Floats]]:
+    """Names of the statistics of one quadrant, what is summed [N, S], and the function from sums to all four quadrants."""
     sums = _sums(frame, columns)
     place = {name: index for index, name in enumerate(columns)}
     has_gradients = {"grad_norm_sq", "grad_dot_loss"} <= set(columns)
     names = ["share", *(f"mean_{name}" for name in columns), *(f"share_{name}" for name in columns)]
-    phi = sums.values[:, place["grad_dot_loss"]] if has_gradients else np.empty(0)
     signs = []
-    median = _RatioMedian(frame) if has_gradients else None
     if has_gradients:
         names += ["sum_grad_dot_loss", "alignment_ratio", "negative_alignment_share"]
-        signs.append((phi < 0).astype(np.float64))
+        signs.append((sums.values[:, place["grad_dot_loss"]] < 0).astype(np.float64))
     if "reward_alignment" in place:
         names.append("positive_reward_alignment_share")
         signs.append((sums.values[:, place["reward_alignment"]] > 0).astype(np.float64))
-    if has_gradients:
-        names += ["median_oracle_weight", "median_oracle_weight_deconvolved"]
-    stacked = np.concatenate([sums.values, sums.known, *(column[:, None] for column in signs)], axis=1)
+    stacked = np.column_stack([np.ones(frame.height), sums.values, sums.known, *signs])
     size = len(columns)
 
-    def statistic(weights: Floats, codes: Codes) -> Floats:
-        hot = _one_hot(weights, codes)
-        totals = hot @ stacked
-        value, known, counted = totals[:, :size], totals[:, size : 2 * size], list(totals[:, 2 * size :].T)
-        tokens = hot.sum(1)
+    def finish(totals: Floats) -> Floats:
+        tokens, value, known = totals[:, 0], totals[:, 1 : size + 1], totals[:, size + 1 : 2 * size + 1]
+        counted = list(totals[:, 2 * size + 1 :].T)
         parts = [tokens / tokens.sum(), *(value / known).T, *(value / value.sum(0)).T]
         if has_gradients:
             m, f = place["grad_norm_sq"], place["grad_dot_loss"]
             parts += [value[:, f], value[:, f] / value[:, m], counted.pop(0) / known[:, f]]
         if "reward_alignment" in place:
             parts.append(counted.pop(0) / known[:, place["reward_alignment"]])
-        if median is not None:
-            plain = median(weights, codes)
-            parts += [plain, plain * median.correction]
         return np.stack(parts, axis=1).ravel()
 
-    return names, statistic
+    return names, stacked, finish
+
+
+def _beside(first: Interval, second: Interval) -> Interval:
+    """The statistics of each quadrant in both, one after the other."""
+    pairs = zip((first.value, first.low, first.high, first.se), (second.value, second.low, second.high, second.se), strict=True)
+    return Interval(*(np.concatenate([a.reshape(4, -1), b.reshape(4, -1)], axis=1).ravel() for a, b in pairs))
 
 
 class _RatioMedian:
@@ -235,6 +224,7 @@ class _RatioMedian:
         self.correction = float(stats.chi2.median(fewest) / fewest) if fewest else 1.0
 
     def __call__(self, weights: Floats, codes: Codes) -> Floats:
+        """[4·2] the median and its deconvolved form, quadrant by quadrant."""
         kept, quadrant = weights[self.rows], codes[self.rows]
         medians = np.full(4, np.nan)
         for code in range(4):
@@ -244,7 +234,7 @@ class _RatioMedian:
                 place = 0.5 * (cumulative[-1] - 1.0)
                 ends = np.searchsorted(cumulative, [np.floor(place), np.ceil(place)], side="right")
                 medians[code] = self.ratio[chosen][ends].mean()
-        return medians
+        return np.stack([medians, medians * self.correction], axis=1).ravel()
 
 
 def _counts_by_quadrant(frame: pl.DataFrame, codes: Codes) -> pl.DataFrame:
@@ -339,8 +329,10 @@ def proposition_2(
         num_prompts. A share of Σφ is null where that sum is 0.
 
     Raises:
-        SchemaError: a column is missing.
+        SchemaError: a column is missing, or no mask is given.
     """
+    if masks.height == 0:
+        raise SchemaError("proposition_2 needs at least one mask; found none")
     tokens = tokens.lazy()
     has_phi = "grad_dot_loss" in tokens.collect_schema().names()
     frame = written_tokens(tokens, ["grad_dot_loss"] if has_phi else [], "proposition_2")
@@ -354,26 +346,34 @@ def proposition_2(
     )
     masks = masks.with_columns(pl.col("selection_scope").cast(pl.String))
     keys = masks.select(MASK_KEYS).unique(maintain_order=True)
-    selected = _mask_matrix(masks, keys, frame)
     phi = _sums(frame, ["grad_dot_loss"]).values[:, 0] if has_phi else None
-
-    def statistic(weights: Floats, codes: Codes) -> Floats:
-        in_q3 = weights * (codes == 2)
-        taken = selected @ in_q3
-        parts = [taken / (selected @ weights), 1.0 - taken / in_q3.sum()]
-        if phi is not None:
-            aligned = in_q3 * phi
-            parts.append(1.0 - (selected @ aligned) / aligned.sum())
-        return np.concatenate(parts)
-
-    interval = resampler.measure(statistic)
     names = ["q3_share", "q3_missed", *(["q3_alignment_missed"] if has_phi else [])]
-    table = keys.with_columns(pl.col("rule").is_in(ENTROPY_ONLY_RULES).alias("entropy_only"))
-    table = pl.concat([table, interval_frame(interval, names)], how="horizontal")
+    parts, sizes = [], []
+    for start in range(0, keys.height, _MASKS_AT_ONCE):
+        selected = _mask_matrix(masks, keys[start : start + _MASKS_AT_ONCE], frame)
+        sizes += selected.sum(1).astype(np.int64).tolist()
+        parts.append(interval_frame(_q3_interval(resampler, selected, phi), names))
+    only = pl.col("rule").is_in(ENTROPY_ONLY_RULES).alias("entropy_only")
+    table = pl.concat([keys.with_columns(only), pl.concat(parts)], how="horizontal")
     return with_counts(table, frame).with_columns(
-        pl.Series("num_tokens", selected.sum(1).astype(np.int64)),
+        pl.Series("num_tokens", sizes, dtype=pl.Int64),
         pl.lit(int((resampler.whole()[1] == 2).sum()), pl.Int64).alias("num_q3"),
     )
+
+
+def _q3_interval(resampler: Resampler, selected: Floats, phi: Floats | None) -> Interval:
+    """Share of each selection in Q3, share of Q3 missed, and share of Σφ in Q3 missed, one block after the other."""
+    size = selected.shape[0]
+    columns = [np.ones(selected.shape[1]), *selected, *([phi, *(selected * phi)] if phi is not None else [])]
+
+    def finish(sums: Floats) -> Floats:
+        taken, in_q3, whole = sums[2, 1 : size + 1], sums[2, 0], sums[:, 1 : size + 1].sum(0)
+        parts = [taken / whole, 1.0 - taken / in_q3]
+        if phi is not None:
+            parts.append(1.0 - sums[2, size + 2 :] / sums[2, size + 1])
+        return np.concatenate(parts)
+
+    return resampler.measure_sums(np.column_stack(columns), finish)
 
 
 def _mask_matrix(masks: pl.DataFrame, keys: pl.DataFrame, frame: pl.DataFrame) -> Floats:
