@@ -2,8 +2,9 @@
 
     python benchmarks/logit_statistics.py [--rows 2048] [--vocab-size 49152] [--dtype bfloat16] [--rounds 7] [--out FILE.json]
 
-Every contender works on the same logits in the same process, in interleaved rounds after a warm-up; the medians of the
-rounds and their ratios are printed. On a machine that does other work too, `--clock cpu --threads 1` is steadier. `read_float32` sums both arrays, held in float32: the floor for anything that looks at every logit.
+Every contender works on the same logits in the same process, in interleaved rounds after a warm-up; the medians over the
+rounds and their ratios are printed. On a machine that does other work too, `--clock cpu --threads 1` is steadier.
+`read_float32` sums both arrays, held in float32: the floor for anything that looks at every logit.
 `per_metric_N` computes the divergences and entropies as libraries commonly do, each function with its own softmaxes, in
 blocks of N rows; it has fewer columns than `token_statistics`, and its float32 numbers are wrong on peaked and near-equal rows.
 """
@@ -135,9 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the logits")
     parser.add_argument("--threads", type=int, default=2, help="threads; a CUDA device is not used")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="elapsed time, or processor time of all threads"
-    )
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="elapsed or processor time")
     parser.add_argument("--out", type=Path, help="JSON file for the timings")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

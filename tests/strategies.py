@@ -80,7 +80,7 @@ def logit_pair(kind: str, vocab_size: int, seed: int) -> tuple[np.ndarray, np.nd
     if kind == "flat":
         return np.zeros(vocab_size), noise
     if kind == "flat_against_peaked":
-        return np.zeros(vocab_size), _peaked_row(generator, vocab_size, top)
+        return np.zeros(vocab_size), _peaked_row(generator, vocab_size, 0)  # the student's first token by id
     if kind == "near_equal":
         return student, student + noise
     if kind == "near_equal_peaked":
