@@ -9,7 +9,7 @@ import pytest
 
 from tip_analysis.artifacts import config_hash, create_run, file_hash, open_run, write_atomically
 from tip_analysis.errors import ConfigurationMismatchError, RunError, SchemaError, StorageError
-from tip_analysis.schema import MaskTable, polars_schema
+from tip_analysis.schema import MaskTable, TokenTable, polars_schema
 
 
 def mask_rows(position: int = 0) -> pl.DataFrame:
@@ -50,7 +50,9 @@ def test_an_altered_shard_counts_as_absent_and_is_named(run, caplog):
 
 
 def test_another_configuration_is_refused_with_what_differs(run):
-    run.begin("score", config={"teacher": "a", "top_k": 5}, inputs={"rollouts": "x"})
+    run.begin("score", config={"teacher": "b"})  # nothing was written under it, so nothing stands in the way
+    stage = run.begin("score", config={"teacher": "a", "top_k": 5}, inputs={"rollouts": "x"})
+    stage.write(0, TokenTable.create_empty())
     run.begin("score", config={"teacher": "a", "top_k": 5}, inputs={"rollouts": "x"})
     with pytest.raises(ConfigurationMismatchError, match=r'rollouts: "x" → "y"; top_k: 5 → 6\. .*--overwrite'):
         run.begin("score", config={"teacher": "a", "top_k": 6}, inputs={"rollouts": "y"})
@@ -68,6 +70,7 @@ def test_overwriting_removes_the_stage_and_what_was_built_on_it(run):
 
 def test_keyed_records_stand_side_by_side_and_refuse_another_identity(run):
     one = run.begin("select", key={"rule": "q3"}, config={"rule": "q3", "clip": None})
+    one.write(0, mask_rows())
     two = run.begin("select", key={"rule": "all"}, config={"rule": "all", "clip": None})
     assert one.key != two.key
     with pytest.raises(ConfigurationMismatchError, match="clip"):
@@ -197,7 +200,7 @@ def test_two_processes_may_fill_one_run(run):
     script = """
         import sys, polars as pl
         from tip_analysis.artifacts import open_run
-        from tip_analysis.schema import MaskTable, polars_schema
+        from tip_analysis.schema import MaskTable, TokenTable, polars_schema
         run, first = open_run(sys.argv[1]), int(sys.argv[2])
         stage = run.begin("select", config={}, additive=True)
         for index in range(first, 20, 2):

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 TABLE_OF_STAGE = {
     "rollout": "rollouts",
+    "teacher": "teacher_states",
     "score": "tokens",
     "gradients": "gradients",
     "select": "masks",
@@ -45,7 +46,10 @@ TABLE_OF_STAGE = {
 }
 """The folder that each stage fills."""
 
-BUILT_ON = {"rollout": ("score", "gradients", "select"), "score": ("gradients", "select")}
+SHARD_SUFFIX = {"teacher_states": ".safetensors"}
+"""How shards are called that are no Parquet files."""
+
+BUILT_ON = {"rollout": ("teacher", "score", "gradients", "select"), "score": ("gradients", "select")}
 """Stages whose rows lose their meaning when a stage starts afresh."""
 
 _VERSIONED_PACKAGES = ("tip-analysis", "torch", "transformers", "tokenizers", "polars", "numpy")
@@ -246,7 +250,7 @@ class Run:
 
         def enter(record: Record) -> None:  # under the lock: another process may have begun, or added a shard, just now
             known = record["stages"].get(name)
-            if known is None:
+            if known is None or not known["shards"]:  # nothing that another identity could be mixed with
                 new = {"table": table, "began": _now(), "wall_time_s": 0.0, "shards": {}, "summary": {}}
                 record["stages"][name] = identity | new | begun
             elif differences := _differences(known, identity):
@@ -298,7 +302,8 @@ class Stage:
 
     def path(self, index: int) -> Path:
         """Where shard `index` lies."""
-        return self.run.path / self.table / f"{self._prefix}part-{index:05d}.parquet"
+        suffix = SHARD_SUFFIX.get(self.table, ".parquet")
+        return self.run.path / self.table / f"{self._prefix}part-{index:05d}{suffix}"
 
     def is_whole(self, index: int) -> bool:
         """Whether a shard is there and unchanged; an altered one is named in a warning and counts as absent."""
@@ -328,15 +333,27 @@ class Stage:
         """
         if self.table in TABLES:
             frame = validate(frame, TABLES[self.table])
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                frame.write_parquet(file)
+
+        return self.write_file(index, write, num_rows=frame.height, **facts)
+
+    def write_file(self, index: int, write: Callable[[Path], Any], *, num_rows: int, **facts: Any) -> Path:
+        """Let `write` make one shard beside its place, enter it in the record, and rename it into its place.
+
+        Raises:
+            StorageError: no space, or no permission; what was there before is intact.
+        """
         path = self.path(index)
         part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
         try:
             with _storage_errors(path):
-                with part.open("wb") as file:
-                    frame.write_parquet(file)
-                    file.flush()
+                write(part)
+                with part.open("rb+") as file:
                     os.fsync(file.fileno())
-                entry = {"sha256": file_hash(part), "num_rows": frame.height, **_jsonable(facts)}
+                entry = {"sha256": file_hash(part), "num_rows": num_rows, **_jsonable(facts)}
                 self.run.update(lambda record: record["stages"][self.key]["shards"].update({path.name: entry}))
                 part.replace(path)
         finally:

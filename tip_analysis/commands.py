@@ -32,6 +32,26 @@ def run(command: Any) -> None:
     _COMMANDS[type(command)](command)
 
 
+def demo(command: options.Demo) -> None:
+    """Everything, on the embedded pair."""
+    from tip_analysis.demo import DIVERGENCE_CUT, ENTROPY_CUT, run_demo
+
+    report_path = command.report or Path("reports") / f"{command.out.resolve().name}.html"
+    result = run_demo(
+        command.out,
+        report_path,
+        num_prompts=command.num_prompts,
+        num_rollouts=command.num_rollouts,
+        seed=command.seed,
+        token_budget=command.models.token_budget,
+        overwrite=command.overwrite,
+        say=console.print,
+    )
+    show_table(f"quadrants (cuts: entropy {ENTROPY_CUT} nats, reverse KL {DIVERGENCE_CUT} nats)", result.shares)
+    show_summary("planted errors (confident: student top-1 probability ≥ 0.9)", result.detection.row(0, named=True))
+    console.print(f"run folder: {command.out}\nreport:     {result.report}", soft_wrap=True)
+
+
 def rollout(command: options.Rollout) -> None:
     """Sample rollouts."""
     from tip_analysis.artifacts import create_run
@@ -377,6 +397,7 @@ def _load(name: str, models: options.ModelOptions) -> "LanguageModel":
 
 
 _COMMANDS: dict[type, Callable[[Any], None]] = {
+    options.Demo: demo,
     options.Rollout: rollout,
     options.Import: import_,
     options.Score: score,

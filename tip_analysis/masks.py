@@ -15,6 +15,7 @@ from tip_analysis.schema import Loss
 from tip_analysis.selection import exact_ratio, rule, to_masks
 
 NEEDS_GRADIENTS = ("gradient_oracle",)
+"""Rules that select among the tokens whose gradients were measured, and no others."""
 
 
 def write_masks(
@@ -39,19 +40,19 @@ def write_masks(
         ConfigurationMismatchError: a mask of that name was made with another normalization or from other tokens.
     """
     wanted = _wanted(rules, retention_ratios, seeds)
-    scored = add_scores(
-        run.tokens(), normalization_scope=normalization_scope, divergence_clip=divergence_clip
-    )  # fmt: skip
-    inputs = {"tokens": run.table_hash("tokens")}
+    scores = add_scores(run.tokens(), normalization_scope=normalization_scope, divergence_clip=divergence_clip).collect()
+    tables = {False: (scores.lazy(), {"tokens": run.table_hash("tokens")})}
     if needing := [name for name in rules if name in NEEDS_GRADIENTS]:
-        scored = scored.join(measured_alignment(run, needing[0]), on=["rollout_id", "position"], how="left")
-        inputs["gradients"] = run.table_hash("gradients")
-    scored = scored.collect().lazy()
+        measured = scores.lazy().join(
+            measured_alignment(run, needing[0]), on=["rollout_id", "position"], maintain_order="left"
+        ).collect()  # fmt: skip
+        tables[True] = (measured.lazy(), tables[False][1] | {"gradients": run.table_hash("gradients")})
     masks = []
     with track("selecting", len(wanted), unit="masks") as advance:
         for name, ratio, seed in wanted:
             key = {"rule": name, "retention_ratio": ratio, "selection_scope": selection_scope, "seed": seed}
             normalization = {"normalization_scope": normalization_scope, "divergence_clip": divergence_clip}
+            scored, inputs = tables[name in NEEDS_GRADIENTS]
             stage = run.begin("select", key=key, config=key | normalization, inputs=inputs, overwrite=overwrite)
             if not stage.is_whole(0):
                 mask = to_masks(scored, rules=[name], retention_ratios=[ratio], selection_scope=selection_scope, seeds=[seed])

@@ -12,7 +12,9 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -159,7 +161,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", attentio
     if placement == "several":
         kwargs["device_map"] = "auto"
     try:
-        model = _load_weights(folder, options, kwargs)
+        with _quiet_unless_watched():
+            model = _load_weights(folder, options, kwargs)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         if placement != "several":
             model = model.to(placement)  # pyright: ignore[reportArgumentType]
@@ -326,6 +329,19 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
 
 def _gguf(path: Path) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {"gguf_file": path.name}
+
+
+@contextmanager
+def _quiet_unless_watched() -> Iterator[None]:
+    """No progress bars of transformers where stderr is no terminal."""
+    shown = transformers.utils.logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if shown:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _load_weights(folder: str, options: Mapping[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel:
