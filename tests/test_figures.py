@@ -193,6 +193,8 @@ def test_map_cells_have_the_colour_of_their_quadrant():
     image = axes.collections[0].get_array()
     assert image.shape == (2, 2, 4)
     assert tuple(image[1, 1, :3]) == pytest.approx(to_rgb(figures.QUADRANT_COLORS["Q1"]))
+    assert tuple(image[1, 0, :3]) == pytest.approx(to_rgb(figures.QUADRANT_COLORS["Q3"]))
+    assert tuple(image[0, 0, :3]) == pytest.approx(to_rgb(figures.QUADRANT_COLORS["Q4"]))
     assert image[0, 1, 3] == 0.0
     assert image[0, 0, 3] == 1.0
     assert image[0, 0, 3] > image[1, 1, 3] > image[1, 0, 3] > 0.3

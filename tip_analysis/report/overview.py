@@ -1,23 +1,27 @@
 """The section on the run as a whole: shares of the quadrants beside the paper's ranges, and warnings."""
 
 from collections.abc import Sequence
+from zlib import crc32
 
 import polars as pl
 
 from tip_analysis import figures
+from tip_analysis.planted import planted_detection
 from tip_analysis.quadrants import PAPER_RANGES
 from tip_analysis.report import paper
 from tip_analysis.report.page import Block, FromPaper, Numbers, Part, Section, Table, Tag, Warnings, picture
 from tip_analysis.report.reading import RunView
 from tip_analysis.report.run_warnings import warnings_of
-from tip_analysis.report.summaries import planted_detection
 from tip_analysis.report.words import count, interval, listed, number, percent, plural, sentence, visible
 from tip_analysis.statistics import widen
 
 
 def overview(views: Sequence[RunView]) -> Section:
     """Shares of the quadrants beside the paper's ranges, and what to know before trusting them."""
-    parts = [Part(_finding(view), _overview_blocks(view), population(view), label_of(view, views)) for view in views]
+    parts = [
+        Part(_finding(view), _overview_blocks(view, alone=len(views) == 1), population(view), label_of(view, views))
+        for view in views
+    ]
     if len(views) > 1:
         parts.insert(0, _comparison(views))
     return Section(
@@ -71,7 +75,7 @@ def _finding(view: RunView) -> str:
     )
 
 
-def _overview_blocks(view: RunView) -> list[Block]:
+def _overview_blocks(view: RunView, *, alone: bool) -> list[Block]:
     student, teacher = view.model_names()
     counted = view.population
     entries = [
@@ -83,19 +87,25 @@ def _overview_blocks(view: RunView) -> list[Block]:
     rewards = view.rollouts["reward"].drop_nulls()
     if rewards.len():
         entries.append(("mean reward", number(float(rewards.mean())), f"over {plural(rewards.len(), 'graded rollout')}"))  # pyright: ignore[reportArgumentType]
-    table = share_table(view)
-    drawn = picture(
-        lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
-        key=f"shares-{slug_of(view)}",
-        caption="Share of response tokens in each quadrant. Hatched: the range that the paper reports over its pairs.",
-        alt="Bars of the quadrant shares beside the paper's ranges; the table below has the numbers.",
-    )
-    blocks: list[Block] = [Numbers(entries), Warnings(warnings_of(view)), drawn, _shares_block(view)]
+    blocks: list[Block] = [Numbers(entries), Warnings(warnings_of(view))]
+    if alone:
+        blocks.append(_shares_picture(view))
+    blocks.append(_shares_block(view))
     if counted.num_tokens:
         blocks.append(_carried_block(view))
     if view.has_planted_labels:
         blocks.append(_planted_block(view))
     return blocks
+
+
+def _shares_picture(view: RunView) -> Block:
+    table = share_table(view)
+    return picture(
+        lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
+        key=f"shares-{slug_of(view)}",
+        caption="Share of response tokens in each quadrant. Hatched: the range that the paper reports over its pairs.",
+        alt="Bars of the quadrant shares beside the paper's ranges; the table below has the numbers.",
+    )
 
 
 def _shares_block(view: RunView) -> Table:
@@ -139,15 +149,15 @@ def _carried_block(view: RunView) -> Table:
 
 
 def _planted_block(view: RunView) -> Table:
-    found = planted_detection(view.tokens)
+    found = planted_detection(view.tokens).row(0, named=True)
     rows = [
         [
             "recall",
-            percent(found.recall),
-            f"of {count(found.num_confident)} planted errors with student top-1 ≥ 0.9, called Q3",
+            percent(found["q3_recall"]),
+            f"of {count(found['num_confident'])} planted errors with student top-1 ≥ 0.9, called Q3",
         ],
-        ["precision", percent(found.precision), "of the tokens called Q3, are planted errors"],
-        ["AUC", number(found.auc), f"of the Q3 score for {count(found.num_planted)} planted errors among all tokens"],
+        ["precision", percent(found["q3_precision"]), "of the tokens called Q3, are planted errors"],
+        ["AUC", number(found["auc"]), f"of the Q3 score for {count(found['num_planted'])} planted errors among all tokens"],
     ]
     caption = "The arithmetic pair has planted errors, so that the taxonomy can be checked against the truth."
     return Table(["planted errors", "value", "meaning"], rows, caption, frozenset({1}))
@@ -190,7 +200,8 @@ def _cut_words(view: RunView) -> str:
 
 def slug_of(view: RunView) -> str:
     """The run's name as part of an id."""
-    return "".join(character if character.isalnum() else "-" for character in view.name)
+    plain = "".join(character if character.isalnum() else "-" for character in view.name)
+    return plain if plain == view.name else f"{plain}-{crc32(view.name.encode()):08x}"
 
 
 def label_of(view: RunView, views: Sequence[RunView]) -> str:

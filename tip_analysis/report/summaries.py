@@ -1,11 +1,10 @@
-"""Result tables that only the report needs: densities for the map, the strongest tokens, detection of planted errors.
+"""Result tables that only the report needs: densities for the map, the strongest tokens.
 
 Everything that is a statistic of the method (shares, cuts, correlations, coverage …) comes from `quadrants`, `composition` and
 `statistics`; nothing of it is computed again here.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -17,8 +16,6 @@ NUM_CELLS = 64
 """Cells of the density map along each axis."""
 LOWEST = 1e-6
 """Nats: what lies below is drawn in the first cell."""
-CONFIDENT = 0.9
-"""Planted errors count as confident from this top-1 probability of the student's."""
 
 STRENGTH = {"Q1": "forward_kl", "Q3": "q3_score"}
 """What the strongest tokens of a quadrant are ranked by."""
@@ -28,21 +25,6 @@ _DETAILS = (
     "reverse_kl", "forward_kl", "soft_or", "q3_score", "student_topk_ids", "student_topk_logprobs", "teacher_topk_ids",
     "teacher_topk_logprobs",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PlantedDetection:
-    """How well quadrant and score find the planted errors of the arithmetic pair."""
-
-    num_planted: int
-    num_confident: int
-    """Planted errors at which the student's top-1 probability is at least `CONFIDENT`."""
-    recall: float
-    """Share of the confident planted errors that are called Q3; NaN where there is none."""
-    precision: float
-    """Share of Q3 that is a planted error; NaN where Q3 is empty."""
-    auc: float
-    """Of the Q3 score for `planted_error`, ties counted half; NaN where one class is empty."""
 
 
 def density(tokens: pl.LazyFrame, cuts: Cuts) -> pl.DataFrame:
@@ -118,42 +100,6 @@ def text_around(tokens: pl.LazyFrame, places: pl.DataFrame, *, reach: int = 24) 
         after = part.filter(pl.col("position").is_between(position + 1, position + reach))["token"]
         around[rollout_id, position] = ("".join(before), "".join(after))
     return around
-
-
-def planted_detection(tokens: pl.LazyFrame) -> PlantedDetection:
-    """Recall, precision and AUC for planted errors; needs `planted_label`, `quadrant` and `q3_score`."""
-    planted = pl.col("planted_label") == "planted_error"
-    confident = planted & (pl.col("student_top1_prob") >= CONFIDENT)
-    in_q3 = pl.col("quadrant") == "Q3"
-    rank = pl.col("q3_score").rank("average")
-    counts = (
-        tokens.filter(pl.col("loss_mask") & pl.col("planted_label").is_not_null())
-        .select(
-            num_tokens=pl.len(),
-            num_planted=planted.sum(),
-            num_confident=confident.sum(),
-            found=(confident & in_q3).sum(),
-            planted_in_q3=(planted & in_q3).sum(),
-            num_q3=in_q3.sum(),
-            rank_sum=rank.filter(planted).sum(),
-        )
-        .collect()
-        .row(0, named=True)
-    )
-    others = counts["num_tokens"] - counts["num_planted"]
-    pairs = counts["num_planted"] * others
-    below = counts["rank_sum"] - counts["num_planted"] * (counts["num_planted"] + 1) / 2
-    return PlantedDetection(
-        num_planted=counts["num_planted"],
-        num_confident=counts["num_confident"],
-        recall=_ratio(counts["found"], counts["num_confident"]),
-        precision=_ratio(counts["planted_in_q3"], counts["num_q3"]),
-        auc=_ratio(below, pairs),
-    )
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
 
 
 def _edges(values: np.ndarray, cut: float | None) -> np.ndarray:
