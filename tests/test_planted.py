@@ -2,7 +2,7 @@ import polars as pl
 import pytest
 
 from tip_analysis.errors import SchemaError
-from tip_analysis.planted import has_planted_errors, planted_detection
+from tip_analysis.planted import planted_detection
 
 #       label            top-1  quadrant score
 ROWS = [
@@ -42,11 +42,13 @@ def test_a_share_of_nothing_is_null():
     assert found["q3_precision"] is None
 
 
-def test_without_labels_there_is_nothing_to_detect():
-    frame = table([("plain", 0.5, "Q1", 1.0)])
-    assert not has_planted_errors(frame.lazy())
-    assert has_planted_errors(table().lazy())
-    with pytest.raises(SchemaError, match="none"):
-        planted_detection(frame)
+def test_without_planted_errors_there_is_nothing_to_find():
+    found = planted_detection(table([("plain", 0.5, "Q1", 1.0)])).row(0, named=True)
+    assert found["num_planted"] == 0
+    assert found["q3_recall"] is None
+    assert found["auc"] is None
+
+
+def test_missing_columns_are_named():
     with pytest.raises(SchemaError, match="q3_score"):
-        planted_detection(frame.drop("q3_score"))
+        planted_detection(table().drop("q3_score"))

@@ -7,7 +7,6 @@ student is wrong by design; those at which it is also confident should be Q3.
 import polars as pl
 
 from tip_analysis.correlations import auc
-from tip_analysis.errors import SchemaError
 from tip_analysis.schema import Quadrant, require_columns
 
 CONFIDENT = 0.9
@@ -23,20 +22,19 @@ def planted_detection(tokens: pl.LazyFrame | pl.DataFrame) -> pl.DataFrame:
     Returns:
         num_tokens, num_planted, num_confident (planted, top-1 probability ≥ 0.9), num_q3, q3_recall (share of the confident
         planted errors that are in Q3), q3_precision (share of Q3 that is planted errors), auc (of the Q3 score, planted
-        errors against all other tokens). A share of nothing is null.
+        errors against all other tokens). A share of nothing is null, and so is the AUC without both kinds of token.
 
     Raises:
-        SchemaError: a column is missing, or no token is labelled `planted_error`.
+        SchemaError: a column is missing.
     """
     tokens = tokens.lazy()
     needed = ["planted_label", "loss_mask", "quadrant", "q3_score", "student_top1_prob"]
     require_columns(tokens, needed, "planted_detection")
     frame = tokens.filter("loss_mask").select(needed).collect()
     planted = (frame["planted_label"] == "planted_error").fill_null(False)
-    if not planted.any():
-        raise SchemaError("planted_detection needs tokens labelled planted_error; the table has none")
     confident = planted & (frame["student_top1_prob"] >= CONFIDENT)
     in_q3 = frame["quadrant"] == Quadrant.Q3
+    both_kinds = planted.any() and not planted.all()
     return pl.DataFrame(
         {
             "num_tokens": frame.height,
@@ -45,16 +43,10 @@ def planted_detection(tokens: pl.LazyFrame | pl.DataFrame) -> pl.DataFrame:
             "num_q3": int(in_q3.sum()),
             "q3_recall": _share(in_q3 & confident, confident),
             "q3_precision": _share(in_q3 & planted, in_q3),
-            "auc": auc(frame["q3_score"].to_numpy(), planted.to_numpy()),
+            "auc": auc(frame["q3_score"].to_numpy(), planted.to_numpy()) if both_kinds else None,
         },
-        schema_overrides={"q3_recall": pl.Float64, "q3_precision": pl.Float64},
+        schema_overrides={"q3_recall": pl.Float64, "q3_precision": pl.Float64, "auc": pl.Float64},
     )
-
-
-def has_planted_errors(tokens: pl.LazyFrame) -> bool:
-    """Whether the table says of any token that it is a planted error."""
-    labels = tokens.select((pl.col("planted_label") == "planted_error").any()).collect()
-    return bool(labels.item())
 
 
 def _share(part: pl.Series, whole: pl.Series) -> float | None:
