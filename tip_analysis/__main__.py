@@ -20,6 +20,7 @@ Command = (
     | Annotated[options.Score, tyro.conf.subcommand("score")]
     | Annotated[options.Gradients, tyro.conf.subcommand("gradients")]
     | Annotated[options.Select, tyro.conf.subcommand("select")]
+    | Annotated[options.Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[options.Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[options.Compare, tyro.conf.subcommand("compare")]
     | Annotated[options.Status, tyro.conf.subcommand("status")]

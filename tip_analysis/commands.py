@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tip_analysis.artifacts import Run
     from tip_analysis.models import LanguageModel
+    from tip_analysis.presets import Preset
 
 console = Console()
 
@@ -49,6 +50,8 @@ def demo(command: options.Demo) -> None:
     )
     show_table(f"quadrants (cuts: entropy {ENTROPY_CUT} nats, reverse KL {DIVERGENCE_CUT} nats)", result.shares)
     show_summary("planted errors (confident: student top-1 probability ≥ 0.9)", result.detection.row(0, named=True))
+    columns = ["rule", "retention_ratio", "accuracy", "best_at_k", "heldout_reverse_kl", "tokens_trained"]
+    show_table("ablation (one seed, few steps: the full one is `tip-analysis ablate`)", result.arms.select(columns))
     console.print(f"run folder: {command.out}\nreport:     {result.report}", soft_wrap=True)
 
 
@@ -114,10 +117,8 @@ def import_(command: options.Import) -> None:
 
 
 def score(command: options.Score) -> None:
-    """Score rollouts with both models."""
+    """Score rollouts with both models, at once or one after the other."""
     from tip_analysis.artifacts import open_run
-    from tip_analysis.batching import TokenBudget
-    from tip_analysis.scoring import Scorer, score_rollouts
 
     run = open_run(command.run)
     run.rollouts()
@@ -126,20 +127,64 @@ def score(command: options.Score) -> None:
     if command.engine == "ray":
         if part != (0, 1):
             raise OptionError("--shard is for array jobs of one process each; --engine ray shares the shards out itself")
-        show_summary(f"{command.run}: tokens", _score_with_ray(command, name))
+        if command.phase != "both":
+            raise OptionError("--phase goes with --engine local; --shard i/n spreads a phase over array jobs")
+        summary = _score_with_ray(command, name)
+    elif command.phase == "teacher":
+        show_summary(f"{command.run}: teacher's states", _store_teacher(command, run, name, part))
         return
-    student = _load(name, command.models)
-    teacher = student if command.teacher == name else _load(command.teacher, command.models)
-    scorer = Scorer(student, teacher, TokenBudget(command.models.token_budget), command.top_k)
+    else:
+        summary = _score_here(command, run, name, part)
+    show_summary(f"{command.run}: tokens", summary)
+
+
+def _score_here(command: options.Score, run: "Run", student_name: str, part: tuple[int, int]) -> dict[str, Any]:
+    """In this process, with the teacher's body or with its stored states."""
+    from tip_analysis.batching import TokenBudget
+    from tip_analysis.scoring import Scorer, score_rollouts
+    from tip_analysis.teacher_head import load_head
+    from tip_analysis.teacher_states import TeacherStore
+
+    stored = None
+    if command.phase == "student":
+        stored = TeacherStore(run)
+        stored.require(teacher=command.teacher, teacher_context=command.teacher_context, shard_size=command.shard_size)
+        teacher = load_head(command.teacher, dtype=stored.teacher["dtype"], device=command.models.device)
+        student = _load(student_name, command.models)
+    else:
+        student = _load(student_name, command.models)
+        teacher = student if command.teacher == student_name else _load(command.teacher, command.models)
     summary = score_rollouts(
         run,
-        scorer,
+        Scorer(student, teacher, TokenBudget(command.models.token_budget), command.top_k),
         teacher_context=command.teacher_context,
         shard_size=command.shard_size,
         part=part,
         overwrite=command.overwrite,
+        stored=stored,
     )
-    show_summary(f"{command.run}: tokens", summary)
+    if stored is not None and command.discard_teacher_states and "num_shards_missing" not in summary:
+        stored.discard()
+    return summary
+
+
+def _store_teacher(command: options.Score, run: "Run", student_name: str, part: tuple[int, int]) -> dict[str, Any]:
+    from tip_analysis.batching import TokenBudget
+    from tip_analysis.teacher_head import head_rows
+    from tip_analysis.teacher_states import store_teacher_states
+
+    return store_teacher_states(
+        run,
+        _load(command.teacher, command.models),
+        form=command.teacher_store,
+        store_k=command.store_k,
+        vocab_size=head_rows(student_name),
+        teacher_context=command.teacher_context,
+        shard_size=command.shard_size,
+        budget=TokenBudget(command.models.token_budget),
+        part=part,
+        overwrite=command.overwrite,
+    )
 
 
 def _score_with_ray(command: options.Score, student: str) -> dict[str, Any]:
@@ -259,6 +304,86 @@ def evaluate(command: options.Evaluate) -> None:
         overwrite=command.overwrite,
     )
     show_summary(f"{command.model} on {command.prompts}", summary)
+
+
+def ablate(command: options.Ablate) -> None:
+    """Train and evaluate every arm, and judge the paper's claims on the outcome."""
+    from tip_analysis.arms import arm_results, parse_arms
+    from tip_analysis.artifacts import create_run
+    from tip_analysis.claims import claims_table
+    from tip_analysis.plans import plan_ablation
+    from tip_analysis.presets import load_evaluation_sets, load_prompts
+    from tip_analysis.study import run_ablation, study_from_preset
+
+    preset = _experiment(command)
+    arms = parse_arms(preset.arms, command.ratios)
+    if command.dry_run:
+        show_table(f"plan of {preset.name}", plan_ablation(preset).table())
+        return
+    prompts = load_prompts(preset.prompts, limit=command.limit) if preset.prompts else []
+    study = study_from_preset(
+        preset,
+        prompts=prompts,
+        evaluation_prompts=load_evaluation_sets(preset.evaluation_sets, limit=command.limit),
+        evaluate_every=command.evaluate_every,
+        checkpoint_every=command.checkpoint_every,
+        teacher_context=command.teacher_context,
+        dtype=command.models.dtype,
+        device=command.models.device,
+        token_budget=command.models.token_budget,
+    )
+    run = create_run(command.run)
+    rows = run_ablation(run, study, arms=arms, seeds=preset.seeds, jobs=command.jobs, threads=command.threads)
+    columns = ["rule", "retention_ratio", "num_seeds", "accuracy", "accuracy_std", "best_at_k", "heldout_reverse_kl"]
+    results = arm_results(rows).select(*columns, "token_share", "step_time_s")
+    show_table(f"{command.run}: arms (mean over seeds; accuracy is mean@{preset.num_samples})", results)
+    show_claims(claims_table(rows, margin=command.margin))
+
+
+def _experiment(command: options.Ablate) -> "Preset":
+    """The preset that is named, or else the run's own pair, with the user's options in place of its own."""
+    from tip_analysis.artifacts import open_run
+    from tip_analysis.models import ARITHMETIC_PAIR
+    from tip_analysis.presets import change_preset, pair_preset, resolve_preset
+
+    renamed = {"evaluation_sets": command.evaluation_prompts, "arms": command.rules, "seeds": command.seeds}
+    changes = {name: value or None for name, value in renamed.items()} | {"num_steps": command.steps}
+    changes |= {name: getattr(command, name) for name in _PRESET_OPTIONS}
+    if command.preset is not None:
+        return resolve_preset(command.preset, **changes)
+    stages = open_run(command.run).stages() if (command.run / "run.json").is_file() else {}
+    scored = stages.get("score", {}).get("config", {})
+    names = [getattr(command, role) or scored.get(role, {}).get("name") for role in ("student", "teacher")]
+    if tuple(names) == ARITHMETIC_PAIR and command.prompts is None:
+        return resolve_preset("arithmetic", **changes)
+    return change_preset(pair_preset(*names), **changes)
+
+
+_PRESET_OPTIONS = (
+    "student", "teacher", "prompts", "mode", "prompts_per_step", "rollouts_per_prompt", "max_new_tokens", "learning_rate",
+    "schedule", "warmup_steps", "max_grad_norm", "loss", "loss_normalizer", "loss_aggregation", "selection_scope",
+    "rescore_every", "lora_rank", "precision", "micro_batch_size", "chunk_size", "gradient_checkpointing", "num_samples",
+    "template", "grader",
+)  # fmt: skip
+"""Options of `ablate` that are fields of a preset, or of its training, under the same name."""
+
+
+def show_claims(claims: "pl.DataFrame") -> None:
+    """Print the verdict on each claim, ours beside the paper's."""
+    table = Table(box=None, header_style="dim")
+    for name in ("claim", "arms", "difference [95 % interval]", "seeds", "verdict", "paper's differences (median, range)"):
+        table.add_column(name)
+    for row in claims.iter_rows(named=True):
+        ours = f"{_points(row['effect'])} [{_points(row['low'])}, {_points(row['high'])}]"
+        paper = f"{_points(row['paper_median'])} ({_points(row['paper_min'])} to {_points(row['paper_max'])})"
+        arms = f"{row['arm_a']} {row['relation']} {row['arm_b']}"
+        table.add_row(row["claim"], arms, ours, _shown(row["num_seeds"]), row["verdict"], paper)
+    console.print("[bold]the paper's claims on this pair[/] (differences in points of accuracy, over seeds)")
+    console.print(table)
+
+
+def _points(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:+.1f}"
 
 
 def report(command: options.Report) -> None:
@@ -404,6 +529,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     options.Select: select,
     options.Gradients: gradients,
     options.Evaluate: evaluate,
+    options.Ablate: ablate,
     options.Report: report,
     options.Export: export,
     options.Compare: compare,

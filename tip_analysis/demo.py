@@ -14,6 +14,7 @@ import torch
 
 from tip_analysis.arithmetic.language import problems
 from tip_analysis.arithmetic.tokenizer import MAX_LENGTH
+from tip_analysis.arms import arm_results
 from tip_analysis.artifacts import Run, create_run
 from tip_analysis.generation import Sampling
 from tip_analysis.gradient_stage import measure_run
@@ -21,12 +22,14 @@ from tip_analysis.importance import add_scores
 from tip_analysis.masks import write_masks
 from tip_analysis.models import LanguageModel, load_model
 from tip_analysis.planted import planted_detection
+from tip_analysis.presets import load_evaluation_sets, load_prompts, resolve_preset
 from tip_analysis.prompts import Prompt
 from tip_analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.report import ReportOptions, write_report
 from tip_analysis.rollout_gradients import GradientSettings
 from tip_analysis.rollouts import sample_rollouts
 from tip_analysis.scoring import Scorer, score_rollouts
+from tip_analysis.study import run_ablation, study_from_preset
 
 ENTROPY_CUT, DIVERGENCE_CUT = "0.3", "0.5"
 """The demo's cuts, in nats: a tiny model is nearly certain of most tokens, so ranks (a median) say little of confidence."""
@@ -36,6 +39,8 @@ RULES = ("all", "random", "entropy", "entropy_sampling", "soft_or", "soft_or_bot
 RATIOS = (0.1, 0.2, 0.5)
 GRADIENT_ROLLOUTS = 128
 NUM_PROBES = 32
+ABLATION_ARMS = ("all", "soft_or:0.5", "soft_or_bottom:0.5", "q3:0.1", "random:0.1")
+ABLATION_STEPS, ABLATION_PROBLEMS, ABLATION_SAMPLES = 24, 64, 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class DemoResult:
 
     shares: pl.DataFrame
     detection: pl.DataFrame
+    arms: pl.DataFrame
     report: Path
 
 
@@ -89,13 +95,27 @@ def run_demo(
         )
         say("4/6 masks: which tokens each rule selects")
         write_masks(run, rules=RULES, retention_ratios=RATIOS, seeds=(seed,))
+        say("5/6 ablation: what training on the selected tokens does")
+        arms = _ablate(run, seed)
     finally:
         torch.set_num_threads(threads)
     say("6/6 report")
     write_report([run.path], report, ReportOptions(entropy_cut=ENTROPY_CUT, divergence_cut=DIVERGENCE_CUT))
     scored = add_scores(run.tokens())
     placed = assign_quadrants(scored, entropy_cut=ENTROPY_CUT, divergence_cut=DIVERGENCE_CUT)
-    return DemoResult(quadrant_shares(placed), planted_detection(placed), report)
+    return DemoResult(quadrant_shares(placed), planted_detection(placed), arm_results(arms), report)
+
+
+def _ablate(run: Run, seed: int) -> pl.DataFrame:
+    """A short ablation of the arithmetic preset: fewer steps, arms and problems, one seed."""
+    preset = resolve_preset("arithmetic", num_steps=ABLATION_STEPS, num_samples=ABLATION_SAMPLES, arms=ABLATION_ARMS)
+    study = study_from_preset(
+        preset,
+        prompts=load_prompts(str(preset.prompts)),
+        evaluation_prompts=load_evaluation_sets(preset.evaluation_sets, limit=ABLATION_PROBLEMS),
+        device="cpu",
+    )
+    return run_ablation(run, study, arms=preset.parsed_arms(), seeds=(seed,))
 
 
 def _sample(

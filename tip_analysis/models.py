@@ -32,7 +32,8 @@ from tip_analysis.errors import ModelError, OptionError, UnknownNameError, Vocab
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-BUILT_IN = ("arithmetic-teacher", "arithmetic-student", "smollm2-135m-instruct")
+ARITHMETIC_PAIR = ("arithmetic-student", "arithmetic-teacher")
+BUILT_IN = (*ARITHMETIC_PAIR, "smollm2-135m-instruct")
 
 HEAD_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4, torch.float64: 1e-9}
 """How far the split head may be from the model's own logits, relative to their largest magnitude: a few roundings."""
@@ -105,6 +106,11 @@ class OutputHead:
         self._finish = _logit_transform(self._model.config.get_text_config())
         self._body_output: ModelOutput | None = None  # set where the model's own forward must be used
 
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states go."""
+        return self.linear.weight.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of last hidden states [N, D]."""
         if self._body_output is not None:
@@ -153,9 +159,9 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", attentio
         ModelError: there is no such model, or it cannot be loaded; the message says why.
         UnknownNameError: an unknown dtype.
     """
-    folder, options = _locate(name)
+    folder, options = locate(name)
     placement = _placement(device)
-    kwargs: dict[str, Any] = {"dtype": _resolve_dtype(name, dtype, placement), "trust_remote_code": False}
+    kwargs: dict[str, Any] = {"dtype": resolve_dtype(name, dtype, placement), "trust_remote_code": False}
     if attention is not None:
         kwargs["attn_implementation"] = attention
     if placement == "several":
@@ -180,7 +186,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is no such model, or its tokenizer cannot be loaded.
     """
-    folder, options = _locate(name)
+    folder, options = locate(name)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -304,7 +310,7 @@ def smollm2_path() -> Path:
     )
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
+def locate(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for a model's name: folder or hub id, and options such as `revision`."""
     if name.startswith("arithmetic-"):
         if name not in BUILT_IN:
@@ -360,7 +366,7 @@ def _load_adapter(folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     from peft import PeftModel  # slow to import, seldom needed
 
     base_name = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-    base_folder, base_options = _locate(base_name)
+    base_folder, base_options = locate(base_name)
     base = _load_weights(base_folder, base_options, kwargs)
     return PeftModel.from_pretrained(base, str(folder), use_safetensors=True)  # pyright: ignore[reportReturnType]
 
@@ -369,7 +375,8 @@ def _placement(device: str) -> torch.device | str:
     return "several" if device == "auto" and torch.cuda.device_count() > 1 else resolve_device(device)
 
 
-def _resolve_dtype(name: str, dtype: str, placement: torch.device | str) -> torch.dtype:
+def resolve_dtype(name: str, dtype: str, placement: torch.device | str) -> torch.dtype:
+    """The dtype that `auto` stands for, or the named one."""
     if dtype == "auto":
         if name.startswith("arithmetic-"):
             return torch.float32  # tiny: nothing to gain from less

@@ -165,6 +165,14 @@ class Score:
     """Rollouts a shard: what is done again after an interruption."""
     shard: str = "0/1"
     """i/n: make only every n-th shard, from the i-th on, as one of n array jobs."""
+    phase: Literal["both", "teacher", "student"] = "both"
+    """Both models at once; or, where they do not fit together, first the teacher, whose states are stored, then the student."""
+    teacher_store: Literal["hidden", "topk"] = "hidden"
+    """What --phase teacher stores: hidden states (exact), or the top tokens (smaller; divergences become lower bounds)."""
+    store_k: int = 64
+    """Tokens that --teacher-store topk keeps."""
+    discard_teacher_states: Flag = False
+    """With --phase student: delete the teacher's states once every token is scored."""
     engine: Literal["local", "ray"] = "local"
     """One process, or Ray actors that share the work."""
     ray_workers: int | None = None
@@ -302,5 +310,95 @@ class Evaluate:
     """math, exact, module:function or file.py:function; by default math, or exact for the arithmetic pair."""
     overwrite: Flag = False
     """Make the rows of this configuration afresh."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Train a student on the tokens that each rule selects, under several seeds, and judge the paper's claims on the outcome.
+
+    An arm is a rule at a retention ratio. What is done already is kept; an arm that was interrupted goes on from its last
+    checkpoint. Options that are left out come from the preset.
+    """
+
+    run: RunFolder
+    """Run folder that results go to; made if it does not exist. Offline, the one that holds rollouts and masks."""
+    rules: Names = ()
+    """Rules, each at every ratio, or with ratios of its own as in q3:0.1:0.2; by default the preset's arms."""
+    ratios: Annotated[tuple[float, ...], arg(metavar="RATIO [RATIO ...]")] = ()
+    """Retention ratios in (0, 1]."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="SEED [SEED ...]")] = ()
+    """Seeds of every arm: prompts, sampling and selection; by default the preset's."""
+    preset: str | None = None
+    """arithmetic, qwen3-8b-4b, llama-70b-8b, qwen2.5-14b-1.5b, qwen3-14b-1.7b-agentic or qwen3-32b-1.7b-agentic."""
+    mode: Literal["on_policy", "offline"] | None = None
+    """Fresh rollouts at every step, or the run's own rollouts and masks."""
+    student: str | None = None
+    """The student; by default the run's or the preset's."""
+    teacher: str | None = None
+    """The teacher; likewise."""
+    prompts: str | None = None
+    """What is trained on: a file or hub dataset as for `rollout`, or arithmetic:train:1024."""
+    evaluation_prompts: Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]")] = ()
+    """Held-out problems with answers."""
+    steps: int | None = None
+    """Optimizer steps."""
+    prompts_per_step: int | None = None
+    """Prompts a step."""
+    rollouts_per_prompt: int | None = None
+    """Rollouts of each."""
+    max_new_tokens: int | None = None
+    """Longest response, in tokens."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] | None = None
+    """Learning rate after the warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    max_grad_norm: float | None = None
+    """Gradients are clipped to this norm."""
+    loss: Literal["reverse_kl", "forward_kl", "jsd"] | None = None
+    """Per-token loss."""
+    loss_normalizer: Literal["selected", "all"] | None = None
+    """Tokens that the loss is divided by: this changes the effective learning rate between arms."""
+    loss_aggregation: Literal["rollout", "token"] | None = None
+    """The mean of rollout means, or the mean over tokens."""
+    selection_scope: Literal["rollout", "batch", "run"] | None = None
+    """Within what tokens compete."""
+    rescore_every: int | None = None
+    """Offline: make the masks anew with the student as it is, every so many steps."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank; 0 trains all weights."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Precision of the forward and backward pass; trainable weights stay in float32."""
+    micro_batch_size: int | None = None
+    """Rollouts a backward pass: fewer take less memory and give the same numbers."""
+    chunk_size: int | None = None
+    """Rows of logits that exist at a time."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass instead of keeping them."""
+    num_samples: int | None = None
+    """k, evaluation samples of each problem."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints."""
+    limit: int | None = None
+    """Use the first N prompts and the first N problems of each evaluation set only."""
+    template: str | None = None
+    """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
+    grader: str | None = None
+    """math, exact, module:function or file.py:function."""
+    teacher_context: Literal["none", "solution"] = "none"
+    """What the teacher sees besides the prompt."""
+    jobs: int = 1
+    """Arms trained at once, each in a process of its own."""
+    threads: int = 1
+    """Threads of each such process."""
+    margin: float = 0.02
+    """How far apart two arms may be and still count as equal (claims with ≈): a share."""
+    dry_run: Flag = False
+    """Show the plan with estimated memory, tokens and device hours, and stop; loads no model."""
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
