@@ -131,7 +131,7 @@ class RolloutMeter:
         )
         if not self._verified:
             self._verify(rollout, positions, losses, tokens, at)
-        products = self._products(losses, stored, at)
+        products = self._products(losses, stored, len(tokens), at)
         if self.settings.method == "exact":
             norms = {loss: (value, torch.zeros_like(value)) for loss, value in self._exact(losses, tokens, at).items()}
         else:
@@ -159,18 +159,20 @@ class RolloutMeter:
         return self._forward.tangents(directions)[:, at]
 
     def _products(
-        self, losses: dict[str, TokenLosses], stored: dict[str, dict[str, Direction]], at: Tensor
+        self, losses: dict[str, TokenLosses], stored: dict[str, dict[str, Direction]], num_tokens: int, at: Tensor
     ) -> dict[str, dict[str, Tensor]]:
         """⟨∇L, g_t⟩ for ∇L from the other and from the own fold, and ⟨∇J, g_t⟩: float64 [R] each."""
         tangents: dict[int, Tensor] = {}
+        if self.scope.body:
+            unique = list({id(d): d for named in stored.values() for d in named.values()}.values())  # ∇J serves all losses
+            for start, group in in_groups(unique, self._together(num_tokens)):
+                tangents |= {id(unique[start + row]): t for row, t in enumerate(self._tangents(group, at))}
         products: dict[str, dict[str, Tensor]] = {}
         for loss, named in stored.items():
             products[loss] = {}
             for index, (name, direction) in enumerate(named.items()):
                 product = losses[loss].along_head[index].clone()
                 if self.scope.body:
-                    if id(direction) not in tangents:  # ∇J serves all losses
-                        tangents[id(direction)] = self._tangents([direction], at)[0]
                     product += losses[loss].derivative(tangents[id(direction)], None)
                 products[loss][name] = product * direction.scale
         return products
@@ -198,9 +200,9 @@ class RolloutMeter:
         }
 
     def _together(self, num_tokens: int) -> int:
-        """How many probes to evaluate as one batch: a row costs its activations in one block, and the largest weight."""
+        """How many directions to evaluate as one batch: a row costs its activations in one block, and the largest weight."""
         if self.settings.probes_together is not None:
-            return min(self.settings.probes_together, self.settings.num_probes)
+            return self.settings.probes_together
         device = self.pair.student.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         config = self.pair.student.model.config.get_text_config()
@@ -208,7 +210,7 @@ class RolloutMeter:
         largest = max(parameter.numel() for parameter in self.scope.body.values())
         row_bytes = (16 * num_tokens * widest + largest) * self.pair.student.dtype.itemsize
         useful = ROWS_TIMES_TOKENS.get(device.type, 2048) // max(1, num_tokens)
-        return max(1, min(self.settings.num_probes, useful, int(free // 4 // row_bytes)))
+        return max(1, min(32, useful, int(free // 4 // row_bytes)))
 
     def _exact(self, losses: dict[str, TokenLosses], tokens: Tensor, at: Tensor) -> dict[str, Tensor]:
         """‖g_t‖² by backward passes from the hidden states, several tokens at once where their gradients are small."""
