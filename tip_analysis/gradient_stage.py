@@ -19,7 +19,7 @@ from tip_analysis.loss_gradients import GradientInput
 from tip_analysis.models import LanguageModel
 from tip_analysis.progress import track
 from tip_analysis.rollout_gradients import GradientSettings
-from tip_analysis.scoring import prepare_rollouts
+from tip_analysis.scoring_inputs import prepare_rollouts
 
 ROLLOUTS_PER_SHARD = 16
 

@@ -35,7 +35,13 @@ def next_steps(run: Run) -> list[str]:
     if not run.has("rollouts"):
         return [f"tip-analysis rollout {path} --student MODEL --prompts FILE", f"tip-analysis import {path} --from FORMAT …"]
     if unfinished := [stage for stage, state in done.items() if state == "unfinished"]:
-        return [f"run `{stage}` again with the same options: it goes on where it stopped" for stage in unfinished]
+        commands = {"teacher": "score --phase teacher"}
+        return [
+            f"run `{commands.get(stage, stage)}` again with the same options: it goes on where it stopped"
+            for stage in unfinished
+        ]
+    if not run.has("tokens") and "teacher" in done:
+        return [f"tip-analysis score {path} --teacher MODEL --phase student"]
     if not run.has("tokens"):
         return [f"tip-analysis score {path} --teacher MODEL"]
     steps = [f"tip-analysis report {path} -o reports/{path.name}.html"]

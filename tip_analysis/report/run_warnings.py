@@ -34,6 +34,11 @@ def _table_warnings(view: RunView) -> list[str]:
             f"{count(counted.num_infinite_reverse)} reverse and {count(counted.num_infinite_forward)} forward divergences are "
             "+∞ (a model rules a token out entirely): they count as high, and take no part in means, cuts and normalisation."
         )
+    if bounds := view.stages.get("score", {}).get("config", {}).get("lower_bounds"):
+        texts.append(
+            f"The teacher was stored as its top tokens and the mass of the rest: {listed(bounds)} are lower bounds, and "
+            "columns without such a bound are empty."
+        )
     if view.options.divergence_clip is not None:
         texts.append(
             f"Divergence is clipped at its {view.options.divergence_clip:g} quantile before min-max (off in the paper): "

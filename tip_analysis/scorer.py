@@ -1,0 +1,272 @@
+"""Two models over rollouts in memory: every column of the token table; knows nothing of folders.
+
+Each model's body runs once over a batch; then, a block of rows at a time, both heads make the logits of that block and
+`divergence.token_statistics` reads everything off them, so that no more than two [block, V] arrays of logits ever exist.
+
+Student and teacher are aligned by position in the response: the teacher may be shown another prompt. Its side may also come
+from a store (`tip_analysis.teacher_states`) instead of its body.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from tip_analysis.batching import TokenBudget
+from tip_analysis.divergence import rows_per_block, token_statistics, worth_compiling
+from tip_analysis.errors import LogitsError, OptionError
+from tip_analysis.forward import response_hidden_states
+from tip_analysis.models import LanguageModel, OutputHead, shared_vocabulary, token_texts
+from tip_analysis.progress import Advance
+from tip_analysis.schema import TokenTable, polars_schema
+
+SHARING_PAYS_FROM = 0.2
+"""Share of a batch's positions that running each distinct prompt once must save."""
+
+Columns = dict[str, Tensor]
+"""Numbers of N counted tokens, [N] or [N, k] each, by the name of the column."""
+Row = Mapping[str, Any]
+"""What scoring reads of one rollout: `_READ`."""
+
+_READ = ("rollout_id", "prompt_id", "prompt_token_ids", "teacher_prompt_token_ids", "response_token_ids", "loss_mask")
+
+
+class TeacherSide(Protocol):
+    """The teacher's side of N counted tokens."""
+
+    def logits(self, rows: slice, student_logits: Tensor) -> Tensor:
+        """Its logits [n, V] of some rows; V may exceed the student's."""
+        ...
+
+    def settle(self, columns: Columns) -> Columns:
+        """The columns of all rows, once statistics are made of these logits."""
+        ...
+
+
+class StoredTeacher(Protocol):
+    """The teacher's side of some rollouts, from a store."""
+
+    def side(self, rollout_ids: Sequence[str]) -> TeacherSide:
+        """Of the counted tokens of these rollouts, one after another."""
+        ...
+
+
+@dataclass(frozen=True)
+class HiddenSide:
+    """The teacher's side as last hidden states [N, D] and its head: exact."""
+
+    hidden: Tensor
+    head: OutputHead
+
+    def logits(self, rows: slice, student_logits: Tensor) -> Tensor:
+        """Its logits [n, V]."""
+        return self.head(self.hidden[rows].to(self.head.device))
+
+    def settle(self, columns: Columns) -> Columns:
+        """The columns as they are."""
+        return columns
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Student and teacher, ready to turn rollouts into token rows."""
+
+    student: LanguageModel
+    teacher: LanguageModel
+    budget: TokenBudget = field(default_factory=lambda: TokenBudget(16384))
+    top_k: int = 5
+    share_prompts: bool | None = None
+    """Run each distinct prompt of a batch once; None does so where it pays (`SHARING_PAYS_FROM`)."""
+    compile: bool | None = None
+    """Whether the statistics are compiled; None leaves it to the size of the work."""
+    vocab_size: int = field(init=False)
+    _texts: dict[int, str] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise OptionError(f"--top-k must be at least 1, found {self.top_k}")
+        object.__setattr__(self, "vocab_size", shared_vocabulary(self.student, self.teacher))
+
+    def token_table(
+        self, rollouts: pl.DataFrame, advance: Advance | None = None, stored: StoredTeacher | None = None
+    ) -> pl.DataFrame:
+        """Token rows (`schema.TokenTable`) of some rollouts (`schema.RolloutTable`), in their order.
+
+        Args:
+            rollouts: the rollouts.
+            advance: told of progress.
+            stored: the teacher's side of these rollouts; then the teacher's body is not run.
+
+        Raises:
+            LogitsError: a model answers NaN or +inf; names rollout and position.
+        """
+        columns = in_batches(rollouts, self.budget, lambda rows: self._score(rows, stored), advance)
+        return _assemble(rollouts, columns, self.texts)
+
+    def texts(self, token_ids: Iterable[int]) -> dict[int, str]:
+        """The text of each distinct token; each is decoded once."""
+        wanted = set(token_ids)
+        if new := wanted - self._texts.keys():
+            self._texts.update(token_texts(self.student.tokenizer, new))
+        return {token_id: self._texts[token_id] for token_id in wanted}
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[Row], stored: StoredTeacher | None) -> Columns:
+        """Columns of one batch's counted tokens."""
+        student = counted_states(self.student, rows, "prompt_token_ids", self.share_prompts)
+        if stored is None:
+            hidden = counted_states(self.teacher, rows, "teacher_prompt_token_ids", self.share_prompts)
+            teacher: TeacherSide = HiddenSide(hidden, self.teacher.head)
+        else:
+            teacher = stored.side([row["rollout_id"] for row in rows])
+        try:
+            return self._statistics(student, teacher, counted_tokens(rows))
+        except LogitsError as error:
+            raise located(error, rows) from error
+
+    def _statistics(self, student: Tensor, teacher: TeacherSide, token_ids: Tensor) -> Columns:
+        """Heads and statistics, a cache-sized block of rows at a time."""
+        compiled = self.compile if self.compile is not None else worth_compiling(len(token_ids) * self.vocab_size)
+
+        def block(rows: slice) -> Columns:
+            student_logits = self.student.head(student[rows])[:, : self.vocab_size]
+            teacher_logits = teacher.logits(rows, student_logits)[:, : self.vocab_size].to(student_logits.device)
+            return token_statistics(
+                student=student_logits,
+                teacher=teacher_logits,
+                token_ids=token_ids[rows],
+                top_k=self.top_k,
+                compile=compiled,
+            )
+
+        columns = in_blocks(len(token_ids), rows_per_block(self.vocab_size, device=student.device), block)
+        return teacher.settle({name: column.cpu() for name, column in columns.items()})
+
+
+def in_batches(
+    rollouts: pl.DataFrame, budget: TokenBudget, work: Callable[[Sequence[Row]], Columns], advance: Advance | None = None
+) -> Columns:
+    """Columns of the counted tokens of some rollouts, in their order; `work` makes those of one batch.
+
+    Both phases of a scoring in two cut their batches here, so that each body sees what it would see in one pass.
+    """
+    rows = [row for row in rollouts.select(_READ).iter_rows(named=True) if any(row["loss_mask"])]
+    lengths = longer_lengths(rollouts.filter(pl.col("loss_mask").list.any())).to_list()
+    groups = [row["prompt_id"] for row in rows]
+    made, order = [], []
+    for batch, columns in budget.run(lengths, lambda batch: work([rows[index] for index in batch]), groups):
+        made.append(columns)
+        order += batch
+        if advance is not None:
+            advance(len(batch), tokens=sum(sum(rows[index]["loss_mask"]) for index in batch))
+    if advance is not None:
+        advance(rollouts.height - len(rows))
+    if not made:
+        return {}
+    sizes = [sum(row["loss_mask"]) for row in rows]
+    pieces = dict(zip(order, torch.arange(sum(sizes)).split([sizes[index] for index in order]), strict=True))
+    places = torch.cat([pieces[index] for index in range(len(rows))])
+    return {name: torch.cat([columns[name] for columns in made])[places] for name in made[0]}
+
+
+def in_blocks(num_rows: int, step: int, work: Callable[[slice], Columns]) -> Columns:
+    """Columns of `num_rows` rows, made by `work` for `step` rows at a time; an error names the row among all."""
+    blocks = []
+    for start in range(0, num_rows, step):
+        try:
+            blocks.append(work(slice(start, start + step)))
+        except LogitsError as error:
+            error.row = start + (error.row or 0)
+            raise
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def counted_states(model: LanguageModel, rows: Sequence[Row], prompt: str, share_prompts: bool | None = None) -> Tensor:
+    """Last hidden states [N, D] that predict the counted tokens of a batch.
+
+    Args:
+        model: student or teacher.
+        rows: the rollouts.
+        prompt: the column that holds this model's prompt; where it is null, the student's counts.
+        share_prompts: run each distinct prompt once; None does so where it pays.
+    """
+    responses = [row["response_token_ids"] for row in rows]
+    prompts = [row["prompt_token_ids"] if row[prompt] is None else row[prompt] for row in rows]
+    share = _sharing_pays(prompts, responses) if share_prompts is None else share_prompts
+    states = response_hidden_states(model.model, prompts, responses, share_prompts=share)
+    return torch.cat(
+        [
+            each if all(row["loss_mask"]) else each[torch.tensor(row["loss_mask"], device=each.device)]
+            for each, row in zip(states, rows, strict=True)
+        ]
+    )
+
+
+def counted_tokens(rows: Sequence[Row]) -> Tensor:
+    """The counted tokens of a batch, [N]."""
+    return torch.tensor(
+        [token for row in rows for token, counted in zip(row["response_token_ids"], row["loss_mask"], strict=True) if counted]
+    )
+
+
+def longer_lengths(rollouts: pl.DataFrame) -> pl.Series:
+    """Tokens of each rollout as the longer of both models sees it."""
+    prompt, teacher_prompt = pl.col("prompt_token_ids").list.len(), pl.col("teacher_prompt_token_ids").list.len()
+    longer = pl.max_horizontal(prompt, teacher_prompt) + pl.col("response_token_ids").list.len()
+    return rollouts.select(longer.cast(pl.Int64)).to_series()
+
+
+def located(error: LogitsError, rows: Sequence[Row]) -> LogitsError:
+    """The same error, saying which rollout and position it is."""
+    places = [(row["rollout_id"], position) for row in rows for position, counted in enumerate(row["loss_mask"]) if counted]
+    rollout_id, position = places[error.row or 0]
+    return LogitsError(f"rollout {rollout_id!r}, position {position}: {error}", model=error.model, row=error.row)
+
+
+def _sharing_pays(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> bool:
+    """Whether running each distinct prompt once saves enough positions."""
+    alone = sum(map(len, prompts)) + sum(map(len, responses))
+    saved = sum(map(len, prompts)) - sum(map(len, set(map(tuple, prompts))))
+    return saved >= SHARING_PAYS_FROM * alone
+
+
+def _assemble(rollouts: pl.DataFrame, columns: Columns, texts: Callable[[Iterable[int]], Mapping[int, str]]) -> pl.DataFrame:
+    """The token table of some rollouts from the columns of their counted tokens."""
+    labels = pl.lit(None, pl.String).repeat_by(pl.col("response_token_ids").list.len())
+    base = (
+        rollouts.select(
+            "rollout_id",
+            "prompt_id",
+            "batch_id",
+            "loss_mask",
+            token_id="response_token_ids",
+            position=pl.int_ranges(pl.col("response_token_ids").list.len(), dtype=pl.Int32),
+            planted_label=pl.coalesce("planted_labels", labels).cast(pl.List(TokenTable.planted_label.dtype)),
+        )
+        .filter(pl.col("position").list.len() > 0)
+        .explode("loss_mask", "token_id", "position", "planted_label")
+        .with_row_index("row")
+    )
+    known = list(texts(base["token_id"].unique()).items())
+    names = pl.DataFrame(known, schema={"token_id": pl.Int32, "token": pl.String}, orient="row")
+    base = base.join(names, on="token_id", how="left", maintain_order="left")
+    schema = polars_schema(TokenTable)
+    statistics = [_series(name, column, schema[name]) for name, column in columns.items()]
+    if statistics:
+        counted = base.filter("loss_mask").select("row").hstack(statistics)
+        base = base.join(counted, on="row", how="left", maintain_order="left")
+    return base.select(
+        pl.col(name) if name in base.columns else pl.lit(None, dtype).alias(name) for name, dtype in schema.items()
+    )
+
+
+def _series(name: str, column: Tensor, dtype: pl.DataType) -> pl.Series:
+    """One column of statistics as polars holds it; what is undefined (NaN) is null."""
+    values = column.numpy()
+    if values.ndim == 2:
+        return pl.Series(name, values).cast(dtype)
+    series = pl.Series(name, values).cast(dtype)
+    return series.fill_nan(None) if dtype.is_float() else series
