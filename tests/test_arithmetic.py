@@ -379,14 +379,14 @@ def test_training_a_miniature_pair_learns_the_language_and_the_flaw(tmp_path: Pa
         num_layers=2,
         hidden_size=64,
         num_heads=4,
-        num_steps=250,
-        num_solutions=8000,
-        learning_rate=3e-3,
+        num_steps=180,
+        num_solutions=4000,
+        learning_rate=5e-3,
         final_learning_rate=0.0,
         slip_share=0.25,
-        batch_size=64,
+        batch_size=48,
     )
-    options = TrainOptions(out=tmp_path, teacher=size, student=size, num_eval_problems=16)
+    options = TrainOptions(out=tmp_path, teacher=size, student=size, num_eval_problems=8)
     train(options)
     planted_prob = {}
     for name in ("teacher", "student"):
