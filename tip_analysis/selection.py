@@ -289,7 +289,7 @@ def rank_tokens(
     group = SCOPE_COLUMNS[selection_scope]
     require_columns(scored, ["rollout_id", "position", "loss_mask", *([group] if group else [])], f"rule {rule!r}")
     frame = score_tokens(scored, chosen)
-    priority = pl.col("_score") + 0.0  # so that −0 ties with 0
+    priority = pl.when(pl.col("_score") == 0.0).then(0.0).otherwise(pl.col("_score"))  # −0 is 0, as a divisor too
     if chosen.sampled:
         exponential = pl.struct("rollout_id", "position").map_batches(
             lambda keys: pl.Series(random_exponentials(keys.struct.field("rollout_id"), keys.struct.field("position"), seed)),
