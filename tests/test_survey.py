@@ -149,6 +149,18 @@ def test_a_cut_between_two_float32_values_is_not_rounded_onto_one() -> None:
         assert shares["num_tokens"].to_list() == [1, 0, 2, 1]
 
 
+def test_a_token_on_the_cut_is_not_above_it() -> None:
+    tokens = _table(2, 2).head(4).with_columns(
+        loss_mask=True, student_entropy=pl.Series([0.5, 0.75, 0.5, 0.25], dtype=pl.Float32),
+        reverse_kl=pl.Series([0.5, 0.5, 0.75, 0.25], dtype=pl.Float32),
+    )  # fmt: skip
+    for exact in (True, False):
+        shares = survey_tokens(tokens, entropy_cut=0.5, divergence_cut=0.5, exact=exact).shares
+        assert shares["num_tokens"].to_list() == [0, 1, 1, 2]
+        medians = survey_tokens(tokens, divergence_cut="median", exact=exact).shares
+        assert medians["num_tokens"].to_list() == [0, 1, 1, 2]
+
+
 def test_large_tables_are_measured_in_passes_with_the_same_result(small_chunks: None) -> None:
     tokens = _table(6, 3)
     cuts, scored = resolve_cuts(tokens, entropy_cut="q0.7"), add_scores(tokens, divergence_clip=0.9).collect()
