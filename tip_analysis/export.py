@@ -68,7 +68,12 @@ def _labels(rollouts: pl.LazyFrame, mask: pl.LazyFrame) -> pl.LazyFrame:
         rollouts.select("rollout_id", "response_token_ids", position=pl.int_ranges(num_response, dtype=pl.Int32))
         .filter(num_response > 0)
         .explode("response_token_ids", "position")
-        .join(mask.select("rollout_id", "position", selected=pl.lit(True)), on=["rollout_id", "position"], how="left")
+        .join(
+            mask.select("rollout_id", "position", selected=pl.lit(True)),
+            on=["rollout_id", "position"],
+            how="left",
+            maintain_order="left",
+        )
         .with_columns(pl.col("selected").fill_null(False))
         .with_columns(label=pl.when("selected").then("response_token_ids").otherwise(IGNORED))
         .group_by("rollout_id", maintain_order=True)

@@ -70,6 +70,7 @@ def sample_rollouts(
     """
     if num_rollouts < 1 or prompts_per_batch < 1:
         raise OptionError("--num-rollouts and --prompts-per-batch must be at least 1")
+    budget = TokenBudget(token_budget)
     switches = dict(chat_template_kwargs or {})
     if unused := unused_switches(student.tokenizer, switches):
         logger.warning("the chat template of %s does not use %s: nothing changes", student.name, ", ".join(unused))
@@ -99,7 +100,6 @@ def sample_rollouts(
     per_shard = max(1, ROLLOUTS_PER_SHARD // num_rollouts)
     shards = [tasks[start : start + per_shard] for start in range(0, len(tasks), per_shard)]
     missing = stage.missing(len(shards))
-    budget = TokenBudget(token_budget)
     done = num_rollouts * (len(tasks) - sum(len(shards[index]) for index in missing))
     with track("sampling", num_rollouts * len(tasks), done=done) as advance:
         for index in missing:
