@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tip_analysis import divergence, gradients
     from tip_analysis.artifacts import Run, create_run, open_run
+    from tip_analysis.display import show_quadrants, show_rollout
     from tip_analysis.importance import add_scores
     from tip_analysis.quadrants import assign_quadrants
     from tip_analysis.schema import Quadrant
@@ -36,6 +37,8 @@ _HOMES = {
     "open_run": "artifacts",
     "register_rule": "selection",
     "select_tokens": "selection",
+    "show_quadrants": "display",
+    "show_rollout": "display",
 }
 
 __all__ = [
@@ -50,6 +53,8 @@ __all__ = [
     "open_run",
     "register_rule",
     "select_tokens",
+    "show_quadrants",
+    "show_rollout",
 ]
 
 

@@ -101,6 +101,11 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {', '.join(self.stages()) or 'empty'})"
 
+    def _repr_html_(self) -> str:
+        from tip_analysis.display import run_html  # only where somebody looks: what draws a run stands above this module
+
+        return run_html(self)
+
     def rollouts(self) -> pl.LazyFrame:
         """One row per rollout (`schema.RolloutTable`)."""
         return self.table("rollouts")

@@ -110,6 +110,11 @@ class Cuts:
         named = pl.when(known).then(pl.when(high_entropy).then(uncertain).otherwise(confident))
         return named.cast(pl.Enum(Quadrant)).alias("quadrant")
 
+    def _repr_html_(self) -> str:
+        from tip_analysis.display import cuts_html  # only where somebody looks: what draws cuts stands above this module
+
+        return cuts_html(self)
+
 
 @dataclass(frozen=True)
 class CutWarning:
