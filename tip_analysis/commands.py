@@ -5,6 +5,7 @@ Every function loads only the modules that its command needs.
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ def run(command: Any) -> None:
     """Carry out one parsed command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours know by themselves
     _COMMANDS[type(command)](command)
 
 
