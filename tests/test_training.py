@@ -9,13 +9,14 @@ from tiny_models import tiny_language_model
 
 from tip_analysis.arithmetic.language import problems
 from tip_analysis.batching import TokenBudget
+from tip_analysis.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from tip_analysis.errors import ConfigurationMismatchError, LogitsError, OptionError, PromptFileError, RunError
 from tip_analysis.generation import Sampling
 from tip_analysis.prompts import Prompt
 from tip_analysis.schema import Loss
 from tip_analysis.selection import RULES, register_rule
 from tip_analysis.students import prepare_student
-from tip_analysis.training import Trainer, latest_checkpoint, save_checkpoint, trained
+from tip_analysis.training import Trainer, trained
 from tip_analysis.training_data import FixedRollouts, OnPolicyRollouts, TrainingRollout, encode_prompts, prompts_of_step
 from tip_analysis.training_options import TrainingOptions, learning_rate_at
 from tip_analysis.training_selection import needed_statistics
@@ -229,7 +230,7 @@ def test_a_resumed_training_ends_with_the_same_weights(extra, tmp_path):
     list(trained(first, until=3))
     save_checkpoint(first, tmp_path)
     second = make_trainer(options)
-    second.load(latest_checkpoint(tmp_path))
+    load_checkpoint(second, latest_checkpoint(tmp_path))
     run(second)
     assert second.history[0].loss == first.history[0].loss
     for name, value in weights_of(whole).items():
@@ -242,13 +243,13 @@ def test_checkpoints_replace_their_predecessors_and_refuse_strangers(tmp_path):
         save_checkpoint(trainer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
     with pytest.raises(ConfigurationMismatchError, match="learning_rate"):
-        make_trainer(replace(BASE, learning_rate=1.0)).load(tmp_path / "step-000002")
+        load_checkpoint(make_trainer(replace(BASE, learning_rate=1.0)), tmp_path / "step-000002")
     with pytest.raises(RunError, match="no whole checkpoint"):
-        make_trainer().load(tmp_path / "step-000009")
+        load_checkpoint(make_trainer(), tmp_path / "step-000009")
     state = tmp_path / "step-000002" / "state.json"
     state.write_text(state.read_text("utf-8")[:-5], "utf-8")
     with pytest.raises(RunError, match="no whole checkpoint"):
-        make_trainer().load(tmp_path / "step-000002")
+        load_checkpoint(make_trainer(), tmp_path / "step-000002")
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -257,7 +258,7 @@ def test_pieces_may_change_on_resume(tmp_path):
     trainer.train_step()
     path = save_checkpoint(trainer, tmp_path)
     other = make_trainer(replace(BASE, micro_batch_size=2, token_budget=100))
-    other.load(path)
+    load_checkpoint(other, path)
     assert other.step == 1
     assert json.loads((path / "state.json").read_text("utf-8"))["step"] == 1
 

@@ -23,6 +23,7 @@ from tip_analysis.accuracy import accuracy
 from tip_analysis.arms import UNTRAINED, Arm
 from tip_analysis.artifacts import Run, Stage, config_hash
 from tip_analysis.batching import TokenBudget
+from tip_analysis.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from tip_analysis.drift import measure_drift
 from tip_analysis.evaluation import Problem, Samples, sample_problems
 from tip_analysis.generation import Sampling
@@ -31,7 +32,7 @@ from tip_analysis.peak_memory import peak_memory_bytes, reset_peak_memory
 from tip_analysis.prompts import Prompt, resolve_template
 from tip_analysis.schema import AblationTable, polars_schema
 from tip_analysis.students import prepare_student
-from tip_analysis.training import StepRecord, Trainer, latest_checkpoint, save_checkpoint
+from tip_analysis.training import StepRecord, Trainer
 from tip_analysis.training_data import (
     FixedRollouts,
     OnPolicyRollouts,
@@ -205,7 +206,7 @@ class ArmRunner:
         trainer = self._trainer(arm, seed)
         rows: list[dict[str, Any]] = []
         if (checkpoint := latest_checkpoint(work)) is not None:
-            rows = trainer.load(checkpoint)
+            rows = load_checkpoint(trainer, checkpoint)
         device = trainer.student.device
         last = 0 if arm.rule == UNTRAINED else trainer.options.num_steps
         peak = 0

@@ -98,7 +98,9 @@ def study_from_preset(
         "template": preset.template,
         "max_prompt_tokens": preset.max_prompt_tokens,
     }
-    return StudyOptions(**(defaults | options | {"prompts": tuple(prompts), "evaluation_prompts": tuple(evaluation_prompts)}))
+    given: dict[str, Any] = {"prompts": tuple(prompts), "evaluation_prompts": tuple(evaluation_prompts)}
+    fields: dict[str, Any] = defaults | options | given
+    return StudyOptions(**fields)
 
 
 def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs: int) -> None:

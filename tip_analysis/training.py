@@ -14,24 +14,20 @@ state, so a training that is resumed from a checkpoint ends with the weights of 
 Deviations from the paper: the cosine schedule ends at 0; weight decay is 0; neither is stated there.
 """
 
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tip_analysis.batching import pad_sequences, plan_batches
-from tip_analysis.errors import ConfigurationMismatchError, LogitsError, OptionError, RunError
+from tip_analysis.errors import LogitsError, OptionError
 from tip_analysis.forward import predicting_positions
 from tip_analysis.masked_loss import token_weights, weighted_divergence
 from tip_analysis.models import LanguageModel, hidden_states, shared_vocabulary
@@ -306,62 +302,6 @@ class Trainer:
         masks = [_scatter(r.written, mask) for r, mask in zip(rollouts, _per_rollout(selected, rollouts), strict=True)]
         self.source = replace(self.source, masks={r.rollout_id: mask for r, mask in zip(rollouts, masks, strict=True)})
 
-    def save(self, folder: Path, extra: Any = None) -> None:
-        """Write a checkpoint: trainable weights, optimizer, history, fixed masks, and `extra` (anything that JSON holds).
-
-        The folder is whole or absent.
-        """
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        weights = {name: value.detach().contiguous() for name, value in self.parameters.items()}
-        save_file(weights, part / "weights.safetensors")
-        torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
-        if isinstance(self.source, FixedRollouts):
-            masks = {name: torch.from_numpy(np.packbits(mask)) for name, mask in self.source.masks.items()}
-            torch.save(masks, part / "masks.pt")
-        state = {
-            "step": self.step,
-            "options": self.options.identity(),
-            "history": [asdict(record) for record in self.history],
-            "extra": extra,
-        }
-        (part / "state.json").write_text(json.dumps(state), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-
-    def load(self, folder: Path) -> Any:
-        """Go on from a checkpoint; returns the `extra` that it was saved with.
-
-        Raises:
-            RunError: there is none, or it is of another model.
-            ConfigurationMismatchError: it was written under other options.
-        """
-        try:
-            state = json.loads((folder / "state.json").read_text("utf-8"))
-            weights = load_file(folder / "weights.safetensors")
-            optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-            fixed = isinstance(self.source, FixedRollouts)
-            masks = torch.load(folder / "masks.pt", weights_only=True) if fixed else {}
-        except (OSError, json.JSONDecodeError) as error:
-            raise RunError(f"{folder} is no whole checkpoint: {error}") from error
-        mine = json.loads(json.dumps(self.options.identity()))
-        if different := sorted(name for name in mine if mine[name] != state["options"].get(name)):
-            raise ConfigurationMismatchError(f"{folder} was written under other options: {', '.join(different)} differ")
-        if weights.keys() != self.parameters.keys():
-            raise RunError(f"{folder} holds other parameters than the student trains")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
-        self.optimizer.load_state_dict(optimizer)
-        self.step = state["step"]
-        self.history = [StepRecord(**record) for record in state["history"]]
-        if isinstance(self.source, FixedRollouts):
-            lengths = {rollout.rollout_id: len(rollout.response) for rollout in self.source.all_rollouts()}
-            unpacked = {name: np.unpackbits(bits.numpy(), count=lengths[name]).astype(bool) for name, bits in masks.items()}
-            self.source = replace(self.source, masks=unpacked)
-        return state["extra"]
-
 
 @dataclass
 class _Scored:
@@ -369,21 +309,6 @@ class _Scored:
 
     statistics: dict[str, np.ndarray]
     states: "list[tuple[Tensor | None, Tensor] | None]"
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the latest step under `folder`, of those named `step-NNNNNN`."""
-    return max(folder.glob("step-[0-9]*[0-9]"), default=None)
-
-
-def save_checkpoint(trainer: Trainer, folder: Path, extra: Any = None) -> Path:
-    """Write `folder/step-NNNNNN`, then remove those of earlier steps."""
-    path = folder / f"step-{trainer.step:06d}"
-    trainer.save(path, extra)
-    for older in folder.glob("step-[0-9]*"):
-        if older != path:
-            shutil.rmtree(older, ignore_errors=True)
-    return path
 
 
 def _micro_batches(rollouts: Sequence[TrainingRollout], size: int | None) -> list[list[int]]:

@@ -91,9 +91,11 @@ def step_statistics(
     Raises:
         LogitsError: a statistic is NaN: the student has diverged, or a model answers nonsense.
     """
+    num_tokens = student_hidden.shape[0]
     block = rows_per_block(vocab_size, device=student_hidden.device)
-    parts: dict[str, list[Tensor]] = {}
-    for start in range(0, student_hidden.shape[0], block):
+    # Results go into arrays that are there beforehand: small ones made between large blocks would scatter the heap.
+    found: dict[str, Tensor] = {}
+    for start in range(0, num_tokens, block):
         rows = slice(start, start + block)
         student = student_head(student_hidden[rows])[:, :vocab_size]
         teacher = teacher_head(teacher_hidden[rows])[:, :vocab_size].to(student.device)
@@ -102,9 +104,11 @@ def step_statistics(
         else:
             every = token_statistics(student=student, teacher=teacher)
             values = {name: value for name, value in every.items() if name in columns and value.ndim == 1}
+        if not found:
+            found = {name: value.new_empty(num_tokens) for name, value in values.items()}
         for name, value in values.items():
-            parts.setdefault(name, []).append(value)
-    statistics = {name: torch.cat(values).cpu().numpy() for name, values in parts.items()}
+            found[name][rows] = value
+    statistics = {name: values.cpu().numpy() for name, values in found.items()}
     for name, values in statistics.items():
         if values.dtype.kind == "f" and name != "w_local" and np.isnan(values).any():
             raise LogitsError(f"{name} is NaN at {int(np.isnan(values).sum())} of {len(values)} tokens: has training diverged?")
