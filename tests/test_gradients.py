@@ -328,6 +328,23 @@ def test_results_depend_neither_on_batch_nor_on_grouping() -> None:
         close(torch.cat(parts), together["grad_norm_sq"].tolist())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["probe", "exact"])
+def test_low_precision_stays_within_the_stated_errors(method: str, tied: bool) -> None:
+    """The probes are the same up to rounding, so far less than the standard error of 32 of them separates the dtypes."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        student = tiny_model("llama", vocab_size=VOCABULARY, tied=tied, dtype=dtype, sharpness=0.2)
+        teacher = tiny_model("llama", vocab_size=VOCABULARY, tied=tied, dtype=dtype, sharpness=0.2, seed=1)
+        found[dtype] = token_gradients(
+            student=student, teacher=teacher, rollouts=some_rollouts(), loss="forward_kl", method=method
+        )
+    full, low = found[torch.float32], found[torch.bfloat16]
+    assert ((low["grad_norm_sq"] - full["grad_norm_sq"]).abs() < math.sqrt(2 / 32) * full["grad_norm_sq"]).all()
+    for column in ("grad_dot_loss", "grad_dot_loss_plugin", "reward_alignment"):
+        assert float((low[column] - full[column]).abs().max()) < 0.1 * float(full[column].abs().max())
+
+
 def test_losses_measured_together_or_apart_are_the_same() -> None:
     student, teacher = double_model(), double_model(seed=1)
     pair, rollouts = model_pair(student, teacher), some_rollouts()[:4]
@@ -644,3 +661,32 @@ def test_stratified_positions_take_one_from_each_stretch() -> None:
             assert index * num_tokens // num_samples <= position < (index + 1) * num_tokens // num_samples
     samples = {tuple(stratified_positions(100, 7, seed=seed, rollout_id="a/0")) for seed in range(5)}
     assert len(samples) == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- real model
+
+
+@pytest.mark.real_model
+def test_probes_of_a_real_model_agree_with_backward_passes_and_with_low_precision() -> None:
+    """SmolLM2 as its own teacher under another prompt: exact norms in float32, probes in float32 and bfloat16."""
+    from tip_analysis.loss_gradients import LossDirections
+    from tip_analysis.models import load_model
+
+    torch.set_num_threads(max(1, (torch.get_num_threads() + 1) // 2))
+    measured = {}
+    for dtype, method in [("float32", "exact"), ("float32", "probe"), ("bfloat16", "probe")]:
+        model = load_model("smollm2-135m-instruct", dtype=dtype, device="cpu")
+        encode = model.tokenizer
+        prompt, shown = encode("The capital of France")["input_ids"], encode("Berlin, Germany. The capital of")["input_ids"]
+        response = encode(" is Paris, a city on the river Seine with two million people.")["input_ids"]
+        rollout = GradientInput("a/0", "a", prompt, response, shown)
+        settings = GradientSettings(method=method, num_probes=32)
+        nothing = LossDirections({"a": 0}, {}, (1.0, 0.0), {})
+        ((_, found),) = measure_rollouts(model_pair(model, model), [rollout], settings, directions=nothing)
+        measured[dtype, method] = found
+    for loss in ("reverse_kl", "forward_kl"):
+        exact = measured["float32", "exact"][loss].grad_norm_sq
+        probed, low = measured["float32", "probe"][loss], measured["bfloat16", "probe"][loss]
+        bottom, top = norm_interval(probed.grad_norm_sq, probed.grad_norm_sq_se, 32, level=1 - 0.01 / len(exact))
+        assert ((bottom <= exact) & (exact <= top)).all()
+        assert ((low.grad_norm_sq - probed.grad_norm_sq).abs() <= probed.grad_norm_sq_se).all()

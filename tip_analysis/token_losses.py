@@ -49,7 +49,7 @@ class TokenLosses:
         """dℓ_t [R], float64, for the tangent [R, D] of h_t and the tangent [U, D] of the shared rows of the head's weight."""
         change = (self.hidden_gradient * tangent.to(self.hidden_gradient.dtype)).sum(-1, dtype=torch.float64)
         if self.shared_rows is not None and shared is not None:
-            change += (self.shared_rows * (self.hidden @ shared.T)).sum(-1, dtype=torch.float64)
+            change += (self.shared_rows * (self.hidden @ shared.T.to(self.hidden.dtype))).sum(-1, dtype=torch.float64)
         return change
 
 
