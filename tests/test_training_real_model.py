@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.real_model, pytest.mark.shared, pytest.mark.slow, pyte
 
 
 def test_three_arms_of_ten_steps_run_to_the_end_and_resume(tmp_path, monkeypatch):
-    prompts = read_prompts(GSM8K, limit=14)
+    prompts = read_prompts(GSM8K, limit=12)
     study = StudyOptions(
         student=MODEL,
         teacher=MODEL,
@@ -39,9 +39,9 @@ def test_three_arms_of_ten_steps_run_to_the_end_and_resume(tmp_path, monkeypatch
             chunk_size=64,
             micro_batch_size=2,
         ),
-        sampling=Sampling(max_new_tokens=24),
-        evaluation_sampling=Sampling(max_new_tokens=24),
-        num_samples=2,
+        sampling=Sampling(max_new_tokens=16),
+        evaluation_sampling=Sampling(max_new_tokens=16),
+        num_samples=1,
         checkpoint_every=3,
         template="boxed",
         teacher_context="solution",
