@@ -53,9 +53,9 @@ def test_weights_refuse_unknown_names():
         weights_of([1], [0], loss_normalizer="all", loss_aggregation="batch")
 
 
-def heads(architecture, *, tied=True, teacher_rows=0):
+def heads(architecture, *, tied=True, teacher_rows=0, student_rows=0):
     # Gemma 2 needs float32 attention, but a head alone works in float64.
-    student = tiny_model(architecture, tied=tied, dtype=torch.float64)
+    student = tiny_model(architecture, vocab_size=61 + student_rows, tied=tied, dtype=torch.float64)
     teacher = tiny_model(architecture, vocab_size=61 + teacher_rows, seed=1, dtype=torch.float64)
     return OutputHead(student), OutputHead(teacher)
 
@@ -78,7 +78,7 @@ def naive(hidden, teacher_hidden, weights, student_head, teacher_head, vocab_siz
 @pytest.mark.parametrize("loss", [Loss.REVERSE_KL, Loss.FORWARD_KL, Loss.JSD])
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
 def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(architecture, loss, chunk_size):
-    student_head, teacher_head = heads(architecture, teacher_rows=3)
+    student_head, teacher_head = heads(architecture, teacher_rows=3, student_rows=5)
     torch.manual_seed(0)
     hidden = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
     teacher_hidden = torch.randn(7, 32, dtype=torch.float64)
