@@ -10,14 +10,13 @@ blocks of N rows; it has fewer columns than `token_statistics`, and its float32 
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
+from measuring import interleaved, show, write_results
+from measuring import medians as medians_of
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
@@ -101,24 +100,9 @@ def contenders(student: Tensor, teacher: Tensor, token_ids: Tensor) -> dict[str,
     return work
 
 
-def measure(work: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds by contender and round."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for name, run in work.items():
-        start = time.perf_counter()
-        run()
-        print(f"warm-up {name}: {time.perf_counter() - start:.2f} s", flush=True)
-    for _ in range(rounds):
-        for name, run in work.items():
-            start = clock()
-            run()
-            seconds[name].append(clock() - start)
-    return seconds
-
-
 def summary(seconds: dict[str, list[float]]) -> dict[str, float]:
     """The ratios that matter, of medians."""
-    medians = {name: median(values) for name, values in seconds.items()}
+    medians = medians_of(seconds)
     best = min((name for name in medians if name.startswith("per_metric")), key=medians.__getitem__)
     ours = medians["statistics_compiled"]
     return {
@@ -148,18 +132,10 @@ def main() -> None:
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     token_ids = torch.randint(options.vocab_size, shape[:1], generator=generator)
     with torch.inference_mode():
-        seconds = measure(contenders(student, teacher, token_ids), options.rounds, clock)
+        seconds = interleaved(contenders(student, teacher, token_ids), options.rounds, clock)
     ratios = summary(seconds)
-    for name, values in seconds.items():
-        print(f"{name:24} {median(values):8.3f} s   (fastest {min(values):.3f} s)")
-    for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.2f}")
-    if options.out:
-        settings = {key: value for key, value in vars(options).items() if key != "out"}
-        versions = {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
-        options.out.write_text(
-            json.dumps({"settings": settings, "versions": versions, "seconds": seconds, "ratios": ratios}, indent=1)
-        )
+    show(seconds, ratios)
+    write_results(options.out, options, seconds=seconds, ratios=ratios)
 
 
 if __name__ == "__main__":
