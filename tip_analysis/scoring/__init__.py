@@ -1,0 +1,1 @@
+"""Scoring: two models over rollouts, in one process, in two phases, or over Ray actors."""

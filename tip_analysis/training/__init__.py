@@ -1,0 +1,1 @@
+"""Masked on-policy distillation: students, rollouts, selection, loss, optimizer, checkpoints."""
