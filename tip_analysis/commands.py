@@ -20,9 +20,9 @@ from tip_analysis.errors import OptionError, RunError
 if TYPE_CHECKING:
     import polars as pl
 
+    from tip_analysis.ablation.presets import Preset
     from tip_analysis.artifacts import Run
     from tip_analysis.models import LanguageModel
-    from tip_analysis.presets import Preset
 
 console = Console()
 
@@ -47,7 +47,7 @@ def demo(command: options.Demo) -> None:
         num_prompts=command.num_prompts,
         num_rollouts=command.num_rollouts,
         seed=command.seed,
-        token_budget=command.models.token_budget,
+        token_budget=command.models.tokens_a_batch(),
         overwrite=command.overwrite,
         say=console.print,
     )
@@ -80,7 +80,7 @@ def rollout(command: options.Rollout) -> None:
         chat_template_kwargs=switches,
         grader=command.grader,
         prompts_per_batch=command.prompts_per_batch,
-        token_budget=command.models.token_budget,
+        token_budget=command.models.tokens_a_batch(),
         overwrite=command.overwrite,
     )
     show_summary(f"{command.run}: rollouts", summary)
@@ -144,9 +144,9 @@ def score(command: options.Score) -> None:
 def _score_here(command: options.Score, run: "Run", student_name: str, part: tuple[int, int]) -> dict[str, Any]:
     """In this process, with the teacher's body or with its stored states."""
     from tip_analysis.batching import TokenBudget
-    from tip_analysis.scoring import Scorer, score_rollouts
-    from tip_analysis.teacher_head import load_head
-    from tip_analysis.teacher_states import TeacherStore
+    from tip_analysis.scoring.stage import Scorer, score_rollouts
+    from tip_analysis.scoring.teacher_head import load_head
+    from tip_analysis.scoring.teacher_states import TeacherStore
 
     stored = None
     if command.phase == "student":
@@ -159,7 +159,7 @@ def _score_here(command: options.Score, run: "Run", student_name: str, part: tup
         teacher = student if command.teacher == student_name else _load(command.teacher, command.models)
     summary = score_rollouts(
         run,
-        Scorer(student, teacher, TokenBudget(command.models.token_budget), command.top_k),
+        Scorer(student, teacher, TokenBudget(command.models.tokens_a_batch()), command.top_k),
         teacher_context=command.teacher_context,
         shard_size=command.shard_size,
         part=part,
@@ -173,8 +173,8 @@ def _score_here(command: options.Score, run: "Run", student_name: str, part: tup
 
 def _store_teacher(command: options.Score, run: "Run", student_name: str, part: tuple[int, int]) -> dict[str, Any]:
     from tip_analysis.batching import TokenBudget
-    from tip_analysis.teacher_head import head_rows
-    from tip_analysis.teacher_states import store_teacher_states
+    from tip_analysis.scoring.teacher_head import head_rows
+    from tip_analysis.scoring.teacher_states import store_teacher_states
 
     return store_teacher_states(
         run,
@@ -184,14 +184,14 @@ def _store_teacher(command: options.Score, run: "Run", student_name: str, part: 
         vocab_size=head_rows(student_name),
         teacher_context=command.teacher_context,
         shard_size=command.shard_size,
-        budget=TokenBudget(command.models.token_budget),
+        budget=TokenBudget(command.models.tokens_a_batch()),
         part=part,
         overwrite=command.overwrite,
     )
 
 
 def _score_with_ray(command: options.Score, student: str) -> dict[str, Any]:
-    from tip_analysis.ray_engine import ScoringJob, score_with_ray
+    from tip_analysis.scoring.ray_engine import ScoringJob, score_with_ray
 
     job = ScoringJob(
         run=str(command.run.resolve()),
@@ -200,7 +200,7 @@ def _score_with_ray(command: options.Score, student: str) -> dict[str, Any]:
         teacher_context=command.teacher_context,
         shard_size=command.shard_size,
         top_k=command.top_k,
-        token_budget=command.models.token_budget,
+        token_budget=command.models.tokens_a_batch(),
         dtype=command.models.dtype,
         device=command.models.device,
         overwrite=command.overwrite,
@@ -251,8 +251,8 @@ def select(command: options.Select) -> None:
 def gradients(command: options.Gradients) -> None:
     """Measure gradient norms and alignment."""
     from tip_analysis.artifacts import open_run
-    from tip_analysis.gradient_stage import measure_run
-    from tip_analysis.rollout_gradients import GradientSettings
+    from tip_analysis.gradients.rollout_gradients import GradientSettings
+    from tip_analysis.gradients.stage import measure_run
 
     run = open_run(command.run)
     settings = GradientSettings(
@@ -303,7 +303,7 @@ def evaluate(command: options.Evaluate) -> None:
         template=command.template,
         chat_template_kwargs=parse_switches(command.chat_template_kwargs),
         grader=command.grader or default_grader(has_answer=True, is_arithmetic=speaks_arithmetic(model)),
-        token_budget=command.models.token_budget,
+        token_budget=command.models.tokens_a_batch(),
         overwrite=command.overwrite,
     )
     show_summary(f"{command.model} on {command.prompts}", summary)
@@ -311,12 +311,12 @@ def evaluate(command: options.Evaluate) -> None:
 
 def ablate(command: options.Ablate) -> None:
     """Train and evaluate every arm, and judge the paper's claims on the outcome."""
+    from tip_analysis.ablation.plans import plan_ablation
+    from tip_analysis.ablation.presets import load_evaluation_sets, load_prompts
+    from tip_analysis.ablation.study import run_ablation, study_from_preset
     from tip_analysis.arms import arm_results, parse_arms
     from tip_analysis.artifacts import create_run
     from tip_analysis.claims import claims_table
-    from tip_analysis.plans import plan_ablation
-    from tip_analysis.presets import load_evaluation_sets, load_prompts
-    from tip_analysis.study import run_ablation, study_from_preset
 
     preset = _experiment(command)
     arms = parse_arms(preset.arms, command.ratios)
@@ -333,7 +333,7 @@ def ablate(command: options.Ablate) -> None:
         teacher_context=command.teacher_context,
         dtype=command.models.dtype,
         device=command.models.device,
-        token_budget=command.models.token_budget,
+        token_budget=command.models.tokens_a_batch(65_536),
     )
     run = create_run(command.run)
     rows = run_ablation(run, study, arms=arms, seeds=preset.seeds, jobs=command.jobs, threads=command.threads)
@@ -345,9 +345,9 @@ def ablate(command: options.Ablate) -> None:
 
 def _experiment(command: options.Ablate) -> "Preset":
     """The preset that is named, or else the run's own pair, with the user's options in place of its own."""
+    from tip_analysis.ablation.presets import change_preset, pair_preset, resolve_preset
     from tip_analysis.artifacts import open_run
     from tip_analysis.models import ARITHMETIC_PAIR
-    from tip_analysis.presets import change_preset, pair_preset, resolve_preset
 
     renamed = {"evaluation_sets": command.evaluation_prompts, "arms": command.rules, "seeds": command.seeds}
     changes = {name: value or None for name, value in renamed.items()} | {"num_steps": command.steps}

@@ -23,8 +23,12 @@ class ModelOptions:
     """Dtype of the weights: auto (bfloat16 where the device computes in it natively, else float32) or its name."""
     device: str = "auto"
     """Where models run: auto (a GPU if there is one; over several, a model is spread), cpu, cuda, cuda:1, mps."""
-    token_budget: int = 16384
-    """Tokens a batch, padding included; halves itself when memory runs out."""
+    token_budget: int | None = None
+    """Tokens a batch, padding included; halves itself when memory runs out. By default 16,384, and 65,536 in `ablate`."""
+
+    def tokens_a_batch(self, default: int = 16384) -> int:
+        """The budget that was named, or the default."""
+        return default if self.token_budget is None else self.token_budget
 
 
 @dataclass(frozen=True)
