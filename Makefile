@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint smollm2 example notebooks benchmarks clean
+.PHONY: demo test test-all lint smollm2 example docs clean
 
 demo: $(INSTALLED)  ## the main job on the embedded pair: runs/demo and reports/demo.html
 	$(BIN)/python -m tip_analysis demo --out runs/demo --report reports/demo.html
 
 test: $(INSTALLED)  ## the default test suite: no network, no GPU, no display
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: $(INSTALLED) smollm2  ## slow and real-model tests too
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
@@ -33,6 +33,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+docs: $(INSTALLED)  ## the parts of README.md that are made from the code
+	$(BIN)/python tests/readme_parts.py
 
 clean:  ## remove what the commands above made, but not runs
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

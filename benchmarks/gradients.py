@@ -25,13 +25,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from tip_analysis.forward_mode import attention
 from tip_analysis.gradients import GradientInput, GradientSettings, norm_interval
-from tip_analysis.loss_gradients import LossDirections, Pair, read_tokens
+from tip_analysis.gradients.forward_mode import attention
+from tip_analysis.gradients.loss_gradients import LossDirections, Pair, read_tokens
+from tip_analysis.gradients.rollout_gradients import RolloutMeter
+from tip_analysis.gradients.scopes import parameter_scope
+from tip_analysis.gradients.token_losses import token_loss
 from tip_analysis.models import LanguageModel, hidden_states, load_model
-from tip_analysis.parameter_scopes import parameter_scope
-from tip_analysis.rollout_gradients import RolloutMeter
-from tip_analysis.token_losses import token_loss
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"
 PROMPT = "Recite the Apache License."

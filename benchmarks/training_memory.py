@@ -5,7 +5,7 @@ first step on a few tokens so that gradients and optimizer moments are there, an
 is reported is the peak above that baseline of weights, gradients and moments: device memory on a GPU, resident set on a CPU.
 
 The full-logits step is the plain one: logits of both models at all T positions, log-softmaxes, reverse KL, backward. The other
-arms are steps of `tip_analysis.training`: score every token, select by Soft-OR, train on what is selected; nothing is sampled.
+arms are steps of ``training.trainer``: score every token, select by Soft-OR, train on what is selected; nothing is sampled.
 
 The paper's peaks (Table 3, Qwen3-8B to Qwen3-4B, with weights) are printed beside: another size and another machine, to be
 compared in their order only.
@@ -28,11 +28,11 @@ from tip_analysis.arithmetic.tokenizer import build_tokenizer
 from tip_analysis.batching import TokenBudget
 from tip_analysis.generation import Sampling
 from tip_analysis.models import LanguageModel, OutputHead, resolve_device
-from tip_analysis.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
-from tip_analysis.students import prepare_student
-from tip_analysis.training import Trainer
-from tip_analysis.training_data import OnPolicyRollouts, TrainingRollout
-from tip_analysis.training_options import TrainingOptions
+from tip_analysis.training.data import OnPolicyRollouts, TrainingRollout
+from tip_analysis.training.options import TrainingOptions
+from tip_analysis.training.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
+from tip_analysis.training.students import prepare_student
+from tip_analysis.training.trainer import Trainer
 
 PAPER_GB = {1.0: 72.0, 0.5: 38.1, 0.2: 35.5, 0.1: 35.3}
 """Table 3: peak memory by retention ratio, Qwen3-8B (GRPO) to Qwen3-4B; entropy sampling below 1."""

@@ -13,12 +13,11 @@ from scipy.stats import norm
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import PreTrainedModel
 
-from tip_analysis import forward_mode
 from tip_analysis.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.forward_mode import ForwardMode
 from tip_analysis.gradients import (
     GradientInput,
     GradientSettings,
+    forward_mode,
     measure_gradients,
     measure_rollouts,
     model_pair,
@@ -26,9 +25,10 @@ from tip_analysis.gradients import (
     stratified_positions,
     token_gradients,
 )
-from tip_analysis.loss_gradients import REWARD, loss_directions, prompt_folds, weighted_gradient
-from tip_analysis.parameter_directions import BLOCK, GaussianDirection, StoredDirection
-from tip_analysis.parameter_scopes import parameter_scope
+from tip_analysis.gradients.directions import BLOCK, GaussianDirection, StoredDirection
+from tip_analysis.gradients.forward_mode import ForwardMode
+from tip_analysis.gradients.loss_gradients import REWARD, loss_directions, prompt_folds, weighted_gradient
+from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.schema import GradientTable, Loss, validate
 
 VOCABULARY = 23
@@ -141,7 +141,7 @@ def test_exact_norms_of_each_scope(scope: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("batched_bytes", [0, 1 << 28])
 def test_exact_norms_do_not_depend_on_how_many_tokens_go_at_once(batched_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tip_analysis.rollout_gradients.BATCHED_BYTES", batched_bytes)
+    monkeypatch.setattr("tip_analysis.gradients.rollout_gradients.BATCHED_BYTES", batched_bytes)
     student, teacher = double_model(), double_model(seed=1)
     found = token_gradients(student=student, teacher=teacher, rollouts=some_rollouts()[7:], method="exact")
     rows = oracle_gradients(student, teacher, some_rollouts()[7:], "reverse_kl")
@@ -646,7 +646,7 @@ def test_gradients_on_disk_are_used_again(tmp_path: object, monkeypatch: pytest.
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}-{fold}" for name in ("reverse_kl", "forward_kl", REWARD) for fold in (0, 1)
     }
-    monkeypatch.setattr("tip_analysis.loss_gradients.weighted_gradient", None)
+    monkeypatch.setattr("tip_analysis.gradients.loss_gradients.weighted_gradient", None)
     again = pl.concat(measure_gradients(pair, rollouts, settings, folder=tmp_path))
     assert first.equals(again)
     part = pl.concat(measure_gradients(pair, rollouts, settings, folder=tmp_path, only=[5, 2]))
@@ -667,9 +667,10 @@ def test_stratified_positions_take_one_from_each_stretch() -> None:
 
 
 @pytest.mark.real_model
+@pytest.mark.timeout(1800)
 def test_probes_of_a_real_model_agree_with_backward_passes_and_with_low_precision() -> None:
     """SmolLM2 as its own teacher under another prompt: exact norms in float32, probes in float32 and bfloat16."""
-    from tip_analysis.loss_gradients import LossDirections
+    from tip_analysis.gradients.loss_gradients import LossDirections
     from tip_analysis.models import load_model
 
     torch.set_num_threads(max(1, (torch.get_num_threads() + 1) // 2))

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from tip_analysis.errors import OptionError
-from tip_analysis.masked_loss import token_weights, weighted_divergence
 from tip_analysis.models import OutputHead
 from tip_analysis.schema import Loss
+from tip_analysis.training.masked_loss import token_weights, weighted_divergence
 
 
 def weights_of(selected, rollouts, **options):

@@ -7,13 +7,7 @@ import torch
 from tiny_models import tiny_language_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tip_analysis.arithmetic.language import problems
-from tip_analysis.artifacts import create_run
-from tip_analysis.batching import TokenBudget
-from tip_analysis.claims import paper_results
-from tip_analysis.errors import OptionError, UnknownNameError
-from tip_analysis.generation import Sampling
-from tip_analysis.plans import (
+from tip_analysis.ablation.plans import (
     SHAPES,
     Device,
     ModelShape,
@@ -23,13 +17,19 @@ from tip_analysis.plans import (
     sampling_seconds,
     training_seconds,
 )
-from tip_analysis.presets import PRESETS, load_evaluation_sets, load_prompts, resolve_preset, short_name
+from tip_analysis.ablation.presets import PRESETS, load_evaluation_sets, load_prompts, resolve_preset, short_name
+from tip_analysis.ablation.study import run_ablation, study_from_preset
+from tip_analysis.arithmetic.language import problems
+from tip_analysis.artifacts import create_run
+from tip_analysis.batching import TokenBudget
+from tip_analysis.claims import paper_results
+from tip_analysis.errors import OptionError, UnknownNameError
+from tip_analysis.generation import Sampling
 from tip_analysis.prompts import Prompt
 from tip_analysis.rollouts import sample_rollouts
 from tip_analysis.schema import RolloutTable, validate
-from tip_analysis.scoring import Scorer, score_rollouts
-from tip_analysis.study import run_ablation, study_from_preset
-from tip_analysis.training_options import TrainingOptions
+from tip_analysis.scoring.stage import Scorer, score_rollouts
+from tip_analysis.training.options import TrainingOptions
 
 MATH = ("qwen3-8b-4b", "llama-70b-8b", "qwen2.5-14b-1.5b")
 AGENTIC = ("qwen3-14b-1.7b-agentic", "qwen3-32b-1.7b-agentic")

@@ -30,7 +30,7 @@ from tip_analysis.generation import Sampling
 from tip_analysis.prompts import Prompt
 from tip_analysis.rollouts import sample_rollouts
 from tip_analysis.schema import RolloutTable, TokenTable, polars_schema, validate
-from tip_analysis.scoring import Scorer, score_rollouts
+from tip_analysis.scoring.stage import Scorer, score_rollouts
 
 FLOATS = [name for name, dtype in polars_schema(TokenTable).items() if dtype == pl.Float32]
 EXACT = ["rollout_id", "prompt_id", "position", "batch_id", "token_id", "token", "loss_mask", "planted_label"]
@@ -269,7 +269,7 @@ SCRIPT = """
     sys.path.insert(0, {tests!r})
     from tiny_models import tiny_language_model
     from tip_analysis.artifacts import open_run
-    from tip_analysis.scoring import Scorer, score_rollouts
+    from tip_analysis.scoring.stage import Scorer, score_rollouts
     scorer = Scorer(tiny_language_model(name="student"), tiny_language_model("llama", seed=5, padding_rows=3, name="teacher"))
     score_rollouts(open_run(sys.argv[1]), scorer, shard_size=1)
 """

@@ -15,25 +15,25 @@ import pytest
 import torch
 from tiny_models import tiny_language_model
 
+from tip_analysis.ablation.arm_training import StudyOptions
+from tip_analysis.ablation.study import run_ablation
 from tip_analysis.arithmetic.language import problems
-from tip_analysis.arm_training import StudyOptions
 from tip_analysis.arms import Arm, arm_results, parse_arms
 from tip_analysis.artifacts import create_run, open_run
 from tip_analysis.batching import TokenBudget
 from tip_analysis.claims import claims_table
-from tip_analysis.drift import effective_sample_size
 from tip_analysis.errors import ModelError, OptionError, PromptFileError, RunError
 from tip_analysis.generation import Sampling
 from tip_analysis.masks import write_masks
-from tip_analysis.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
 from tip_analysis.prompts import Prompt
 from tip_analysis.rollouts import sample_rollouts
 from tip_analysis.schema import AblationTable, validate
-from tip_analysis.scoring import Scorer, score_rollouts
-from tip_analysis.study import run_ablation
-from tip_analysis.training import Trainer
-from tip_analysis.training_data import fixed_rollouts
-from tip_analysis.training_options import TrainingOptions
+from tip_analysis.scoring.stage import Scorer, score_rollouts
+from tip_analysis.training.data import fixed_rollouts
+from tip_analysis.training.drift import effective_sample_size
+from tip_analysis.training.options import TrainingOptions
+from tip_analysis.training.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
+from tip_analysis.training.trainer import Trainer
 
 TIMES = ["step_time_s", "peak_memory_bytes"]
 ARMS = [Arm("all"), Arm("soft_or", 0.5)]
@@ -159,7 +159,7 @@ def test_results_and_claims_can_be_made_of_it(finished):
 def test_a_live_table_shows_every_arm(finished):
     from rich.console import Console
 
-    from tip_analysis.study import _Board
+    from tip_analysis.ablation.study import _Board
 
     board = _Board([(arm, seed) for seed in (0, 1) for arm in ARMS], None)
     board.begin(ARMS[0], 0)
@@ -302,13 +302,13 @@ def test_peak_memory_forgets_what_was_before():
 
 SCRIPT = """
     from tip_analysis.arithmetic.language import problems
-    from tip_analysis.arm_training import StudyOptions
+    from tip_analysis.ablation.arm_training import StudyOptions
     from tip_analysis.arms import Arm
     from tip_analysis.artifacts import create_run
     from tip_analysis.generation import Sampling
     from tip_analysis.prompts import Prompt
-    from tip_analysis.study import run_ablation
-    from tip_analysis.training_options import TrainingOptions
+    from tip_analysis.ablation.study import run_ablation
+    from tip_analysis.training.options import TrainingOptions
 
     def prompts(count, split):
         return [Prompt(row["id"], problem=row["problem"], answer=row["answer"]) for row in problems(count, split=split)]

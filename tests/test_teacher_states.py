@@ -17,10 +17,10 @@ from tip_analysis.generation import Sampling
 from tip_analysis.models import load_model
 from tip_analysis.prompts import Prompt
 from tip_analysis.rollouts import sample_rollouts
-from tip_analysis.scorer import Scorer
-from tip_analysis.scoring import score_rollouts
-from tip_analysis.teacher_head import head_rows, load_head
-from tip_analysis.teacher_states import LOWER_BOUNDS, NOT_STORED, TeacherStore, TopKSide, store_teacher_states
+from tip_analysis.scoring.scorer import Scorer
+from tip_analysis.scoring.stage import score_rollouts
+from tip_analysis.scoring.teacher_head import head_rows, load_head
+from tip_analysis.scoring.teacher_states import LOWER_BOUNDS, NOT_STORED, TeacherStore, TopKSide, store_teacher_states
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_head_alone_answers_as_the_whole_model_does(folders, name, caplog):
 
 
 def test_a_head_that_cannot_be_read_apart_comes_with_the_whole_model(folders, monkeypatch, caplog):
-    monkeypatch.setattr("tip_analysis.teacher_head._weight_files", lambda *_: {})
+    monkeypatch.setattr("tip_analysis.scoring.teacher_head._weight_files", lambda *_: {})
     alone = load_head(str(folders / "teacher"), dtype="float32", device="cpu")
     whole = load_model(str(folders / "teacher"), dtype="float32", device="cpu")
     hidden = torch.randn(5, 32)

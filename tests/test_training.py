@@ -9,17 +9,17 @@ from tiny_models import tiny_language_model
 
 from tip_analysis.arithmetic.language import problems
 from tip_analysis.batching import TokenBudget
-from tip_analysis.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from tip_analysis.errors import ConfigurationMismatchError, LogitsError, OptionError, PromptFileError, RunError
 from tip_analysis.generation import Sampling
 from tip_analysis.prompts import Prompt
 from tip_analysis.schema import Loss
 from tip_analysis.selection import RULES, register_rule
-from tip_analysis.students import prepare_student
-from tip_analysis.training import Trainer, trained
-from tip_analysis.training_data import FixedRollouts, OnPolicyRollouts, TrainingRollout, encode_prompts, prompts_of_step
-from tip_analysis.training_options import TrainingOptions, learning_rate_at
-from tip_analysis.training_selection import needed_statistics
+from tip_analysis.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, TrainingRollout, encode_prompts, prompts_of_step
+from tip_analysis.training.options import TrainingOptions, learning_rate_at
+from tip_analysis.training.selection import needed_statistics
+from tip_analysis.training.students import prepare_student
+from tip_analysis.training.trainer import Trainer, trained
 
 BASE = TrainingOptions(
     rule="all",
@@ -158,7 +158,7 @@ def test_a_step_is_the_obvious_one(architecture, normalizer, aggregation, monkey
 
 def test_on_policy_statistics_and_selection_are_those_of_the_table(monkeypatch):
     """The light path of a step selects what `select_tokens` selects from fully scored tokens."""
-    from tip_analysis import training_selection
+    from tip_analysis.training import selection as training_selection
 
     by_columns = make_trainer(replace(BASE, rule="soft_or", retention_ratio=0.3))
     record = by_columns.train_step()

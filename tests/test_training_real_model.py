@@ -8,14 +8,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tip_analysis.arm_training import StudyOptions
+from tip_analysis.ablation.arm_training import StudyOptions
+from tip_analysis.ablation.study import run_ablation
 from tip_analysis.arms import parse_arms
 from tip_analysis.artifacts import create_run
 from tip_analysis.generation import Sampling
 from tip_analysis.prompts import read_prompts
-from tip_analysis.study import run_ablation
-from tip_analysis.training import Trainer
-from tip_analysis.training_options import TrainingOptions
+from tip_analysis.training.options import TrainingOptions
+from tip_analysis.training.trainer import Trainer
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train_1k.jsonl"
 MODEL = "smollm2-135m-instruct"

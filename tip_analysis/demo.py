@@ -12,24 +12,24 @@ from typing import Any
 import polars as pl
 import torch
 
+from tip_analysis.ablation.presets import load_evaluation_sets, load_prompts, resolve_preset
+from tip_analysis.ablation.study import run_ablation, study_from_preset
 from tip_analysis.arithmetic.language import problems
 from tip_analysis.arithmetic.tokenizer import MAX_LENGTH
 from tip_analysis.arms import arm_results
 from tip_analysis.artifacts import Run, create_run
 from tip_analysis.generation import Sampling
-from tip_analysis.gradient_stage import measure_run
+from tip_analysis.gradients.rollout_gradients import GradientSettings
+from tip_analysis.gradients.stage import measure_run
 from tip_analysis.importance import add_scores
 from tip_analysis.masks import write_masks
 from tip_analysis.models import LanguageModel, load_model
 from tip_analysis.planted import planted_detection
-from tip_analysis.presets import load_evaluation_sets, load_prompts, resolve_preset
 from tip_analysis.prompts import Prompt
 from tip_analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.report import ReportOptions, write_report
-from tip_analysis.rollout_gradients import GradientSettings
 from tip_analysis.rollouts import sample_rollouts
-from tip_analysis.scoring import Scorer, score_rollouts
-from tip_analysis.study import run_ablation, study_from_preset
+from tip_analysis.scoring.stage import Scorer, score_rollouts
 
 ENTROPY_CUT, DIVERGENCE_CUT = "0.3", "0.5"
 """The demo's cuts, in nats: a tiny model is nearly certain of most tokens, so ranks (a median) say little of confidence."""

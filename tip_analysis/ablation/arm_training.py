@@ -23,17 +23,13 @@ from tip_analysis.accuracy import accuracy
 from tip_analysis.arms import UNTRAINED, Arm
 from tip_analysis.artifacts import Run, Stage, config_hash
 from tip_analysis.batching import TokenBudget
-from tip_analysis.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from tip_analysis.drift import measure_drift
 from tip_analysis.evaluation import Problem, Samples, sample_problems
 from tip_analysis.generation import Sampling
 from tip_analysis.models import LanguageModel, load_model
-from tip_analysis.peak_memory import peak_memory_bytes, reset_peak_memory
 from tip_analysis.prompts import Prompt, resolve_template
 from tip_analysis.schema import AblationTable, polars_schema
-from tip_analysis.students import prepare_student
-from tip_analysis.training import StepRecord, Trainer
-from tip_analysis.training_data import (
+from tip_analysis.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from tip_analysis.training.data import (
     FixedRollouts,
     OnPolicyRollouts,
     TrainingPrompt,
@@ -42,8 +38,12 @@ from tip_analysis.training_data import (
     encode_prompts,
     fixed_rollouts,
 )
-from tip_analysis.training_options import TrainingOptions
-from tip_analysis.training_selection import step_statistics
+from tip_analysis.training.drift import measure_drift
+from tip_analysis.training.options import TrainingOptions
+from tip_analysis.training.peak_memory import peak_memory_bytes, reset_peak_memory
+from tip_analysis.training.selection import step_statistics
+from tip_analysis.training.students import prepare_student
+from tip_analysis.training.trainer import StepRecord, Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from tip_analysis.ablation.presets import Preset
 from tip_analysis.errors import OptionError
-from tip_analysis.presets import Preset
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tip_analysis.arithmetic.language import problems
 from tip_analysis.arms import PAPER_ARMS, Arm, parse_arms
 from tip_analysis.errors import OptionError, UnknownNameError
 from tip_analysis.prompts import Prompt, read_prompts
-from tip_analysis.training_options import TrainingOptions
+from tip_analysis.training.options import TrainingOptions
 
 ARITHMETIC = "arithmetic"
 """Source of prompts: problems of the arithmetic pair, `arithmetic:train:1024` (split and number)."""

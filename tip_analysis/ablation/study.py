@@ -28,12 +28,12 @@ from rich.live import Live
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from tip_analysis.arm_training import ArmRunner, StudyOptions
+from tip_analysis.ablation.arm_training import ArmRunner, StudyOptions
+from tip_analysis.ablation.presets import Preset
 from tip_analysis.arms import UNTRAINED, Arm
 from tip_analysis.artifacts import Run
 from tip_analysis.errors import OptionError, PromptFileError, TipAnalysisError
 from tip_analysis.generation import Sampling
-from tip_analysis.presets import Preset
 from tip_analysis.prompts import Prompt
 
 Task = tuple[Arm, int]

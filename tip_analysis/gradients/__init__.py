@@ -1,6 +1,6 @@
 """Norms of per-token gradients, ‖∇_θ ℓ_t‖², and where they point (Section 5.1, Proposition 1).
 
-g_t = ∇_θ ℓ_t is the gradient of a token's *own* loss over the student's parameters (`parameter_scopes`), L the aggregated loss:
+g_t = ∇_θ ℓ_t is the gradient of a token's *own* loss over the student's parameters (`gradients.scopes`), L the aggregated loss:
 M_t = ‖g_t‖², φ_t = ⟨∇L, g_t⟩, and Proposition 1's oracle weight is proportional to φ_t / M_t. The paper states this and
 never measures it. Both are measured here at a cost that does not grow with the number of tokens:
 
@@ -9,7 +9,7 @@ never measures it. Both are measured here at a cost that does not grow with the 
   interval from χ²_K (`norm_interval`). Directions are fresh for every rollout, keyed by (seed, rollout_id, probe); tokens
   of one rollout share them, so their errors are correlated.
 - `exact`: one backward pass a token, several at once for small models.
-- φ_t: one backward pass for ∇L (`loss_gradients`), then one forward-mode pass along it. Cross-fitted over prompts.
+- φ_t: one backward pass for ∇L (`gradients.loss_gradients`), then one forward-mode pass along it. Cross-fitted over prompts.
 - The head's part has a closed form (`token_losses`) and is never probed: the standard error is that of the probed part.
 - One forward-mode pass serves all losses, since they share the hidden states.
 
@@ -31,10 +31,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tip_analysis.errors import OptionError
-from tip_analysis.loss_gradients import GradientInput, LossDirections, Pair, loss_directions
+from tip_analysis.gradients.loss_gradients import GradientInput, LossDirections, Pair, loss_directions
+from tip_analysis.gradients.rollout_gradients import GradientSettings, RolloutMeter, TokenGradients, stratified_positions
+from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.models import LanguageModel, OutputHead
-from tip_analysis.parameter_scopes import parameter_scope
-from tip_analysis.rollout_gradients import GradientSettings, RolloutMeter, TokenGradients, stratified_positions
 from tip_analysis.schema import GradientTable, Loss, polars_schema
 
 __all__ = [

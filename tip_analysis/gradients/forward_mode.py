@@ -7,7 +7,7 @@ How it is made cheap, for any decoder-only model of transformers, through PyTorc
 
 - The primal pass runs once a rollout. What linear layers and attention give is kept (no more than one forward pass's
   activations), so that a further direction costs the tangents only: ẏ = ẋ Wᵀ + x V_Wᵀ.
-- The part of a direction that belongs to a layer is made when the pass reaches the layer (`parameter_directions`).
+- The part of a direction that belongs to a layer is made when the pass reaches the layer (`gradients.directions`).
 - Several directions go as a batch, one row each.
 - Attention runs in causal blocks, value and tangent together: the masked half is never computed, no [T, T] matrix is kept, and
   no fused kernel without a forward-mode rule is met. Where a model's attention is of another kind (the primal pass tells), its
@@ -30,9 +30,9 @@ from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
 from tip_analysis.errors import ModelError
+from tip_analysis.gradients.directions import Direction
+from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.models import causal_model, hidden_states, model_body
-from tip_analysis.parameter_directions import Direction
-from tip_analysis.parameter_scopes import ParameterScope
 
 logger = logging.getLogger(__name__)
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from tip_analysis.errors import OptionError
 from tip_analysis.forward import predicting_positions
+from tip_analysis.gradients.directions import Direction, StoredDirection, stable_hash
+from tip_analysis.gradients.scopes import ParameterScope
+from tip_analysis.gradients.token_losses import BLOCK_ELEMENTS, TeacherLogits, token_loss
 from tip_analysis.models import LanguageModel, hidden_states
-from tip_analysis.parameter_directions import Direction, StoredDirection, stable_hash
-from tip_analysis.parameter_scopes import ParameterScope
 from tip_analysis.progress import track
 from tip_analysis.schema import Loss
-from tip_analysis.token_losses import BLOCK_ELEMENTS, TeacherLogits, token_loss
 
 AGGREGATIONS = ("rollout", "token")
 REWARD = "reward"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tip_analysis.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.forward_mode import ForwardMode
-from tip_analysis.loss_gradients import (
+from tip_analysis.gradients.directions import Direction, GaussianDirection, gaussian_directions, in_groups, stable_hash
+from tip_analysis.gradients.forward_mode import ForwardMode
+from tip_analysis.gradients.loss_gradients import (
     REWARD,
     GradientInput,
     LossDirections,
@@ -24,11 +25,10 @@ from tip_analysis.loss_gradients import (
     trainable,
     weighted_gradient,
 )
+from tip_analysis.gradients.scopes import ParameterScope
+from tip_analysis.gradients.token_losses import TokenLosses, token_losses
 from tip_analysis.models import hidden_states
-from tip_analysis.parameter_directions import Direction, GaussianDirection, gaussian_directions, in_groups, stable_hash
-from tip_analysis.parameter_scopes import ParameterScope
 from tip_analysis.schema import Loss
-from tip_analysis.token_losses import TokenLosses, token_losses
 
 METHODS = ("probe", "exact")
 BATCHED_BYTES = 1 << 28

@@ -15,11 +15,11 @@ import polars as pl
 from tip_analysis.artifacts import Run, Stage
 from tip_analysis.errors import OptionError, RunError
 from tip_analysis.gradients import measure_gradients, model_pair
-from tip_analysis.loss_gradients import GradientInput
+from tip_analysis.gradients.loss_gradients import GradientInput
+from tip_analysis.gradients.rollout_gradients import GradientSettings
 from tip_analysis.models import LanguageModel
 from tip_analysis.progress import track
-from tip_analysis.rollout_gradients import GradientSettings
-from tip_analysis.scoring_inputs import prepare_rollouts
+from tip_analysis.scoring.inputs import prepare_rollouts
 
 ROLLOUTS_PER_SHARD = 16
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tip_analysis.divergence import LOSSES
+from tip_analysis.gradients.directions import Direction
+from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.models import OutputHead
-from tip_analysis.parameter_directions import Direction
-from tip_analysis.parameter_scopes import ParameterScope
 from tip_analysis.schema import Loss
 
 BLOCK_ELEMENTS = 1 << 23

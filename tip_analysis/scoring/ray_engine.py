@@ -1,15 +1,25 @@
 """Scoring spread over Ray actors, on one machine or many that share the run folder.
 
 Every actor holds both models and turns shards of rollouts into shards of the token table, exactly as one process does. A
-worker that is lost costs the shard it was working on, which another one makes. Needs the optional extra `[ray]`.
+worker that is lost costs the shard it was working on, which another one makes: Ray Data starts it anew and gives it its work
+again. Needs the optional extra `[ray]`.
+
+Ray is started in this process's name and stopped at the end, unless it runs here already or RAY_ADDRESS names a cluster.
 """
 
 import logging
 import os
-from collections.abc import Mapping
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import polars as pl
 import torch
 
 from tip_analysis.artifacts import open_run
@@ -17,7 +27,20 @@ from tip_analysis.batching import TokenBudget
 from tip_analysis.errors import InputError, OptionError
 from tip_analysis.models import load_model
 from tip_analysis.progress import track
-from tip_analysis.scoring import Scorer, ScoringWork, begin_scoring, finish_scoring, score_shard
+from tip_analysis.scoring.inputs import num_shards
+from tip_analysis.scoring.scorer import Scorer
+from tip_analysis.scoring.stage import ScoringWork, begin_scoring, finish_scoring, score_shard
+
+STARTS = 3
+"""Attempts at starting Ray: it waits 15 s for its own helpers, which a busy machine may need longer to load the first time."""
+
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -47,19 +70,36 @@ class ScoringJob:
 
 
 class _Worker:
-    """An actor: both models, ready to score one shard after another."""
+    """An actor: both models, ready to score one shard after another.
 
-    def __init__(self, job: ScoringJob, num_threads: int) -> None:
+    An error of ours is an answer, not a failure: it must reach the user as it is. It also makes the file `stop`, at which all
+    workers have no more work, so that the pool ends by itself.
+    """
+
+    def __init__(self, job: ScoringJob, num_threads: int, stop: Path) -> None:
         torch.set_num_threads(num_threads)
-        self.scorer, self.work = job.load()
+        self.stop = stop
+        self.error: InputError | None = None
+        try:
+            self.scorer, self.work = job.load()
+        except InputError as error:
+            self.error = error
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
-        done: dict[str, list[int]] = {"rollouts": [], "tokens": []}
-        for index in map(int, batch["index"]):
-            whole = self.work.stage.is_whole(index)  # made before a failure that Ray could not know to be after it
-            done["tokens"].append(0 if whole else score_shard(self.scorer, self.work, index))
-            done["rollouts"].append(self.work.shard(index).height)
-        return done
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        rollouts = tokens = 0
+        try:
+            if self.error is not None:
+                raise self.error
+            for index in map(int, batch["index"]):
+                if self.stop.exists():
+                    continue
+                if not self.work.stage.is_whole(index):  # it may be: made just before a failure, or by an earlier session
+                    tokens += score_shard(self.scorer, self.work, index)
+                rollouts += self.work.shard(index).height
+        except InputError as error:
+            self.stop.touch()
+            return {"rollouts": [rollouts], "tokens": [tokens], "error": [pickle.dumps(error)]}
+        return {"rollouts": [rollouts], "tokens": [tokens], "error": [b""]}
 
 
 def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[str, Any]:
@@ -67,65 +107,107 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
 
     Args:
         job: models and options.
-        num_workers: actors; by default one for each GPU of the cluster, or one for each machine without GPUs.
+        num_workers: actors; by default one for each GPU of the cluster, or one for each machine without GPUs. The
+            processors are shared out evenly: each actor computes with as many threads.
 
     Returns:
         The stage's summary, as `run.json` has it.
 
     Raises:
-        InputError: as `scoring.score_rollouts`; or Ray is not installed.
+        InputError: as `scoring.score_rollouts`; or Ray is not installed, or does not start.
         OptionError: more workers than there are processors.
     """
-    ray = _start_ray()
     run = open_run(job.run)
-    if job.overwrite:
-        run.discard("score")
-    num_shards = -(-run.rollouts().select("rollout_id").collect().height // job.shard_size)
-    resources = ray.cluster_resources()
-    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    num_workers = num_workers or num_gpus or max(1, len(ray.nodes()))
-    if not 1 <= num_workers <= num_cpus:
-        raise OptionError(f"--ray-workers must lie between 1 and the cluster's {num_cpus} processors, found {num_workers}")
-    threads = max(1, num_cpus // num_workers)
-    shards = ray.data.from_items([{"index": index} for index in range(num_shards)], override_num_blocks=max(1, num_shards))
-    scored = shards.map_batches(
-        _Worker,
-        fn_constructor_args=(job, threads),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
-        num_cpus=threads,
-        num_gpus=num_gpus / num_workers if num_gpus else None,
-        max_restarts=-1,
-        max_task_retries=-1,
-    )
-    try:
-        with track("scoring", run.rollouts().collect().height) as advance:
-            for batch in scored.iter_batches(batch_size=1):
-                advance(int(sum(batch["rollouts"])), tokens=int(sum(batch["tokens"])))
-    except ray.exceptions.RayError as error:
-        raise _own_error(error) from error
+    count = num_shards(run, job.shard_size)
+    with _cluster() as ray:
+        resources = ray.cluster_resources()
+        num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        num_workers = num_workers or num_gpus or max(1, len(ray.nodes()))
+        if not 1 <= num_workers <= num_cpus:
+            raise OptionError(f"--ray-workers must lie between 1 and the cluster's {num_cpus} processors, found {num_workers}")
+        if job.overwrite:
+            run.discard("score")
+        threads = num_cpus // num_workers
+        stop = run.path / f".stop-{uuid4().hex}"
+        scored = ray.data.from_items(
+            [{"index": index} for index in range(count)], override_num_blocks=max(1, count)
+        ).map_batches(
+            _Worker,
+            fn_constructor_args=(job, threads, stop),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(num_workers, max(1, count)), max_tasks_in_flight_per_actor=1),
+            num_cpus=threads,
+            num_gpus=num_gpus / num_workers if num_gpus else None,
+        )
+        errors = []
+        try:
+            with track("scoring", run.rollouts().select(pl.len()).collect().item()) as advance:
+                for batch in scored.iter_batches(batch_size=1):
+                    advance(int(batch["rollouts"][0]), tokens=int(batch["tokens"][0]))
+                    errors += filter(None, batch["error"])
+        finally:
+            stop.unlink(missing_ok=True)
+    if errors:
+        raise pickle.loads(errors[0])
     return finish_scoring(run, run.stage("score"))
 
 
-def _start_ray() -> Any:
+@contextmanager
+def _cluster() -> Iterator[Any]:
+    """Ray, started if need be, and stopped again if it was."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise InputError("--engine ray needs Ray: pip install 'tip-analysis[ray]'") from error
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ours = not ray.is_initialized()
+    if ours:
+        _start(ray)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    return ray
+    context.print_on_execution_start = False
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
 
 
-def _own_error(error: BaseException) -> BaseException:
-    """The error of ours that a worker met, out of what Ray wraps it in."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, InputError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
+def _start(ray: Any) -> None:
+    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names."""
+    for attempt in range(1, STARTS + 1):
+        try:
+            with warnings.catch_warnings(), _stderr_closed():
+                warnings.simplefilter("ignore")  # about Ray's own releases to come
+                ray.init(
+                    address=os.environ.get("RAY_ADDRESS", "local"),
+                    include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
+            return
+        except Exception as error:  # Ray raises plain exceptions here
+            ray.shutdown()
+            if attempt == STARTS:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise InputError(
+                    f"Ray did not start in {STARTS} attempts: {reason} Start it with `ray start --head` and set "
+                    "RAY_ADDRESS=auto, or use --shard i/n"
+                ) from error
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Drop what compiled code says on stderr: Ray reports there that it was told to be quiet."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

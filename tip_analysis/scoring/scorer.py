@@ -4,7 +4,7 @@ Each model's body runs once over a batch; then, a block of rows at a time, both 
 `divergence.token_statistics` reads everything off them, so that no more than two [block, V] arrays of logits ever exist.
 
 Student and teacher are aligned by position in the response: the teacher may be shown another prompt. Its side may also come
-from a store (`tip_analysis.teacher_states`) instead of its body.
+from a store (`tip_analysis.scoring.teacher_states`) instead of its body.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,9 +1,9 @@
 """The `score` stage: rollouts in, token table out, shard by shard.
 
 Reads `rollouts/*.parquet`; writes `tokens/*.parquet` (`schema.TokenTable`), one shard for every `shard_size` rollouts, and
-`vocabulary.parquet`, the text of every shared token. How the numbers are made is told in `tip_analysis.scorer`.
+`vocabulary.parquet`, the text of every shared token. How the numbers are made is told in `tip_analysis.scoring.scorer`.
 
-Where student and teacher do not fit together, the teacher's phase comes first (`tip_analysis.teacher_states`), and its
+Where student and teacher do not fit together, the teacher's phase comes first (`tip_analysis.scoring.teacher_states`), and its
 stored states take the place of the teacher's body here. The table is the same.
 """
 
@@ -15,9 +15,9 @@ import polars as pl
 from tip_analysis.artifacts import Run, Stage, write_atomically
 from tip_analysis.batching import padding_waste, plan_batches
 from tip_analysis.progress import Advance, track
-from tip_analysis.scorer import Scorer, longer_lengths
-from tip_analysis.scoring_inputs import num_shards, prepare_rollouts, shards_of_part
-from tip_analysis.teacher_states import TeacherStore
+from tip_analysis.scoring.inputs import num_shards, prepare_rollouts, shards_of_part
+from tip_analysis.scoring.scorer import Scorer, longer_lengths
+from tip_analysis.scoring.teacher_states import TeacherStore
 
 __all__ = ["Scorer", "ScoringWork", "begin_scoring", "finish_scoring", "score_rollouts", "score_shard"]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from tip_analysis.errors import ModelError
 from tip_analysis.models import DTYPES, LanguageModel, OutputHead, load_model, locate, model_body, resolve_device

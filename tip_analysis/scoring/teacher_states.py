@@ -30,11 +30,11 @@ from tip_analysis.divergence import rows_per_block, token_statistics
 from tip_analysis.errors import ConfigurationMismatchError, LogitsError, ModelError, OptionError, RunError, UnknownNameError
 from tip_analysis.models import HEAD_TOLERANCE, LanguageModel, OutputHead, weights_fingerprint
 from tip_analysis.progress import track
-from tip_analysis.scorer import Columns, HiddenSide, Row, counted_states, counted_tokens, in_batches, in_blocks, located
-from tip_analysis.scoring_inputs import num_shards, prepare_rollouts, shards_of_part
+from tip_analysis.scoring.inputs import num_shards, prepare_rollouts, shards_of_part
+from tip_analysis.scoring.scorer import Columns, HiddenSide, Row, counted_states, counted_tokens, in_batches, in_blocks, located
 
 if TYPE_CHECKING:
-    from tip_analysis.scorer import Scorer
+    from tip_analysis.scoring.scorer import Scorer
 
 FORMS = ("hidden", "topk")
 LOWER_BOUNDS = ("reverse_kl", "forward_kl", "jsd", "hellinger")
@@ -170,7 +170,7 @@ def _finish(run: Run, stage: Stage, shard_size: int) -> dict[str, Any]:
         return {"num_shards": total, "num_shards_missing": len(missing)}
     shards = stage.shards()
     num_tokens = sum(shard["num_rows"] for shard in shards)
-    summary = {
+    summary: dict[str, Any] = {
         "num_shards": total,
         "num_tokens": num_tokens,
         "num_bytes": sum(stage.path(index).stat().st_size for index in range(total)),

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tip_analysis.errors import ConfigurationMismatchError, RunError
-from tip_analysis.training import StepRecord, Trainer
-from tip_analysis.training_data import FixedRollouts
+from tip_analysis.training.data import FixedRollouts
+from tip_analysis.training.trainer import StepRecord, Trainer
 
 
 def write_checkpoint(trainer: Trainer, folder: Path, extra: Any = None) -> None:

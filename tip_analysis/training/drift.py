@@ -8,8 +8,8 @@ import torch
 
 from tip_analysis.divergence import negative_logprob, reverse_kl, rows_per_block
 from tip_analysis.models import LanguageModel
-from tip_analysis.training import Trainer
-from tip_analysis.training_data import TrainingRollout
+from tip_analysis.training.data import TrainingRollout
+from tip_analysis.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

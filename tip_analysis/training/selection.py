@@ -20,7 +20,7 @@ from tip_analysis.models import OutputHead
 from tip_analysis.schema import TokenTable
 from tip_analysis.selection import Rule, select_tokens
 from tip_analysis.selection import rule as rule_of
-from tip_analysis.training_data import TrainingRollout
+from tip_analysis.training.data import TrainingRollout
 
 KEY_COLUMNS = ("rollout_id", "prompt_id", "position", "batch_id", "token_id", "loss_mask")
 """What a row has without any statistic."""

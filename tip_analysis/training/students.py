@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tip_analysis.models import LanguageModel, OutputHead
-from tip_analysis.training_options import TrainingOptions
+from tip_analysis.training.options import TrainingOptions
 
 
 def prepare_student(model: LanguageModel, options: TrainingOptions, *, copy_weights: bool = True) -> LanguageModel:

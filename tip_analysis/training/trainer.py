@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from tip_analysis.batching import pad_sequences, plan_batches
 from tip_analysis.errors import LogitsError, OptionError
 from tip_analysis.forward import predicting_positions
-from tip_analysis.masked_loss import token_weights, weighted_divergence
 from tip_analysis.models import LanguageModel, hidden_states, shared_vocabulary
-from tip_analysis.training_data import FixedRollouts, OnPolicyRollouts, TrainingRollout
-from tip_analysis.training_options import TrainingOptions, learning_rate_at
-from tip_analysis.training_selection import needed_statistics, select_step, step_statistics
+from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, TrainingRollout
+from tip_analysis.training.masked_loss import token_weights, weighted_divergence
+from tip_analysis.training.options import TrainingOptions, learning_rate_at
+from tip_analysis.training.selection import needed_statistics, select_step, step_statistics
 
 logger = logging.getLogger(__name__)
 
