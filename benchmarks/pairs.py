@@ -1,5 +1,6 @@
 """Pairs of models and rollouts for the benchmarks: SmolLM2 with a slightly changed copy, or random weights of a given shape."""
 
+import os
 from pathlib import Path
 
 import polars as pl
@@ -9,6 +10,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tip_analysis.arithmetic.tokenizer import build_tokenizer
 from tip_analysis.models import LanguageModel, OutputHead, load_model
 from tip_analysis.schema import RolloutTable, polars_schema
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"
 

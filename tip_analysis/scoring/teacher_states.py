@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -161,7 +162,12 @@ def _write(stage: Stage, index: int, columns: Columns, head: OutputHead) -> None
         tensors["checked_logits"] = _some_logits(head, tensors["hidden"])
     elif num_rows:
         facts = {"tail_mass": float(tensors["log_tail_mass"].double().exp().sum())}
-    stage.write_file(index, lambda part: save_file(tensors, part), num_rows=num_rows, **facts)
+
+    def write(part: Path) -> None:
+        save_file(tensors, part)
+        part.chmod(stage.run.record_path.stat().st_mode)  # safetensors lets none but the owner read it
+
+    stage.write_file(index, write, num_rows=num_rows, **facts)
 
 
 def _finish(run: Run, stage: Stage, shard_size: int) -> dict[str, Any]:
