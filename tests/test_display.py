@@ -98,10 +98,17 @@ def test_a_tooltip_has_the_numbers_of_its_row(run, tables):
     for model in ("student", "teacher"):
         best = visible(tables.vocabulary[row[f"{model}_topk_ids"][0]])
         assert f"{model}: {best} {100 * row[f'{model}_top1_prob']:.1f}%" in title
-    rules = tables.masks.filter(pl.col("rollout_id") == "p002/1", pl.col("position") == 7, pl.col("rule") != "all")
-    smallest = rules.group_by("rule").agg(pl.col("retention_ratio").min())
-    for rule, ratio in smallest.iter_rows():
-        assert f"{rule} from ρ {ratio:g}" in title
+
+
+def test_a_tooltip_names_the_rules_with_their_smallest_ratio(run, tables):
+    rules = tables.masks.filter(pl.col("rollout_id") == "p002/1", pl.col("rule") != "all")
+    smallest = rules.group_by("position", "rule").agg(pl.col("retention_ratio").min(), pl.len())
+    assert (smallest["len"] > 1).any(), "some token is selected at several ratios"
+    tokens = show_rollout(run, "p002/1").tokens
+    for position, rule, ratio, _ in smallest.iter_rows():
+        assert f"{rule} from ρ {ratio:g}" in tokens[position].details[-1]
+    unselected = set(range(len(tokens))) - set(smallest["position"])
+    assert all("selected by" not in tokens[position].details[-1] for position in unselected)
 
 
 def test_a_score_colours_from_the_low_to_the_high_end_of_its_scale(run, tables):

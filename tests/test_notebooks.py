@@ -1,0 +1,192 @@
+"""The notebooks: tidy as they are stored, and right when run from a fresh kernel on a small run.
+
+Each is run as it stands, with one more cell that checks what it computed against another way of getting there.
+"""
+
+import ast
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="notebooks need the extra [notebooks]")
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NAMES = ("01_quadrants", "02_gradient_norms", "03_selection_and_ablations", "04_your_own_models")
+MAX_CODE_LINES = 40
+MAX_OUTPUT_BYTES = 200_000
+
+FIGURES = {"01_quadrants": 3, "02_gradient_norms": 2, "03_selection_and_ablations": 5, "04_your_own_models": 1}
+"""Pictures that each notebook draws."""
+
+CHECKS = {
+    "01_quadrants": """
+        import sys
+        placed = quads.filter("loss_mask").collect()
+        high_entropy, high_divergence = placed["student_entropy"] > 0.3, placed["reverse_kl"] > 0.5
+        assert abs(summary.share("Q3") - (~high_entropy & high_divergence).sum() / placed.height) < 1e-12
+        assert all(abs(by_quadrant[name] - summary.share(name)) < 1e-12 for name in ("Q1", "Q2", "Q3", "Q4"))
+        assert (table["share_low"] <= table["share"]).all() and (table["share"] <= table["share_high"]).all()
+        at_cuts = grid.filter(entropy_spec="0.3", divergence_spec="0.5")
+        assert abs(at_cuts["Q3"].item() - summary.share("Q3")) < 1e-12
+        assert found["q3_recall"].item() > 0.9 and found["q3_precision"].item() > 0.8 and found["auc"].item() > 0.95
+        assert "torch" not in sys.modules
+    """,
+    "02_gradient_norms": """
+        rows = measured["reverse_kl"].collect()
+        assert (rows["grad_norm_sq_se"] <= (2 / 16) ** 0.5 * rows["grad_norm_sq"] * (1 + 1e-6)).all()
+        for loss in measured:
+            shares = energy.filter(loss=loss, quantity="grad_norm_sq")["share"]
+            assert abs(shares.sum() - 1) < 1e-9
+        mean = {row[:3]: row[3] for row in profile.select("loss", "measure", "quadrant", "value").rows()}
+        assert mean["reverse_kl", "mean divergence, nats", "Q3"] > 5, "planted errors disagree strongly"
+        saturated, open_ = (mean[loss, "mean ‖g‖²", "Q3"] for loss in ("reverse_kl", "forward_kl"))
+        assert open_ > 10 * saturated, "softmax saturation: the same tokens pull far less under the reverse KL"
+        assert rows.filter(rollout_id=loudest)["grad_norm_sq"].max() == rows["grad_norm_sq"].max()
+    """,
+    "03_selection_and_ablations": """
+        sizes = scored.group_by("rollout_id").len()["len"]
+        for ratio, tenths in ((0.1, 1), (0.2, 2), (0.5, 5)):
+            kept = masks.filter(retention_ratio=ratio)["rule"].value_counts()["count"].unique().to_list()
+            assert kept == [sum(max(1, size * tenths // 10) for size in sizes)]
+        share = lambda rule: made_of.filter(rule=rule, retention_ratio=0.1, quadrant="Q3")["share"].item()
+        assert share("entropy") == 0 < share("random") < share("q3")
+        found = dict(missed.filter(retention_ratio=0.2).select("rule", "recall").rows())
+        assert found["entropy"] == 0 and found["q3"] == 1
+        accuracy = {(rule, ratio): value for rule, ratio, value in arms.select("rule", "retention_ratio", "accuracy").rows()}
+        assert ("untrained", 1.0) in accuracy
+        effect = judged.filter(claim="c")["effect"].item()
+        assert abs(effect - (accuracy["q3", 0.1] - accuracy["all", 1.0])) < 1e-6
+        assert judged.filter(claim="c")["verdict"].item() == "not resolved", "one seed resolves nothing"
+        assert paper.height >= 10
+    """,
+    "04_your_own_models": """
+        rows = kept.collect()
+        sizes = rows.group_by("rollout_id").len()["len"]
+        assert rows["selected"].sum() == sum(max(1, size // 10) for size in sizes)
+        assert rows["prompt_id"].n_unique() == 16 and rows["rollout_id"].n_unique() == 64
+        share = dict(by_quadrant.collect().select(pl.col("quadrant").cast(pl.String), "share").rows())
+        assert share["Q3"] > 0.5 > share["Q4"], "the rule takes disagreement"
+        total = shares.group_by("run").agg(pl.col("share").sum())
+        assert (abs(total["share"] - 1) < 1e-12).all() and total.height == 2
+        entropy = {name: run.tokens().select(pl.col("student_entropy").mean()).collect().item() for name, run in runs.items()}
+        assert entropy["mine"] > entropy["built-in"], "smaller weights, flatter distributions"
+        assert set(runs["mine"].rollouts().collect()["reward"]) == {0.0, 1.0}
+    """,
+}
+"""What is checked in the notebook's own kernel, after its last cell."""
+
+
+def stored(name: str):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(notebook) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def python_of(source: str) -> str:
+    """A cell without its magics."""
+    return "\n".join(line for line in source.splitlines() if not line.startswith("%"))
+
+
+def test_every_notebook_is_tested():
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NAMES) == sorted(CHECKS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_short_and_mostly_prose(name):
+    notebook = stored(name)
+    lines = [line for source in code_cells(notebook) for line in source.splitlines() if line.strip() and line.strip()[0] != "#"]
+    assert len(lines) < MAX_CODE_LINES
+    assert max(len(line) for line in lines) <= 128
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert len(prose) > 1.2 * sum(map(len, lines))
+    assert "Eq. " in prose or name == "04_your_own_models"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_stored_in_one_stable_form(name):
+    path = FOLDER / f"{name}.ipynb"
+    notebook = stored(name)
+    nbformat.validate(notebook)
+    assert path.read_text("utf-8") == nbformat.writes(notebook) + "\n"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    for cell in notebook.cells:
+        assert cell.metadata == {}
+        if cell.cell_type == "code":
+            assert cell.execution_count is None
+            assert len(json.dumps(cell.outputs)) < MAX_OUTPUT_BYTES
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_and_imports_what_is_there(name):
+    """Every name that a cell imports from the package exists: a renamed function is found without running anything."""
+    for source in code_cells(stored(name)):
+        for node in ast.walk(ast.parse(python_of(source))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tip_analysis"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), alias.name
+
+
+def executed(notebook, folder: Path):
+    """The notebook with its outputs, from a fresh kernel that works in `folder`."""
+    nbclient = pytest.importorskip("nbclient", reason="running notebooks needs the extra [notebooks]")
+    client = nbclient.NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    return client.execute()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    from tip_analysis.example_run import make_small_run
+
+    return make_small_run(tmp_path_factory.mktemp("notebooks") / "small").path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_and_computes_what_it_says(name, small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIP_RUN", str(small_run))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = stored(name)
+    check = "\n".join(line.removeprefix("        ") for line in CHECKS[name].splitlines())
+    notebook.cells.append(nbformat.v4.new_code_cell(f"{check}\nprint('checked')"))
+    outputs = [output for cell in executed(notebook, tmp_path).cells for output in cell.get("outputs", [])]
+    assert outputs[-1]["text"] == "checked\n"
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == FIGURES[name]
+    assert len(json.dumps(outputs)) < 3 * MAX_OUTPUT_BYTES
+    shown = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert any("tip-tokens" in html for html in shown) or name == "03_selection_and_ablations"
+
+
+def test_example_run_takes_what_is_named_then_the_demo(small_run, tmp_path, monkeypatch):
+    from tip_analysis.example_run import example_run
+
+    monkeypatch.setenv("TIP_RUN", str(small_run))
+    assert example_run().path == small_run
+    monkeypatch.delenv("TIP_RUN")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(small_run)
+    (tmp_path / "notebooks").mkdir()
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(folder)
+        assert example_run().path == tmp_path / "runs" / "demo"
+
+
+def test_example_run_makes_a_run_once_where_there_is_none(tmp_path, monkeypatch, capsys):
+    from tip_analysis import example_run as module
+
+    monkeypatch.delenv("TIP_RUN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_made", [])
+    monkeypatch.setattr(module, "make_small_run", module.create_run)
+    first = module.example_run()
+    assert first is module.example_run()
+    assert first.record_path.is_file()
+    module._made[0][0].cleanup()
+    assert capsys.readouterr().out.count("make demo") == 1
