@@ -619,7 +619,7 @@ def test_gaussian_directions_are_standard_normal_and_keyed() -> None:
     others = [GaussianDirection(4, "a/0", 1), GaussianDirection(3, "a/1", 1), GaussianDirection(3, "a/0", 2)]
     for other in [other.tensor("w", like) for other in others] + [GaussianDirection(3, "a/0", 1).tensor("x", like)]:
         assert abs(float((draw * other).mean())) < 5 / len(like) ** 0.5
-    assert not torch.equal(draw[:1000], draw[BLOCK:])
+    assert not torch.equal(draw[:512], draw[BLOCK:][:512])
     torch.set_num_threads(3)
     assert torch.equal(draw, GaussianDirection(3, "a/0", 1).tensor("w", like))
     rounded = GaussianDirection(3, "a/0", 1).tensor("w", like.bfloat16())
@@ -690,4 +690,7 @@ def test_probes_of_a_real_model_agree_with_backward_passes_and_with_low_precisio
         probed, low = measured["float32", "probe"][loss], measured["bfloat16", "probe"][loss]
         bottom, top = norm_interval(probed.grad_norm_sq, probed.grad_norm_sq_se, 32, level=1 - 0.01 / len(exact))
         assert ((bottom <= exact) & (exact <= top)).all()
-        assert ((low.grad_norm_sq - probed.grad_norm_sq).abs() <= probed.grad_norm_sq_se).all()
+        # The probes are the same; what differs is the model, whose weights and activations are rounded.
+        stated = (low.grad_norm_sq_se.square() + probed.grad_norm_sq_se.square()).sqrt()
+        assert ((low.grad_norm_sq - probed.grad_norm_sq).abs() <= 2 * stated).all()
+        assert float(((low.grad_norm_sq - probed.grad_norm_sq) / stated).abs().median()) < 0.75

@@ -33,7 +33,7 @@ from tip_analysis.schema import Loss
 METHODS = ("probe", "exact")
 BATCHED_BYTES = 1 << 28
 """Gradients that an exact pass holds at once, at most, where one token's are smaller."""
-ROWS_TIMES_TOKENS = {"cpu": 2048, "cuda": 16384}
+ROWS_TIMES_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Probes × tokens in a pass beyond which a larger batch gains nothing."""
 FORWARD_MODE_TOLERANCE = {torch.bfloat16: 0.3, torch.float16: 0.1, torch.float32: 1e-2, torch.float64: 1e-4}
 """How far forward and backward mode may be apart, relative to the gradient's norm; a parameter forgotten shows as its share."""
