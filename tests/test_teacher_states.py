@@ -12,8 +12,17 @@ from tip_analysis.arithmetic.language import problems
 from tip_analysis.artifacts import create_run
 from tip_analysis.batching import TokenBudget
 from tip_analysis.divergence import token_statistics
-from tip_analysis.errors import ConfigurationMismatchError, LogitsError, ModelError, OptionError, RunError, UnknownNameError
+from tip_analysis.errors import (
+    ConfigurationMismatchError,
+    LogitsError,
+    ModelError,
+    OptionError,
+    RunError,
+    SchemaError,
+    UnknownNameError,
+)
 from tip_analysis.generation import Sampling
+from tip_analysis.importance import add_scores
 from tip_analysis.models import load_model
 from tip_analysis.prompts import Prompt
 from tip_analysis.rollouts import sample_rollouts
@@ -21,6 +30,7 @@ from tip_analysis.scoring.scorer import Scorer
 from tip_analysis.scoring.stage import score_rollouts
 from tip_analysis.scoring.teacher_head import head_rows, load_head
 from tip_analysis.scoring.teacher_states import LOWER_BOUNDS, NOT_STORED, TeacherStore, TopKSide, store_teacher_states
+from tip_analysis.selection import select_tokens
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +170,8 @@ def test_a_stored_top_k_bounds_divergences_and_keeps_the_teachers_own(run, one_p
     assert config["teacher_store"] == {"form": "topk", "store_k": min(store_k, 47)}
     assert config["lower_bounds"] == list(LOWER_BOUNDS)
     assert (mass == 0) == (store_k >= 47)
+    with pytest.raises(SchemaError, match="'teachability' needs a score for every token"):
+        select_tokens(add_scores(table), rule="teachability", retention_ratio=0.5)
 
 
 def assert_same_column(left, right):

@@ -82,6 +82,7 @@ RULES: dict[str, Rule] = {
             "teachability",
             importance.teachability,
             description="top-k of reverse KL × teacher's mass on the student's likeliest tokens",
+            complete=False,
         ),
         Rule("position", importance.earliness, description="the first k tokens of the response"),
         Rule("teacher_entropy", importance.teacher_entropy, description="top-k of teacher entropy"),
@@ -265,7 +266,8 @@ def _check_scores(frame: pl.LazyFrame, chosen: Rule) -> None:
     if counts["missing"]:
         raise SchemaError(
             f"rule {chosen.name!r} needs a score for every token that the student wrote; {counts['missing']} of "
-            f"{counts['tokens']}, in {counts['rollouts']} rollout(s), have none: keep only the rollouts that have it"
+            f"{counts['tokens']}, in {counts['rollouts']} rollout(s), have none: keep only the rollouts that have it, "
+            "or score in full"
         )
     if chosen.sampled and counts["negative"]:
         raise OptionError(f"rule {chosen.name!r} samples, so its score is a weight ≥ 0; {counts['negative']} are negative")
