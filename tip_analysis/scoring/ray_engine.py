@@ -158,8 +158,8 @@ def _cluster() -> Iterator[Any]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]  # an optional extra
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("--engine ray needs Ray: pip install 'tip-analysis[ray]'") from error
     ours = not ray.is_initialized()
