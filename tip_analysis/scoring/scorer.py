@@ -174,14 +174,18 @@ def in_batches(
 
 def in_blocks(num_rows: int, step: int, work: Callable[[slice], Columns]) -> Columns:
     """Columns of `num_rows` rows, made by `work` for `step` rows at a time; an error names the row among all."""
-    blocks = []
+    columns: Columns = {}
     for start in range(0, num_rows, step):
         try:
-            blocks.append(work(slice(start, start + step)))
+            block = work(slice(start, start + step))
         except LogitsError as error:
             error.row = start + (error.row or 0)
             raise
-    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+        if not columns:  # made once: small tensors left behind by every block would keep the blocks' memory in pieces
+            columns = {name: values.new_empty(num_rows, *values.shape[1:]) for name, values in block.items()}
+        for name, values in block.items():
+            columns[name][start : start + step] = values
+    return columns
 
 
 def counted_states(model: LanguageModel, rows: Sequence[Row], prompt: str, share_prompts: bool | None = None) -> Tensor:
