@@ -39,8 +39,8 @@ RULES = ("all", "random", "entropy", "entropy_sampling", "soft_or", "soft_or_bot
 RATIOS = (0.1, 0.2, 0.5)
 GRADIENT_ROLLOUTS = 128
 NUM_PROBES = 32
-ABLATION_ARMS = ("all", "soft_or:0.5", "soft_or_bottom:0.5", "q3:0.1", "random:0.1")
-ABLATION_STEPS, ABLATION_PROBLEMS, ABLATION_SAMPLES = 24, 64, 8
+ABLATION_ARMS = ("all", "soft_or:0.5", "soft_or_bottom:0.5", "q3:0.1")
+ABLATION_STEPS, ABLATION_PROBLEMS, ABLATION_SAMPLES = 40, 64, 8
 
 
 @dataclass(frozen=True)
