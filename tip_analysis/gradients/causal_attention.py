@@ -51,7 +51,7 @@ def _ungrouped(output: Tensor, heads: int, length: int) -> Tensor:
 
 
 def attend(form: ScoreForm, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention [B, T, H, D_v] of queries [B, H, T, D_k] to keys and values [B, H_kv, T, …], H_kv dividing H; differentiable."""
+    """Attention [B, T, H, D_v] of queries [B, H, T, D_k] to keys and values [B, H_kv, T, …], where H_kv divides H."""
     heads, query = query.shape[1], query.contiguous() * form.scaling
     outputs = []
     for queries, keys in form.blocks(query.shape[2]):
