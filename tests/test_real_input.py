@@ -1,0 +1,26 @@
+"""The main job on real weights and real problems: SmolLM2 on GSM8K, its own teacher once it is shown the solution."""
+
+from pathlib import Path
+
+import pytest
+
+from tip_analysis.__main__ import main
+from tip_analysis.artifacts import open_run
+from tip_analysis.quadrants import assign_quadrants, quadrant_shares
+
+PROBLEMS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train_1k.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.shared
+def test_smollm2_shown_the_solution_teaches_itself(tmp_path):
+    run, model = str(tmp_path / "run"), "smollm2-135m-instruct"
+    prompts = ["--prompts", str(PROBLEMS), "--limit", "4", "--num-rollouts", "1", "--max-new-tokens", "48"]
+    main(["rollout", run, "--student", model, "--template", "boxed", *prompts])
+    main(["score", run, "--teacher", model, "--teacher-context", "solution"])
+    tokens = open_run(run).tokens().collect()
+    generated = open_run(run).rollouts().collect()["sampled_logprobs"].explode()
+    assert (tokens["student_logprob"] - generated).abs().median() < 0.1  # bfloat16 logits
+    assert tokens["reverse_kl"].max() > 0.1
+    assert quadrant_shares(assign_quadrants(tokens))["share"].min() > 0.0
