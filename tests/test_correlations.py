@@ -111,19 +111,21 @@ def test_the_standard_error_of_a_correlation_of_independent_tokens() -> None:
     assert row["partial"] == pytest.approx(row["spearman"])
 
 
-@pytest.mark.parametrize("num_probes", [4, 32])
-def test_deconvolution_takes_probe_noise_out(num_probes: int) -> None:
+@pytest.mark.parametrize(("num_probes", "probed"), [(4, 1.0), (32, 1.0), (4, 0.3)])
+def test_deconvolution_takes_probe_noise_out(num_probes: int, probed: float) -> None:
     rng = np.random.default_rng(0)
     size = 6000
     latent = rng.normal(size=size)
     norm = np.exp(latent)
     x = 0.8 * latent + 0.6 * rng.normal(size=size)
-    measured = norm * rng.chisquare(num_probes, size) / num_probes
+    part = probed * norm * rng.chisquare(num_probes, size) / num_probes
+    measured = (1 - probed) * norm + part
     frame = pl.DataFrame({
         "rollout_id": [f"p{i % 60}/0" for i in range(size)], "prompt_id": [f"p{i % 60}" for i in range(size)],
         "position": [i // 60 for i in range(size)], "batch_id": [0] * size, "loss_mask": [True] * size,
         "student_entropy": np.abs(x), "reverse_kl": np.abs(x), "x": x, "grad_norm_sq": measured,
-        "grad_dot_loss": rng.normal(size=size) * norm, "num_probes": [num_probes] * size,
+        "grad_norm_sq_se": part * math.sqrt(2 / num_probes), "grad_dot_loss": rng.normal(size=size) * norm,
+        "num_probes": [num_probes] * size,
     })  # fmt: skip
     row = correlation_table(frame, targets=["grad_norm"], predictors=["x"], controls=["position"], num_resamples=50).row(
         0, named=True

@@ -17,6 +17,7 @@ from tiny_models import tiny_language_model
 from tip_analysis.arithmetic.language import problems
 from tip_analysis.artifacts import create_run, open_run
 from tip_analysis.batching import TokenBudget
+from tip_analysis.divergence import token_statistics
 from tip_analysis.errors import (
     ConfigurationMismatchError,
     ContextLengthError,
@@ -243,6 +244,22 @@ def test_array_jobs_together_give_the_table_of_one_process(run, tokens, student,
     last = score_rollouts(other, Scorer(student, teacher), shard_size=8, part=(2, 3))
     assert last["num_scored_tokens"] == tokens.height
     assert other.tokens().collect().equals(tokens)
+
+
+@pytest.mark.parametrize(("spare", "compiled"), [(0, True), (1, False)])
+def test_whether_to_compile_is_decided_by_the_whole_run(run, tokens, student, teacher, tmp_path, monkeypatch, spare, compiled):
+    scorer, seen = Scorer(student, teacher), []
+    needed = tokens.height * scorer.vocab_size + spare
+    monkeypatch.setattr("tip_analysis.scoring.scorer.worth_compiling", lambda num_logits: num_logits >= needed)
+    monkeypatch.setattr(
+        "tip_analysis.scoring.scorer.token_statistics",
+        lambda *, compile, **rest: seen.append(compile) or token_statistics(compile=False, **rest),
+    )
+    other = create_run(tmp_path / "run")
+    other.begin("rollout", config={}).write(0, run.rollouts().collect())
+    score_rollouts(other, scorer, shard_size=1, part=(0, 3))  # a part of the run is made as the whole is
+    assert seen
+    assert set(seen) == {compiled}
 
 
 def test_an_altered_shard_is_named_and_made_again(run, tokens, student, teacher, caplog):

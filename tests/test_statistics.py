@@ -119,17 +119,21 @@ def test_without_gradients_the_table_has_no_alignment(tables) -> None:
     assert not {name for name in names if "grad_dot_loss" in name or "oracle" in name}
 
 
-def test_the_median_of_ratios_is_corrected_for_probe_noise() -> None:
+@pytest.mark.parametrize("probed", [1.0, 0.3])
+def test_the_median_of_ratios_is_corrected_for_probe_noise(probed: float) -> None:
     rng = np.random.default_rng(0)
     size, probes = 20_000, 4
+    part = probed * rng.chisquare(probes, size) / probes
     frame = pl.DataFrame({
         "rollout_id": [f"p{i % 50}/0" for i in range(size)], "prompt_id": [f"p{i % 50}" for i in range(size)],
         "position": [i // 50 for i in range(size)], "batch_id": [0] * size, "loss_mask": [True] * size,
         "student_entropy": [0.0] * size, "reverse_kl": [0.0] * size, "grad_dot_loss": [0.3] * size,
-        "grad_norm_sq": rng.chisquare(probes, size) / probes, "num_probes": [probes] * size,
+        "grad_norm_sq": 1 - probed + part, "grad_norm_sq_se": part * (2 / probes) ** 0.5, "num_probes": [probes] * size,
     })  # fmt: skip
     table = quadrant_statistics(frame, num_resamples=5)
-    assert value(table, "Q4", "median_oracle_weight") == pytest.approx(0.3 * probes / stats.chi2.median(probes), rel=0.02)
+    assert value(table, "Q4", "median_oracle_weight") == pytest.approx(
+        0.3 / (1 - probed + probed * stats.chi2.median(probes) / probes), rel=0.02
+    )
     assert value(table, "Q4", "median_oracle_weight_deconvolved") == pytest.approx(0.3, rel=0.02)
 
 

@@ -5,12 +5,12 @@ Reads the token table joined with gradients (`statistics.join_gradients`); write
 Spearman: Pearson's correlation of midranks. Partial: from the inverse of the rank correlation matrix of both variables
 and the controls. Both are measured again, ranks included, in each resample of prompts.
 
-Probe noise: M̂ = M·χ²_K/K weakens a rank correlation with ‖g‖ or with φ/M. Its part κ of the variance is measured by
-adding as much again: a copy of M̂ times log-normal factors of variance ψ₁(K/2), that of ln χ²_K, correlates with M̂ as
-1/√(1 + κ). A correlation without the noise is then the plain one over √(1 − κ), on the scale 2·sin(π·ρ/6) on which
-Spearman's ρ is Pearson's for normal scores. For the partial correlation κ is measured with the same controls held. This holds
-where ln M and the predictor are roughly normal after a monotone change of scale, and is an approximation for φ/M. The interval
-goes through the same map, with κ taken as known.
+Probe noise: M̂ = closed form + P̂, the probed part being P̂ = P·χ²_K/K, weakens a rank correlation with ‖g‖ or with φ/M.
+Its part κ of the variance is measured by adding as much again: a copy of M̂ whose P̂ is multiplied by factors χ²_K/K once
+more correlates with M̂ as 1/√(1 + κ). A correlation without the noise is then the plain one over √(1 − κ), on the scale
+2·sin(π·ρ/6) on which Spearman's ρ is Pearson's for normal scores. For the partial correlation κ is measured with the same
+controls held. This holds where ln M and the predictor are roughly normal after a monotone change of scale, and is an
+approximation for φ/M. The interval goes through the same map, with κ taken as known.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 import polars.selectors as cs
-from scipy import special, stats
+from scipy import stats
 
 from tip_analysis.bootstrap import Floats, Interval, default_resamples, interval_frame, with_counts
 from tip_analysis.errors import SchemaError, UnknownNameError
@@ -92,6 +92,18 @@ def auc(scores: Floats, positive: np.ndarray) -> float:
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
+def probed_share(frame: pl.DataFrame) -> Floats:
+    """[N] the part of each M̂ that comes from probes and carries their noise; the rest has a closed form.
+
+    From `grad_norm_sq`, `grad_norm_sq_se` (√(2/K) of the probed part) and `num_probes`; 0 for exact norms.
+    """
+    norm, error, probes = (
+        frame[name].cast(pl.Float64).to_numpy() for name in ("grad_norm_sq", "grad_norm_sq_se", "num_probes")
+    )
+    part = error * np.sqrt(probes / 2.0)
+    return np.clip(np.divide(part, norm, out=np.zeros_like(part), where=norm > 0.0), 0.0, 1.0)
+
+
 @dataclass(frozen=True)
 class _Pair:
     target: str
@@ -118,14 +130,23 @@ class _Correlations:
             ranked |= {name: RankedColumn(values) for name, values in fresh.items() if name in ranked}
         return self._measure(ranked, weights)
 
-    def noise_share(self, target: str, predictor: str, variance: Floats, generator: np.random.Generator) -> tuple[float, float]:
-        """κ of a target: the part of its variance that is probe noise, plain and with the controls of this pair held."""
+    def noise_share(self, pair: _Pair, probes: Floats, probed: Floats, generator: np.random.Generator) -> tuple[float, float]:
+        """κ of a target: the part of its variance that is probe noise, plain and with the controls of this pair held.
+
+        Args:
+            pair: target and predictor.
+            probes: K of each token, 0 where its norm is exact, [N].
+            probed: the probed part's share of M̂, [N].
+            generator: of the noise that is added.
+        """
+        target, predictor = pair.target, pair.predictor
         held = [name for name in self.controls if name not in (target, predictor)]
-        weights = np.ones(variance.size)
+        weights = np.ones(probes.size)
         ranks = np.stack([self._ranked[name].ranks(weights) for name in (target, target, *held)])
         agreement = []
         for _ in range(_NOISE_REPEATS):
-            factor = np.exp(np.sqrt(variance) * generator.standard_normal(variance.size))
+            noise = generator.chisquare(np.maximum(probes, 1.0)) / np.maximum(probes, 1.0)
+            factor = 1.0 + probed * (noise - 1.0)
             noisy = self.columns[target] * (np.sqrt(factor) if target == "grad_norm" else 1.0 / factor)
             ranks[1] = RankedColumn(noisy).ranks(weights)
             matrix = correlation_matrix(ranks, weights)
@@ -169,8 +190,8 @@ def _column(frame: pl.DataFrame, name: str) -> Floats:
 
 def _needed(name: str) -> list[str]:
     return {
-        "grad_norm": ["grad_norm_sq", "num_probes"],
-        "oracle_weight": ["grad_dot_loss", "grad_norm_sq", "num_probes"],
+        "grad_norm": ["grad_norm_sq", "grad_norm_sq_se", "num_probes"],
+        "oracle_weight": ["grad_dot_loss", "grad_norm_sq", "grad_norm_sq_se", "num_probes"],
         "token_frequency": ["token_id"],
         "soft_or": ["soft_or", "student_entropy_norm", "forward_kl"],
         "q3_score": ["q3_score", "student_entropy_norm", "forward_kl"],
@@ -246,11 +267,11 @@ def _deconvolve(frame: pl.DataFrame, columns: _Correlations, plain: Interval, se
     factor = np.full(plain.value.size, np.nan)
     probes = frame["num_probes"].cast(pl.Float64).to_numpy() if "num_probes" in frame.columns else np.zeros(frame.height)
     if (probes > 0).any():
-        variance = np.where(probes > 0, special.polygamma(1, np.maximum(probes, 1.0) / 2.0), 0.0)
+        probed = probed_share(frame)
         for index, pair in enumerate(columns.pairs):
             if pair.target in NOISY_TARGETS:
                 generator = np.random.Generator(np.random.Philox(seed))
-                shares = columns.noise_share(pair.target, pair.predictor, variance, generator)
+                shares = columns.noise_share(pair, probes, probed, generator)
                 factor[[index, index + len(columns.pairs)]] = 1.0 / np.sqrt(1.0 - np.asarray(shares))
     value, low, high = (
         _rank_scale(np.clip(_normal_scale(part) * factor, -1.0, 1.0)) for part in (plain.value, plain.low, plain.high)

@@ -165,7 +165,7 @@ class GradientTable(dy.Schema):
     num_probes = dy.Int32(primary_key=True, min=0, description="K, the number of probes; 0 for exact")
     seed = dy.Int64(primary_key=True, description="Seed of the probes")
     grad_norm_sq = dy.Float64(min=0.0, description="M_t = ‖∇_θ ℓ_t‖², or its unbiased estimate")
-    grad_norm_sq_se = dy.Float64(min=0.0, description="Its standard error, √(2/K) of the estimate; 0 for exact")
+    grad_norm_sq_se = dy.Float64(min=0.0, description="Its standard error, √(2/K) of what was probed; 0 for exact")
     grad_dot_loss = dy.Float64(nullable=True, description="φ_t = ⟨∇L, ∇ℓ_t⟩, ∇L from the other fold of prompts")
     grad_dot_loss_plugin = dy.Float64(description="φ_t with ∇L from all tokens, this one included: positive by construction")
     reward_alignment = dy.Float64(

@@ -5,8 +5,9 @@ tokens, rollouts and prompts it stands, and gives the standard error and the 95 
 resampled with all their rollouts, cuts are measured again in each resample. Masks are part of the rule and stay as they are.
 
 `grad_norm_sq` is M = ‖g‖², `grad_dot_loss` φ = ⟨∇L, g⟩; φ/M is the oracle weight of Proposition 1 up to the unknown 1/(ηβ).
-M̂ from K probes is unbiased, so sums and shares of M need no correction. The median of φ/M̂ is too large by
-1/median(χ²_K/K) at most; its correction is the factor median(χ²_K/K), exact where tokens share one ratio.
+M̂ from K probes is unbiased, so sums and shares of M need no correction. The median of φ/M̂ is too large by 1/median(M̂/M) at
+most; its correction is the factor median(M̂/M) = 1 + s·(median(χ²_K/K) − 1), s being the part of ΣM̂ that was probed and has
+no closed form: exact where tokens share one φ/M and one s.
 Correlations: `correlations`. Position, frequency and kind of token: `effects`.
 """
 
@@ -19,7 +20,7 @@ from scipy import stats
 
 from tip_analysis.bootstrap import Floats, Interval, group_index, interval_frame, ratio_interval, sums_by_group, with_counts
 from tip_analysis.composition import MASK_KEYS
-from tip_analysis.correlations import correlation_table
+from tip_analysis.correlations import correlation_table, probed_share
 from tip_analysis.errors import OptionError, SchemaError
 from tip_analysis.resampling import QUADRANTS, Codes, Resampler, written_tokens
 from tip_analysis.schema import Quadrant, require_columns
@@ -144,7 +145,7 @@ def quadrant_statistics(
     """
     tokens = tokens.lazy()
     present = tokens.collect_schema().names()
-    extra = [name for name in (*MEAN_COLUMNS, "num_probes") if name in present]
+    extra = [name for name in (*MEAN_COLUMNS, "grad_norm_sq_se", "num_probes") if name in present]
     frame = written_tokens(tokens, extra, "quadrant_statistics")
     resampler = Resampler(
         frame,
@@ -219,9 +220,7 @@ class _RatioMedian:
         ratio = phi[rows] / norm[rows]
         order = np.argsort(ratio, kind="stable")
         self.rows, self.ratio = rows[order], ratio[order]
-        probes = frame["num_probes"].to_numpy() if "num_probes" in frame.columns else np.zeros(1)
-        fewest = int(probes[probes > 0].min()) if (probes > 0).any() else 0
-        self.correction = float(stats.chi2.median(fewest) / fewest) if fewest else 1.0
+        self.correction = _median_of_estimate(frame[rows])
 
     def __call__(self, weights: Floats, codes: Codes) -> Floats:
         """[4·2] the median and its deconvolved form, quadrant by quadrant."""
@@ -235,6 +234,18 @@ class _RatioMedian:
                 ends = np.searchsorted(cumulative, [np.floor(place), np.ceil(place)], side="right")
                 medians[code] = self.ratio[chosen][ends].mean()
         return np.stack([medians, medians * self.correction], axis=1).ravel()
+
+
+def _median_of_estimate(frame: pl.DataFrame) -> float:
+    """Median of M̂/M under the noise of the probes; 1 where no norm was probed."""
+    if not {"grad_norm_sq_se", "num_probes"} <= set(frame.columns):
+        return 1.0
+    probed = frame.filter(pl.col("num_probes") > 0)
+    if probed.height == 0:
+        return 1.0
+    fewest = int(probed["num_probes"].min())  # pyright: ignore[reportArgumentType]
+    share = float(np.average(probed_share(probed), weights=probed["grad_norm_sq"].to_numpy()))
+    return 1.0 + share * (float(stats.chi2.median(fewest)) / fewest - 1.0)
 
 
 def _counts_by_quadrant(frame: pl.DataFrame, codes: Codes) -> pl.DataFrame:

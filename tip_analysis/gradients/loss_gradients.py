@@ -221,7 +221,8 @@ def weighted_gradient(
 ) -> dict[str, Tensor]:
     """Σ over rollouts of weight · Σ_t ∇ℓ_t, by parameter name, in float32 or better.
 
-    Tokens whose loss is infinite (the teacher rules out what the student allows) are left out.
+    Tokens whose loss is infinite (the teacher rules out what the student allows) are left out: they count in the weights of
+    their rollout as tokens without a gradient.
     """
     model = pair.student.model
     precise = torch.promote_types(pair.student.dtype, torch.float32)

@@ -59,14 +59,13 @@ class ScoringJob:
     device: str = "auto"
     overwrite: bool = False
 
-    def load(self) -> tuple[Scorer, ScoringWork]:
+    def begin(self) -> ScoringWork:
         """Load both models, and begin the stage or go on with it."""
         student = load_model(self.student, dtype=self.dtype, device=self.device)
         same = self.teacher == self.student
         teacher = student if same else load_model(self.teacher, dtype=self.dtype, device=self.device)
         scorer = Scorer(student, teacher, TokenBudget(self.token_budget), self.top_k)
-        work = begin_scoring(open_run(self.run), scorer, self.teacher_context, self.shard_size)
-        return scorer, work
+        return begin_scoring(open_run(self.run), scorer, self.teacher_context, self.shard_size)
 
 
 class _Worker:
@@ -81,7 +80,7 @@ class _Worker:
         self.stop = stop
         self.error: InputError | None = None
         try:
-            self.scorer, self.work = job.load()
+            self.work = job.begin()
         except InputError as error:
             self.error = error
 
@@ -94,7 +93,7 @@ class _Worker:
                 if self.stop.exists():
                     continue
                 if not self.work.stage.is_whole(index):  # it may be: made just before a failure, or by an earlier session
-                    tokens += score_shard(self.scorer, self.work, index)
+                    tokens += score_shard(self.work, index)
                 rollouts += self.work.shard(index).height
         except InputError as error:
             self.stop.touch()

@@ -81,7 +81,7 @@ class Scorer:
     share_prompts: bool | None = None
     """Run each distinct prompt of a batch once; None does so where it pays (`SHARING_PAYS_FROM`)."""
     compile: bool | None = None
-    """Whether the statistics are compiled; None leaves it to the size of the work."""
+    """Whether the statistics are compiled; None leaves it to the size of each table (`divergence.worth_compiling`)."""
     vocab_size: int = field(init=False)
     _texts: dict[int, str] = field(init=False, repr=False, default_factory=dict)
 
@@ -103,8 +103,16 @@ class Scorer:
         Raises:
             LogitsError: a model answers NaN or +inf; names rollout and position.
         """
-        columns = in_batches(rollouts, self.budget, lambda rows: self._score(rows, stored), advance)
+        compiled = self.compiles(rollouts)
+        columns = in_batches(rollouts, self.budget, lambda rows: self._score(rows, stored, compiled), advance)
         return _assemble(rollouts, columns, self.texts)
+
+    def compiles(self, rollouts: pl.DataFrame) -> bool:
+        """Whether the statistics of these rollouts' tokens are compiled."""
+        if self.compile is not None:
+            return self.compile
+        num_tokens = rollouts.select(pl.col("loss_mask").list.sum().sum()).item()
+        return worth_compiling(num_tokens * self.vocab_size)
 
     def texts(self, token_ids: Iterable[int]) -> dict[int, str]:
         """The text of each distinct token; each is decoded once."""
@@ -114,7 +122,7 @@ class Scorer:
         return {token_id: self._texts[token_id] for token_id in wanted}
 
     @torch.no_grad()
-    def _score(self, rows: Sequence[Row], stored: StoredTeacher | None) -> Columns:
+    def _score(self, rows: Sequence[Row], stored: StoredTeacher | None, compiled: bool) -> Columns:
         """Columns of one batch's counted tokens."""
         student = counted_states(self.student, rows, "prompt_token_ids", self.share_prompts)
         if stored is None:
@@ -123,13 +131,12 @@ class Scorer:
         else:
             teacher = stored.side([row["rollout_id"] for row in rows])
         try:
-            return self._statistics(student, teacher, counted_tokens(rows))
+            return self._statistics(student, teacher, counted_tokens(rows), compiled)
         except LogitsError as error:
             raise located(error, rows) from error
 
-    def _statistics(self, student: Tensor, teacher: TeacherSide, token_ids: Tensor) -> Columns:
+    def _statistics(self, student: Tensor, teacher: TeacherSide, token_ids: Tensor, compiled: bool) -> Columns:
         """Heads and statistics, a cache-sized block of rows at a time."""
-        compiled = self.compile if self.compile is not None else worth_compiling(len(token_ids) * self.vocab_size)
 
         def block(rows: slice) -> Columns:
             student_logits = self.student.head(student[rows])[:, : self.vocab_size]

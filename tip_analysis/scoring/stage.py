@@ -7,7 +7,7 @@ Where student and teacher do not fit together, the teacher's phase comes first (
 stored states take the place of the teacher's body here. The table is the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -58,7 +58,7 @@ def score_rollouts(
     total = sum(work.shard(index).height for index in work.mine)
     with track("scoring", total, done=total - sum(work.shard(index).height for index in missing)) as advance:
         for index in missing:
-            score_shard(scorer, work, index, advance)
+            score_shard(work, index, advance)
     return finish_scoring(run, work.stage)
 
 
@@ -67,6 +67,8 @@ class ScoringWork:
     """The rollouts of a run, cut into the shards of its token table."""
 
     stage: Stage
+    scorer: Scorer
+    """Compiles its statistics or not by the size of the whole run, so that all shards are made alike, whoever makes them."""
     rollouts: pl.DataFrame
     shard_size: int
     mine: range
@@ -79,9 +81,9 @@ class ScoringWork:
         return self.rollouts[index * self.shard_size : (index + 1) * self.shard_size]
 
 
-def score_shard(scorer: Scorer, work: ScoringWork, index: int, advance: Advance | None = None) -> int:
+def score_shard(work: ScoringWork, index: int, advance: Advance | None = None) -> int:
     """Score one shard and write it; returns its number of token rows."""
-    rollouts = work.shard(index)
+    rollouts, scorer = work.shard(index), work.scorer
     stored = None if work.stored is None else work.stored.shard(index, rollouts, scorer.teacher.head)
     table = scorer.token_table(rollouts, advance, stored)
     lengths = longer_lengths(rollouts).to_list()
@@ -124,8 +126,9 @@ def begin_scoring(
         },
         overwrite=overwrite,
     )
+    scorer = replace(scorer, compile=scorer.compiles(rollouts))
     write_vocabulary(run, scorer, overwrite=overwrite)
-    return ScoringWork(stage, rollouts, shard_size, mine, stored)
+    return ScoringWork(stage, scorer, rollouts, shard_size, mine, stored)
 
 
 def write_vocabulary(run: Run, scorer: Scorer, *, overwrite: bool = False) -> None:
