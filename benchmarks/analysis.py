@@ -11,15 +11,13 @@ and both divergences.
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from measuring import fresh_process, write_results
 
 SHARD_ROWS = 1_000_000
 ROLLOUT_TOKENS = 250
@@ -99,13 +97,10 @@ ENGINES = {"package": with_package, "pandas": with_pandas}
 
 def measure(engine: str, folder: Path) -> dict:
     """One engine in a fresh process."""
-    command = [sys.executable, __file__, "--worker", engine, "--folder", str(folder)]
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    output = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if output.returncode:
-        return {"engine": engine, "failed": output.stderr.strip().splitlines()[-1:] or [f"exit status {output.returncode}"]}
-    return {"engine": engine, **json.loads(output.stdout)}
+    try:
+        return {"engine": engine, **fresh_process(__file__, "--worker", engine, "--folder", folder)}
+    except SystemExit as failure:
+        return {"engine": engine, "failed": str(failure)}
 
 
 def run(rows: int, engines: list[str], rounds: int) -> dict:
@@ -160,10 +155,7 @@ def main() -> None:
                 print(f"{rows:>12,} rows  {engine:8} {part['seconds']:7.2f} s  {part['peak_mb']:7.0f} MB  {part['method']}")
         if "times_faster" in summary:
             print(f"{'':17} {summary['times_faster']:.1f} times faster, {summary['memory_ratio']:.2f} of the memory")
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": machine, "sizes": sizes}, indent=1) + "\n")
+    write_results(options.out, options, sizes=sizes)
 
 
 if __name__ == "__main__":

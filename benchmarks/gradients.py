@@ -13,21 +13,21 @@ under another prompt. Needs SmolLM2's weights (`make smollm2`).
 
 import argparse
 import json
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
+from measuring import fresh_process, write_results
 from torch import Tensor
 
 from tip_analysis.gradients import GradientInput, GradientSettings, norm_interval
 from tip_analysis.gradients.forward_mode import attention
-from tip_analysis.gradients.loss_gradients import LossDirections, Pair, read_tokens
+from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions, read_tokens
 from tip_analysis.gradients.rollout_gradients import RolloutMeter
 from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.gradients.token_losses import token_loss
@@ -50,12 +50,14 @@ def make_rollout(model: LanguageModel, length: int) -> GradientInput:
     return GradientInput("benchmark/0", "benchmark", prompt, response, model.tokenizer(TEACHER_PROMPT)["input_ids"])
 
 
-def probe_norms(pair: Pair, rollout: GradientInput, num_probes: int, together: int | None) -> tuple[float, Tensor, Tensor]:
-    """Seconds, estimates and standard errors of all tokens."""
+def probe_norms(
+    pair: Pair, rollout: GradientInput, num_probes: int, together: int | None, directions: LossDirections | None = None
+) -> tuple[float, Tensor, Tensor]:
+    """Seconds, estimates and standard errors of all tokens; with directions, φ as well."""
     settings = GradientSettings(losses=("reverse_kl",), num_probes=num_probes, probes_together=together)
     scope = parameter_scope(pair.student.model, pair.student.head, "all")
     nothing = LossDirections({rollout.prompt_id: 0}, {}, (1.0, 0.0), {})
-    meter = RolloutMeter(pair, scope, settings, nothing)
+    meter = RolloutMeter(pair, scope, settings, directions or nothing)
     meter._verified = True  # a check made once a run, not once a rollout
     with meter:
         meter._forward._check_attention(read_tokens(rollout.prompt, rollout.response, [0], pair.student.device)[0])
@@ -78,9 +80,7 @@ def baseline_norms(pair: Pair, rollout: GradientInput, tokens: list[int]) -> tup
     shared, norms = CLOCK() - began, []
     began = CLOCK()
     for token in tokens:
-        row = slice(
-            token, token + 1
-        )  # only this token's logits: a loss of all rows would drag [T, V] through every backward pass
+        row = slice(token, token + 1)  # a loss of all rows would drag [T, V] through every backward pass
         loss = token_loss("reverse_kl", head(hidden[row]), teacher(row), targets[row])
         gradients = torch.autograd.grad(loss.sum(), parameters, retain_graph=True)
         norms.append(sum(float(gradient.float().square().sum()) for gradient in gradients))
@@ -120,14 +120,25 @@ def compare(pair: Pair, length: int, options: argparse.Namespace) -> dict[str, f
 
 
 def peak_memory(length: int, options: argparse.Namespace) -> dict[str, float]:
-    """Peak resident memory of a probe pass, in multiples of the parameters' size, beside one forward pass's activations."""
+    """Peak resident memory of each phase in multiples of the parameters' size, beside one forward pass's activations.
+
+    Of ∇L of two rollouts in two folds, kept on disk, and of the probes with φ after it.
+    """
     pair = load_pair(options.dtype)
     scope = parameter_scope(pair.student.model, pair.student.head, "all")
     rollout = make_rollout(pair.student, length)
+    other = replace(rollout, rollout_id="other/0", prompt_id="other")
     read, _ = read_tokens(rollout.prompt, rollout.response, [0], pair.student.device)
-    before = psutil.Process().memory_info().rss
-    probe_norms(pair, rollout, max(2, options.probes_together or 1), options.probes_together)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    outside = psutil.Process().memory_info().rss - scope.num_bytes
+
+    def peak() -> float:
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - outside) / scope.num_bytes
+
+    with TemporaryDirectory() as folder:
+        directions = loss_directions(pair, scope, [rollout, other], losses=["reverse_kl"], folder=Path(folder))
+        peak_of_loss = peak()
+        probe_norms(pair, rollout, max(2, options.probes_together or 1), options.probes_together, directions)
+        peak_of_all = peak()
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -144,7 +155,8 @@ def peak_memory(length: int, options: argparse.Namespace) -> dict[str, float]:
         "probes_together": options.probes_together or 1,
         "parameters_bytes": scope.num_bytes,
         "activations_bytes": activations,
-        "peak_over_parameters": (peak - before + scope.num_bytes) / scope.num_bytes,
+        "peak_of_loss_gradients_over_parameters": peak_of_loss,
+        "peak_over_parameters": peak_of_all,
         "activations_over_parameters": activations / scope.num_bytes,
     }
 
@@ -182,10 +194,9 @@ def main() -> None:
     pair = None if options.memory else load_pair(options.dtype)
     for length in options.lengths:
         if pair is None:
-            command = [sys.executable, __file__, "--child", "--lengths", str(length), "--dtype", options.dtype]
-            command += ["--probes-together", str(options.probes_together)] if options.probes_together else []
-            child = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append(json.loads(child.stdout.splitlines()[-1]))
+            arguments = ["--child", "--lengths", length, "--dtype", options.dtype]
+            arguments += ["--probes-together", options.probes_together] if options.probes_together else []
+            rows.append(fresh_process(__file__, *arguments))
         else:
             rows.append(compare(pair, length, options))
         print(
@@ -193,16 +204,7 @@ def main() -> None:
                 f"{key} {value:,.2f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in rows[-1].items()
             )
         )
-    if options.out:
-        record = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "options": {key: str(value) for key, value in vars(options).items()},
-            "rows": rows,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    write_results(options.out, options, rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import torch
 
 Work = Mapping[str, Callable[[], object]]
 
@@ -37,7 +36,8 @@ def interleaved(work: Work, rounds: int, clock: Callable[[], float] = time.perf_
 
 def _finished(run: Callable[[], object]) -> None:
     run()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
@@ -70,11 +70,12 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "libraries": {name: version(name) for name in ("torch", "transformers", "polars", "pandas")},
     }
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
+    if torch := sys.modules.get("torch"):  # what is measured may be the work of a process that never needs it
+        found["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            found["device"] = torch.cuda.get_device_name()
     return found
 
 

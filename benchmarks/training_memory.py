@@ -13,14 +13,12 @@ compared in their order only.
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import fresh_process, write_results
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -129,12 +127,10 @@ def measure(setting: Setting) -> dict[str, float]:
 
 def run_arm(setting: Setting) -> dict[str, float]:
     """Measure one arm in a fresh process."""
-    command = [sys.executable, __file__, "--worker", json.dumps(asdict(setting))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}: killed, memory ran out?"])[-1]
-        return {"error": reason}  # pyright: ignore[reportReturnType]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        return fresh_process(__file__, "--worker", json.dumps(asdict(setting)))
+    except SystemExit as failure:
+        return {"error": str(failure)}  # pyright: ignore[reportReturnType]
 
 
 def main() -> None:
@@ -177,12 +173,7 @@ def main() -> None:
             row["paper_gb"] = None if arm == FULL else PAPER_GB.get(float(arm))
             rows.append(row)
             print(describe(row), flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"machine": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
-        if arguments.device.startswith("cuda"):
-            machine["device"] = torch.cuda.get_device_name()
-        arguments.out.write_text(json.dumps({"environment": machine, "results": rows}, indent=1) + "\n", "utf-8")
+    write_results(arguments.out, arguments, rows=rows)
 
 
 def describe(row: dict) -> str:

@@ -5,6 +5,7 @@ import math
 import types
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 import reference
@@ -13,6 +14,7 @@ from scipy.stats import norm
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import PreTrainedModel
 
+from tip_analysis.divergence import token_statistics
 from tip_analysis.errors import ModelError, OptionError, UnknownNameError
 from tip_analysis.gradients import (
     GradientInput,
@@ -30,6 +32,7 @@ from tip_analysis.gradients.forward_mode import ForwardMode
 from tip_analysis.gradients.loss_gradients import REWARD, loss_directions, prompt_folds, weighted_gradient
 from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.schema import GradientTable, Loss, validate
+from tip_analysis.statistics import quadrant_statistics
 
 VOCABULARY = 23
 LOSSES = [str(loss) for loss in Loss]
@@ -91,6 +94,12 @@ def oracle_gradients(
         gradients = reference.token_gradients(student, teacher, prompt, response, loss, parameters, theirs)
         rows += [(rollout, t, gradients[t]) for t in rollout.positions]
     return rows
+
+
+def response_logits(model: PreTrainedModel, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Logits [T, V] that predict a response."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
 
 
 TOLERANCE = dict.fromkeys(ARCHITECTURES, 1e-8) | {"gemma2": 1e-5}
@@ -307,6 +316,44 @@ def test_intervals_cover_as_stated() -> None:
         low, high = norm_interval(result.grad_norm_sq, result.grad_norm_sq_se, 32)
         covered.append(((low <= exact) & (exact <= high)).double().mean())
     assert 0.92 <= float(torch.stack(covered).mean()) <= 0.98
+
+
+def test_energy_shares_of_quadrants_lie_within_two_stated_errors_of_exact() -> None:
+    student, teacher = double_model(), double_model(seed=1)
+    pair = model_pair(student, teacher)
+    rollouts = [
+        replace(rollout, rollout_id=f"{copy}-{rollout.rollout_id}", prompt_id=f"{copy}-{rollout.prompt_id}", prompt=[copy, 9])
+        for copy in range(6)
+        for rollout in some_rollouts()
+    ]
+    rows = []
+    for rollout in rollouts:
+        prompt, response = list(rollout.prompt), list(rollout.response)
+        found = token_statistics(
+            student=response_logits(student, prompt, response),
+            teacher=response_logits(teacher, list(rollout.teacher_prompt or prompt), response),
+        )
+        entropy, divergence = found["student_entropy"].tolist(), found["reverse_kl"].tolist()
+        rows += [(rollout.rollout_id, rollout.prompt_id, t, entropy[t], divergence[t]) for t in rollout.positions]
+    names = ["rollout_id", "prompt_id", "position", "student_entropy", "reverse_kl"]
+    tokens = pl.DataFrame(rows, schema=names, orient="row").with_columns(batch_id=0, loss_mask=True)
+
+    def shares(method: str, seed: int) -> pl.DataFrame:
+        settings = GradientSettings(losses=("reverse_kl",), method=method, num_probes=32, probes_together=32, seed=seed)
+        measured = [found["reverse_kl"] for _, found in measure_rollouts(pair, rollouts, settings)]
+        norms = pl.Series("grad_norm_sq", torch.cat([each.grad_norm_sq for each in measured]).numpy())
+        table = quadrant_statistics(tokens.with_columns(norms), num_resamples=200)
+        return table.filter(pl.col("statistic") == "share_grad_norm_sq")
+
+    exact = shares("exact", 0)["value"].to_numpy()
+    assert exact.min() > 0.02
+    differences = []
+    for seed in range(3):
+        probed = shares("probe", seed)
+        differences.append(probed["value"].to_numpy() - exact)
+        assert (abs(differences[-1]) <= 2 * probed["se"].to_numpy()).all()
+        assert abs(differences[-1]).max() > 1e-6
+    assert (abs(np.mean(differences, axis=0)) < 0.02).all()
 
 
 def test_results_depend_neither_on_batch_nor_on_grouping() -> None:
