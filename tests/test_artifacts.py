@@ -7,7 +7,8 @@ import textwrap
 import polars as pl
 import pytest
 
-from tip_analysis.artifacts import config_hash, create_run, file_hash, open_run, write_atomically
+from tip_analysis.artifacts import config_hash, create_run, open_run
+from tip_analysis.atomic_files import file_hash, write_atomically
 from tip_analysis.errors import ConfigurationMismatchError, RunError, SchemaError, StorageError
 from tip_analysis.schema import MaskTable, TokenTable, polars_schema
 

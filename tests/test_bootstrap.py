@@ -19,9 +19,10 @@ from tip_analysis.bootstrap import (
     prompt_weights,
     ratio_interval,
 )
+from tip_analysis.cuts import measure_cut, parse_cut
 from tip_analysis.errors import OptionError, SchemaError
 from tip_analysis.importance import add_scores
-from tip_analysis.quadrants import assign_quadrants, measure_cut, parse_cut
+from tip_analysis.quadrants import assign_quadrants
 from tip_analysis.resampling import QUADRANTS, ResampledScores, Resampler, written_tokens
 
 VALUES = st.lists(

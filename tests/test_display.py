@@ -13,10 +13,11 @@ from rich.console import Console
 import tip_analysis as tip
 from tests.synthetic import HOSTILE_TOKENS, Tables, make_hostile_tables, make_tables, write_run
 from tip_analysis.artifacts import Run, create_run, open_run
+from tip_analysis.cuts import resolve_cuts
 from tip_analysis.display import OPACITY, SCALE_COLOR, show_quadrants, show_rollout
 from tip_analysis.errors import RunError, UnknownNameError
 from tip_analysis.figures import QUADRANT_COLORS
-from tip_analysis.quadrants import assign_quadrants, quadrant_shares, resolve_cuts
+from tip_analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.report.words import visible
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tip_analysis import figures
+from tip_analysis.cuts import PAPER_RANGES
 from tip_analysis.errors import SchemaError
-from tip_analysis.quadrants import PAPER_RANGES
 
 QUADRANTS = ["Q1", "Q2", "Q3", "Q4"]
 

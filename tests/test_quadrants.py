@@ -12,21 +12,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import token_frames
 
-from tip_analysis.errors import OptionError, SchemaError
-from tip_analysis.quadrants import (
+from tip_analysis.cuts import (
     PAPER_RANGES,
     PAPER_TARGET,
     Cut,
-    assign_quadrants,
-    cut_sensitivity,
     otsu_cut,
     paper_cuts,
     paper_range_distance,
     parse_cut,
-    quadrant_shares,
     resolve_cuts,
-    warn_about_cuts,
 )
+from tip_analysis.errors import OptionError, SchemaError
+from tip_analysis.quadrants import assign_quadrants, cut_sensitivity, quadrant_shares, warn_about_cuts
 from tip_analysis.schema import Quadrant
 
 CUTS = ["median", "mean", "otsu", "q0.8", "q0", "q1", 0.3, "0.125"]

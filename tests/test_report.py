@@ -24,8 +24,8 @@ from synthetic import (
     write_run,
 )
 
+from tip_analysis.cuts import resolve_cuts
 from tip_analysis.errors import OptionError, RunError
-from tip_analysis.quadrants import resolve_cuts
 from tip_analysis.report import ReportOptions, build_report, paper, summaries, words, write_report
 from tip_analysis.report.page import json_block
 from tip_analysis.report.reading import RunView

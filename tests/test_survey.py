@@ -13,10 +13,11 @@ from scipy import stats
 from strategies import token_frames
 
 from tip_analysis import grids as module
+from tip_analysis.cuts import resolve_cuts
 from tip_analysis.errors import SchemaError
 from tip_analysis.grids import ColumnGrid, bins_of, exact_quantiles, measure_grids
 from tip_analysis.importance import SCORE_COLUMNS, add_scores
-from tip_analysis.quadrants import assign_quadrants, quadrant_shares, resolve_cuts
+from tip_analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.survey import survey_tokens
 
 FLOATS = st.lists(

@@ -12,25 +12,18 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import shlex
-import shutil
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import psutil
 from filelock import FileLock
 
-from tip_analysis.errors import ConfigurationMismatchError, RunError, SchemaError, StorageError
+from tip_analysis.atomic_files import file_hash, first_line, part_of, remove_stale_parts, storage_errors, write_atomically
+from tip_analysis.errors import ConfigurationMismatchError, RunError, SchemaError
+from tip_analysis.provenance import environment, now
 from tip_analysis.schema import SCHEMA_VERSION, TABLES, validate
 
 logger = logging.getLogger(__name__)
@@ -52,7 +45,6 @@ SHARD_SUFFIX = {"teacher_states": ".safetensors"}
 BUILT_ON = {"rollout": ("teacher", "score", "gradients", "select"), "score": ("gradients", "select")}
 """Stages whose rows lose their meaning when a stage starts afresh."""
 
-_VERSIONED_PACKAGES = ("tip-analysis", "torch", "transformers", "tokenizers", "polars", "numpy")
 
 Record = dict[str, Any]
 
@@ -80,7 +72,7 @@ def create_run(path: str | Path) -> "Run":
         RunError: `path` is a folder with other things in it.
     """
     path = Path(path)
-    with _storage_errors(path):
+    with storage_errors(path):
         if path.is_dir() and not (path / "run.json").is_file() and any(path.glob("[!.]*")):
             raise RunError(f"{path} holds other files and is no run folder; name a new or empty folder")
         path.mkdir(parents=True, exist_ok=True)
@@ -149,9 +141,7 @@ class Run:
             frame = pl.scan_parquet(files)
             found = frame.collect_schema()
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise RunError(
-                f"{self.path / name}: not readable as Parquet ({_first_line(error)}); run the stage again"
-            ) from error
+            raise RunError(f"{self.path / name}: not readable as Parquet ({first_line(error)}); run the stage again") from error
         if name in TABLES:
             _check_dtypes(found, name, self.path)
         return frame
@@ -168,7 +158,7 @@ class Run:
         try:
             record = json.loads(self.record_path.read_text("utf-8"))
         except (OSError, json.JSONDecodeError) as error:
-            raise RunError(f"{self.record_path} is not readable: {_first_line(error)}") from error
+            raise RunError(f"{self.record_path} is not readable: {first_line(error)}") from error
         if record.get("schema_version", 0) > SCHEMA_VERSION:
             raise RunError(
                 f"{self.record_path} has schema version {record['schema_version']}, newer than {SCHEMA_VERSION}; update"
@@ -211,7 +201,7 @@ class Run:
         Raises:
             StorageError: it cannot be written.
         """
-        with _storage_errors(self.record_path), self.locked():
+        with storage_errors(self.record_path), self.locked():
             record = self.record()
             change(record)
             _write_json(self.record_path, record)
@@ -248,15 +238,15 @@ class Run:
         if overwrite:
             self.discard(name)
         table = TABLE_OF_STAGE[stage]
-        with _storage_errors(self.path / table):
+        with storage_errors(self.path / table):
             (self.path / table).mkdir(exist_ok=True)
-            _remove_stale_parts(self.path / table)
+            remove_stale_parts(self.path / table)
         begun = {"settings": _jsonable(dict(settings or {})), "environment": environment(), "finished": None}
 
         def enter(record: Record) -> None:  # under the lock: another process may have begun, or added a shard, just now
             known = record["stages"].get(name)
             if known is None or not known["shards"]:  # nothing that another identity could be mixed with
-                new = {"table": table, "began": _now(), "wall_time_s": 0.0, "shards": {}, "summary": {}}
+                new = {"table": table, "began": now(), "wall_time_s": 0.0, "shards": {}, "summary": {}}
                 record["stages"][name] = identity | new | begun
             elif differences := _differences(known, identity):
                 raise ConfigurationMismatchError(
@@ -352,9 +342,9 @@ class Stage:
             StorageError: no space, or no permission; what was there before is intact.
         """
         path = self.path(index)
-        part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+        part = part_of(path)
         try:
-            with _storage_errors(path):
+            with storage_errors(path):
                 write(part)
                 with part.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -370,7 +360,7 @@ class Stage:
 
         def change(record: Record) -> None:
             entry = record["stages"][self.key]
-            entry["finished"] = _now()
+            entry["finished"] = now()
             entry["wall_time_s"] = round(entry["wall_time_s"] + time.monotonic() - self._clock, 3)
             entry["summary"] = entry["summary"] | _jsonable(summary)
 
@@ -378,91 +368,14 @@ class Stage:
         return self.run.stages()[self.key]["summary"]
 
 
-def environment() -> Record:
-    """Versions, processor and git commit: what a number may depend on besides the configuration."""
-    versions = {}
-    for package in _VERSIONED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "git_commit": _git_commit(),
-        "machine": platform.machine(),
-        "num_cores": psutil.cpu_count(logical=True),
-        "command": _command_line(),
-    }
-
-
-def _command_line() -> str | None:
-    """The command that this process was started with; null where the package is used from other code."""
-    program = Path(sys.argv[0]) if sys.argv else Path()
-    if program.name == "__main__.py" and program.parent.name == "tip_analysis":
-        return shlex.join(["python", "-m", "tip_analysis", *sys.argv[1:]])
-    return shlex.join(["tip-analysis", *sys.argv[1:]]) if program.name == "tip-analysis" else None
-
-
 def config_hash(value: Any) -> str:
     """A short stable hash of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(_jsonable(value), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then rename it into its place.
-
-    Raises:
-        StorageError: no space, or no permission; what was there before is intact.
-    """
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
-        with _storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(part)
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, record: Record) -> None:
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda part: part.write_text(text, "utf-8"))
-
-
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says of a full or closed disk into one clear error."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        free = shutil.disk_usage(_existing_parent(path)).free
-        reason = error.strerror or _first_line(error)
-        raise StorageError(
-            f"cannot write {path}: {reason} ({free / 1e9:.1f} GB free); what was there before is intact"
-        ) from error
-    except pl.exceptions.ComputeError as error:
-        raise StorageError(f"cannot write {path}: {_first_line(error)}; what was there before is intact") from error
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-
-
-def _remove_stale_parts(folder: Path) -> None:
-    """Remove the part files of processes of this machine that are gone."""
-    for part in folder.glob("*.part"):
-        *_, host, pid, _ = part.name.rsplit(".", maxsplit=3)
-        if host == socket.gethostname() and not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            part.unlink(missing_ok=True)
 
 
 def _check_dtypes(found: pl.Schema, name: str, path: Path) -> None:
@@ -499,23 +412,3 @@ def _brief(value: Any) -> str:
 def _jsonable(value: Any) -> Any:
     """Through JSON and back, so that what is compared is what is stored."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this package runs from; null for an installed wheel."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
-        return None
-    command: Sequence[str] = ("git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12")
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-from tip_analysis.quadrants import CutSpec, otsu_index
+from tip_analysis.cuts import CutSpec, otsu_index
 
 CONFIDENCE = 0.95
 DEFAULT_RESAMPLES = 1000

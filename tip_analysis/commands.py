@@ -3,10 +3,9 @@
 Every function loads only the modules that its command needs.
 """
 
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tip_analysis import options
+from tip_analysis.console import console, show_claims, show_summary, show_table
 from tip_analysis.errors import OptionError, RunError
+from tip_analysis.option_values import parse_part, parse_switches
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from tip_analysis.ablation.presets import Preset
     from tip_analysis.artifacts import Run
     from tip_analysis.models import LanguageModel
-
-console = Console()
 
 
 def run(command: Any) -> None:
@@ -240,7 +237,8 @@ def select(command: options.Select) -> None:
         divergence_clip=taxonomy.divergence_clip,
         overwrite=command.overwrite,
     )
-    made_of = composition(masks, assign_quadrants(run.tokens(), **cut_options(taxonomy)))
+    cuts = {name: getattr(taxonomy, name) for name in ("entropy_cut", "divergence_cut", "cut_scope")}
+    made_of = composition(masks, assign_quadrants(run.tokens(), **cuts))
     shares = made_of.pivot(
         on="quadrant", index=["rule", "retention_ratio", "seed"], values="share", maintain_order=True
     ).rename({"retention_ratio": "ratio"})  # fmt: skip
@@ -371,24 +369,6 @@ _PRESET_OPTIONS = (
 """Options of `ablate` that are fields of a preset, or of its training, under the same name."""
 
 
-def show_claims(claims: "pl.DataFrame") -> None:
-    """Print the verdict on each claim, ours beside the paper's."""
-    table = Table(box=None, header_style="dim")
-    for name in ("claim", "arms", "difference [95 % interval]", "seeds", "verdict", "paper's differences (median, range)"):
-        table.add_column(name)
-    for row in claims.iter_rows(named=True):
-        ours = f"{_points(row['effect'])} [{_points(row['low'])}, {_points(row['high'])}]"
-        paper = f"{_points(row['paper_median'])} ({_points(row['paper_min'])} to {_points(row['paper_max'])})"
-        arms = f"{row['arm_a']} {row['relation']} {row['arm_b']}"
-        table.add_row(row["claim"], arms, ours, _shown(row["num_seeds"]), row["verdict"], paper)
-    console.print("[bold]the paper's claims on this pair[/] (differences in points of accuracy, over seeds)")
-    console.print(table)
-
-
-def _points(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.1f}"
-
-
 def report(command: options.Report) -> None:
     """Write the HTML page."""
     from tip_analysis.report import ReportOptions, write_report
@@ -433,36 +413,6 @@ def status(command: options.Status) -> None:
     console.print("next: " + "\n      ".join(next_steps(run)), soft_wrap=True)
 
 
-def parse_switches(pairs: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs as a mapping; a value that is JSON (true, 3 …) counts as such, any other as text.
-
-    Raises:
-        OptionError: a pair has no `=`.
-    """
-    switches = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise OptionError(f"--chat-template-kwargs takes KEY=VALUE pairs, found {pair!r}")
-        try:
-            switches[key] = json.loads(value)
-        except json.JSONDecodeError:
-            switches[key] = value
-    return switches
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """`i/n` of an array job, 0 <= i < n.
-
-    Raises:
-        OptionError: it is not of that form.
-    """
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise OptionError(f"--shard takes i/n with 0 <= i < n, such as 0/4; found {text!r}")
-    return int(index), int(count)
-
-
 def recorded_student(run: "Run") -> str:
     """The model that a run's rollouts name as their author.
 
@@ -473,47 +423,6 @@ def recorded_student(run: "Run") -> str:
     if "student" not in config:
         raise RunError(f"{run.path} does not say which student wrote its rollouts; name it with --student")
     return config["student"]["name"]
-
-
-def cut_options(taxonomy: options.TaxonomyOptions) -> dict[str, Any]:
-    """The options that place the cuts."""
-    return {
-        "entropy_cut": taxonomy.entropy_cut,
-        "divergence_cut": taxonomy.divergence_cut,
-        "cut_scope": taxonomy.cut_scope,
-    }
-
-
-def show_summary(title: str, summary: dict[str, Any]) -> None:
-    """Print a stage's summary, one line a figure."""
-    console.print(f"[bold]{title}", soft_wrap=True)
-    table = Table(show_header=False, box=None)
-    for name, value in summary.items():
-        table.add_row(name.replace("_", " "), _shown(value))
-    console.print(table)
-
-
-def show_table(title: str, frame: "pl.DataFrame") -> None:
-    """Print a result table."""
-    console.print(f"[bold]{title}", soft_wrap=True)
-    table = Table(box=None, header_style="dim")
-    for name, dtype in frame.schema.items():
-        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
-    for row in frame.iter_rows():
-        table.add_row(*map(_shown, row))
-    console.print(table)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items()) or "–"
-    return str(value)
 
 
 def _load(name: str, models: options.ModelOptions) -> "LanguageModel":

@@ -33,6 +33,7 @@ from tip_analysis.logit_rows import (
     reverse_kl_summands,
 )
 from tip_analysis.losses import LOSSES, entropy, forward_kl, jsd, negative_logprob, reverse_kl
+from tip_analysis.top_tokens import largest
 
 __all__ = [
     "LOSSES",
@@ -185,8 +186,8 @@ def _block_statistics(
 
 def _tops(student: Tensor, teacher: Tensor, top_k: int, support_k: int) -> _Tops:
     dtype = compute_dtype(student, teacher)
-    max_s, values_s, ids_s = _largest(student, max(top_k, support_k))
-    max_t, values_t, ids_t = _largest(teacher, top_k)
+    max_s, values_s, ids_s = largest(student, max(top_k, support_k))
+    max_t, values_t, ids_t = largest(teacher, top_k)
     max_s, max_t = max_s.to(dtype), max_t.to(dtype)
     support = relative_to_top(teacher.gather(1, ids_s[:, :support_k]), dtype, max_t)
     r_top = -(support.x + support.error)[:, :1]
@@ -299,49 +300,6 @@ def _columns(
         "teacher_topk_ids": tops.teacher_ids,
         "teacher_topk_logprobs": tops.teacher_values - tops.teacher_max - log_sum_t,
     }
-
-
-# ------------------------------------------------------------------------------------------------------------------- top-k
-
-_TOP_BLOCK = 64
-
-
-def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(max [N, 1], the k largest values [N, k], their ids [N, k]), by falling value, then rising id; max is NaN if any is.
-
-    The k largest lie in the k blocks of 64 tokens that have the largest maxima, so most of the row is only ever maximised.
-    """
-    num_rows, vocab_size = logits.shape
-    k = min(k, vocab_size)
-    num_blocks = vocab_size // _TOP_BLOCK
-    if num_blocks < 4 * k:
-        ids = torch.arange(vocab_size, device=logits.device).expand(num_rows, -1)
-        return logits.amax(-1, keepdim=True), *_first_largest(logits, ids, k)
-    within = torch.arange(_TOP_BLOCK, device=logits.device)
-    body = logits[:, : num_blocks * _TOP_BLOCK].unflatten(1, (num_blocks, _TOP_BLOCK))
-    tail = logits[:, num_blocks * _TOP_BLOCK :]
-    maxima = body.amax(-1)
-    numbers = torch.arange(num_blocks, device=logits.device).expand(num_rows, -1)
-    blocks = _first_largest(maxima, numbers, k)[1].sort(-1).values.unsqueeze(-1)
-    ids = (blocks * _TOP_BLOCK + within).flatten(1)
-    values = body.gather(1, blocks.expand(-1, -1, _TOP_BLOCK)).flatten(1)
-    top = maxima.amax(-1, keepdim=True)
-    if tail.shape[1]:
-        tail_ids = torch.arange(num_blocks * _TOP_BLOCK, vocab_size, device=logits.device).expand(num_rows, -1)
-        values, ids = torch.cat([values, tail], 1), torch.cat([ids, tail_ids], 1)
-        top = torch.maximum(top, tail.amax(-1, keepdim=True))
-    return top, *_first_largest(values, ids, k)
-
-
-def _first_largest(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their ids, by falling value, then rising id; ids rise along the row and fit 32 bits."""
-    if values.dtype == torch.float64:
-        order = torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :k]
-    else:
-        bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: −0 and 0 are one value
-        rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders as the floats do
-        order = ((rank.long() << 32) - ids).topk(k, sorted=True).indices  # unique keys: no tie is left to topk
-    return values.gather(1, order), ids.gather(1, order)
 
 
 # ----------------------------------------------------------------------------------------------------- blocks and compiler

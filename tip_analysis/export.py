@@ -12,7 +12,8 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.artifacts import Run, write_atomically
+from tip_analysis.artifacts import Run
+from tip_analysis.atomic_files import write_atomically
 from tip_analysis.errors import OptionError
 from tip_analysis.importance import add_scores
 from tip_analysis.quadrants import assign_quadrants

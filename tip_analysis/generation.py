@@ -62,21 +62,9 @@ def generate(
         rollout_ids: one name for each, to which its random numbers belong.
         sampling: temperature, nucleus, length limit and seed.
     """
-    device = model.device
-    distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
-    batch = pad_sequences(list(distinct), padding_side="left", device=device)
+    device, body = model.device, model_body(model.model)
     cache = DynamicCache(config=model.model.config)
-    body = model_body(model.model)
-    hidden = body(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1]
-    cache.batch_select_indices(source)
-    hidden, mask = hidden[source], batch.attention_mask[source]
+    hidden, mask = _read_prompts(model, prompts, cache)
     next_position = mask.sum(-1)
     noise = torch.from_numpy(np.stack([uniforms(sampling.seed, name, sampling.max_new_tokens) for name in rollout_ids])).to(
         device
@@ -114,6 +102,22 @@ def generate(
         Generation(tokens[row], logprobs[row], FinishReason.STOP if row in stopped else FinishReason.LENGTH)
         for row in range(len(prompts))
     ]
+
+
+def _read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    """Fill the cache with all prompts, running each distinct one once: last hidden states [N, D], and the attention mask."""
+    distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    batch = pad_sequences(list(distinct), padding_side="left", device=model.device)
+    hidden = model_body(model.model)(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1]
+    source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
+    cache.batch_select_indices(source)
+    return hidden[source], batch.attention_mask[source]
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

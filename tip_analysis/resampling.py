@@ -22,9 +22,9 @@ from tip_analysis.bootstrap import (
     sums_by_group,
     weight_blocks,
 )
+from tip_analysis.cuts import CutSpec, joint_specs, paper_cuts
 from tip_analysis.errors import OptionError, SchemaError
 from tip_analysis.importance import ENTROPY_CLIP
-from tip_analysis.quadrants import CutSpec, joint_specs, paper_cuts
 from tip_analysis.schema import Quadrant, require_columns
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -40,7 +40,7 @@ class Resampler:
 
     Args:
         frame: Tokens that the student wrote: prompt_id, batch_id, student_entropy, reverse_kl, without nulls.
-        entropy_cut, divergence_cut, cut_scope: As in `quadrants.resolve_cuts`; measured again in each resample.
+        entropy_cut, divergence_cut, cut_scope: As in `cuts.resolve_cuts`; measured again in each resample.
         num_resamples: None for `default_resamples`.
         seed: Of the resamples.
     """

@@ -15,7 +15,8 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.arithmetic import language
-from tip_analysis.artifacts import Run, config_hash, file_hash
+from tip_analysis.artifacts import Run, config_hash
+from tip_analysis.atomic_files import file_hash
 from tip_analysis.batching import TokenBudget
 from tip_analysis.errors import OptionError
 from tip_analysis.forward import check_context
@@ -78,9 +79,7 @@ def sample_rollouts(
     check_context(
         student, [task.prompt.id for task in tasks], [len(task.rendered.token_ids) + sampling.max_new_tokens for task in tasks]
     )
-    if grader is None:
-        has_answer = any(prompt.answer is not None for prompt in prompts)
-        grader = default_grader(has_answer=has_answer, is_arithmetic=speaks_arithmetic(student))
+    grader = grader or _suitable_grader(student, prompts)
     resolve_grader(grader)
     stage = run.begin(
         "rollout",
@@ -104,13 +103,30 @@ def sample_rollouts(
     with track("sampling", num_rollouts * len(tasks), done=done) as advance:
         for index in missing:
             jobs = [(task, sample) for task in shards[index] for sample in range(num_rollouts)]
-            generations = _generate(student, jobs, sampling, budget, advance)
-            rows = [
-                _row(student, task, sample, generation, sampling, grader)
-                for (task, sample), generation in zip(jobs, generations, strict=True)
-            ]
-            stage.write(index, pl.DataFrame(rows, schema=polars_schema(RolloutTable)))
+            stage.write(index, _sample_shard(student, jobs, sampling, grader, budget, advance))
     return stage.finish(**summarize(run))
+
+
+def _suitable_grader(student: LanguageModel, prompts: Sequence[Prompt]) -> str:
+    has_answer = any(prompt.answer is not None for prompt in prompts)
+    return default_grader(has_answer=has_answer, is_arithmetic=speaks_arithmetic(student))
+
+
+def _sample_shard(
+    student: LanguageModel,
+    jobs: Sequence[tuple["_Task", int]],
+    sampling: Sampling,
+    grader: str,
+    budget: TokenBudget,
+    advance: Advance,
+) -> pl.DataFrame:
+    """The rollouts of one shard, in the order of its tasks and samples."""
+    generations = _generate(student, jobs, sampling, budget, advance)
+    rows = [
+        _row(student, task, sample, generation, sampling, grader)
+        for (task, sample), generation in zip(jobs, generations, strict=True)
+    ]
+    return pl.DataFrame(rows, schema=polars_schema(RolloutTable))
 
 
 def store_imported(

@@ -17,9 +17,9 @@ import polars as pl
 
 from tip_analysis.bootstrap import DEFAULT_RESAMPLES, Floats, interval_frame, ratio_interval
 from tip_analysis.correlations import correlation_matrix
+from tip_analysis.cuts import Cuts, resolve_cuts
 from tip_analysis.errors import SchemaError
 from tip_analysis.grids import ColumnGrid, bins_of, is_large, measure_grids, stream_batches
-from tip_analysis.quadrants import Cuts, resolve_cuts
 from tip_analysis.resampling import QUADRANTS
 from tip_analysis.schema import Quadrant, require_columns
 

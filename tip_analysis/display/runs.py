@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tip_analysis.artifacts import Run
+from tip_analysis.cuts import PAPER_RANGES, Cut, Cuts
 from tip_analysis.display.frame import framed, swatch, table_html
 from tip_analysis.errors import TipAnalysisError
 from tip_analysis.figures.style import QUADRANT_COLORS, QUADRANT_NAMES
-from tip_analysis.quadrants import PAPER_RANGES, Cut, Cuts, warn_about_cuts
+from tip_analysis.quadrants import warn_about_cuts
 from tip_analysis.report.reading import ReportOptions, RunView
 from tip_analysis.report.words import count, number, percent, plural, visible
 from tip_analysis.status import next_steps, stage_table

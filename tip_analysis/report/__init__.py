@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tip_analysis.artifacts import write_atomically
+from tip_analysis.atomic_files import write_atomically
 from tip_analysis.report import ablations, browser, effects, gradients, overview, paper, provenance, selections, taxonomy
 from tip_analysis.report.page import Section, render
 from tip_analysis.report.reading import ReportOptions, RunView, open_views

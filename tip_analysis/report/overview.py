@@ -6,8 +6,8 @@ from zlib import crc32
 import polars as pl
 
 from tip_analysis import figures
+from tip_analysis.cuts import PAPER_RANGES
 from tip_analysis.planted import planted_detection
-from tip_analysis.quadrants import PAPER_RANGES
 from tip_analysis.report import paper
 from tip_analysis.report.page import Block, FromPaper, Numbers, Part, Section, Table, Tag, Warnings, picture
 from tip_analysis.report.reading import RunView

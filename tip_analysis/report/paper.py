@@ -6,7 +6,7 @@ Worked examples of Appendix B.5 (entropy in nats, probabilities in percent as pr
 
 from dataclasses import dataclass
 
-from tip_analysis.quadrants import PAPER_RANGES
+from tip_analysis.cuts import PAPER_RANGES
 
 TopTokens = tuple[tuple[str, float], ...]
 

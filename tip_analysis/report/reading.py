@@ -19,9 +19,10 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.artifacts import Run, open_run
+from tip_analysis.cuts import Cuts, resolve_cuts
 from tip_analysis.errors import OptionError, RunError
 from tip_analysis.importance import Normalization, add_scores, resolve_normalization
-from tip_analysis.quadrants import Cuts, assign_quadrants, quadrant_shares, resolve_cuts
+from tip_analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.statistics import quadrant_statistics
 
 Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import polars as pl
 
-from tip_analysis.quadrants import AXIS_COLUMNS, Cuts
+from tip_analysis.cuts import AXIS_COLUMNS, Cuts
 from tip_analysis.schema import Quadrant
 
 NUM_CELLS = 64

@@ -6,7 +6,8 @@ from urllib.parse import quote
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.quadrants import PAPER_RANGES, cut_sensitivity
+from tip_analysis.cuts import PAPER_RANGES
+from tip_analysis.quadrants import cut_sensitivity
 from tip_analysis.report import paper
 from tip_analysis.report.overview import label_of, population, slug_of
 from tip_analysis.report.page import Block, Part, Section, StrongList, StrongToken, Table, TopToken, picture

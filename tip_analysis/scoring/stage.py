@@ -12,7 +12,8 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.artifacts import Run, Stage, write_atomically
+from tip_analysis.artifacts import Run, Stage
+from tip_analysis.atomic_files import write_atomically
 from tip_analysis.batching import padding_waste, plan_batches
 from tip_analysis.progress import Advance, track
 from tip_analysis.scoring.inputs import num_shards, prepare_rollouts, shards_of_part
