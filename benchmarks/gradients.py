@@ -13,14 +13,12 @@ under another prompt. Needs SmolLM2's weights (`make smollm2`).
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 import torch
 from measuring import fresh_process, write_results
 from torch import Tensor
@@ -32,6 +30,7 @@ from tip_analysis.gradients.rollout_gradients import RolloutMeter
 from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.gradients.token_losses import token_loss
 from tip_analysis.models import LanguageModel, hidden_states, load_model
+from tip_analysis.training.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"
 PROMPT = "Recite the Apache License."
@@ -129,16 +128,19 @@ def peak_memory(length: int, options: argparse.Namespace) -> dict[str, float]:
     rollout = make_rollout(pair.student, length)
     other = replace(rollout, rollout_id="other/0", prompt_id="other")
     read, _ = read_tokens(rollout.prompt, rollout.response, [0], pair.student.device)
-    outside = psutil.Process().memory_info().rss - scope.num_bytes
+    device = pair.student.device
+    outside = memory_bytes(device) - scope.num_bytes
 
     def peak() -> float:
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - outside) / scope.num_bytes
+        return (peak_memory_bytes(device) - outside) / scope.num_bytes
 
+    reset_peak_memory(device)  # loading takes more
     with TemporaryDirectory() as folder:
         directions = loss_directions(pair, scope, [rollout, other], losses=["reverse_kl"], folder=Path(folder))
         peak_of_loss = peak()
+        reset_peak_memory(device)
         probe_norms(pair, rollout, max(2, options.probes_together or 1), options.probes_together, directions)
-        peak_of_all = peak()
+        peak_of_probes = peak()
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ def peak_memory(length: int, options: argparse.Namespace) -> dict[str, float]:
         "parameters_bytes": scope.num_bytes,
         "activations_bytes": activations,
         "peak_of_loss_gradients_over_parameters": peak_of_loss,
-        "peak_over_parameters": peak_of_all,
+        "peak_of_probes_over_parameters": peak_of_probes,
         "activations_over_parameters": activations / scope.num_bytes,
     }
 

@@ -105,3 +105,18 @@ def logit_pairs(
 ) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
     """Pairs of every kind, [V] float64 each, V ≥ 2."""
     return st.builds(logit_pair, st.sampled_from(kinds), st.integers(2, max_vocab_size), st.integers(0, 2**32 - 1))
+
+
+def frame(entropy: list, divergence: list, **columns: list) -> pl.DataFrame:
+    """Tokens of one rollout with these values; where the entropy is None, the student did not write the token."""
+    size = len(entropy)
+    defaults = {
+        "rollout_id": ["a/0"] * size,
+        "prompt_id": ["a"] * size,
+        "position": list(range(size)),
+        "batch_id": [0] * size,
+        "loss_mask": [value is not None for value in entropy],
+    }
+    return pl.DataFrame(
+        {**defaults, "student_entropy": entropy, "reverse_kl": divergence, **columns}, schema_overrides={"batch_id": pl.Int32}
+    )

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from tip_analysis.artifacts import config_hash, create_run, open_run
-from tip_analysis.atomic_files import file_hash, write_atomically
+from tip_analysis.atomic_files import file_hash
 from tip_analysis.errors import ConfigurationMismatchError, RunError, SchemaError, StorageError
 from tip_analysis.schema import MaskTable, TokenTable, polars_schema
 
@@ -181,15 +181,6 @@ def test_part_files_of_dead_processes_are_removed(run):
     assert alive.exists()
     assert elsewhere.exists()
     assert stage.missing(1) == [0]
-
-
-def test_atomic_writing_keeps_the_old_file_when_the_new_one_fails(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, lambda part: part.write_text("old") and None)
-    with pytest.raises(ZeroDivisionError):
-        write_atomically(path, lambda part: (part.write_text("new"), 1 / 0)[1])
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_hashes_do_not_depend_on_the_order_of_keys():

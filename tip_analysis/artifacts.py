@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 from filelock import FileLock
 
-from tip_analysis.atomic_files import file_hash, first_line, part_of, remove_stale_parts, storage_errors, write_atomically
+from tip_analysis.atomic_files import file_hash, first_line, remove_stale_parts, replacing, storage_errors, write_atomically
 from tip_analysis.errors import ConfigurationMismatchError, RunError, SchemaError
 from tip_analysis.provenance import environment, now
 from tip_analysis.schema import SCHEMA_VERSION, TABLES, validate
@@ -342,17 +342,12 @@ class Stage:
             StorageError: no space, or no permission; what was there before is intact.
         """
         path = self.path(index)
-        part = part_of(path)
-        try:
-            with storage_errors(path):
-                write(part)
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                entry = {"sha256": file_hash(part), "num_rows": num_rows, **_jsonable(facts)}
-                self.run.update(lambda record: record["stages"][self.key]["shards"].update({path.name: entry}))
-                part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as part:
+            write(part)
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            entry = {"sha256": file_hash(part), "num_rows": num_rows, **_jsonable(facts)}
+            self.run.update(lambda record: record["stages"][self.key]["shards"].update({path.name: entry}))
         return path
 
     def finish(self, **summary: Any) -> Record:

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then rename it into its place.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to make a file that takes its place at `path` when the block ends well.
 
     Raises:
         StorageError: no space, or no permission; what was there before is intact.
@@ -39,10 +40,21 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(part)
+            yield part
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, then rename it into its place.
+
+    Raises:
+        StorageError: no space, or no permission; what was there before is intact.
+    """
+    with replacing(path) as part:
+        write(part)
 
 
 @contextmanager

@@ -335,9 +335,10 @@ def ablate(command: options.Ablate) -> None:
     )
     run = create_run(command.run)
     rows = run_ablation(run, study, arms=arms, seeds=preset.seeds, jobs=command.jobs, threads=command.threads)
-    columns = ["rule", "retention_ratio", "num_seeds", "accuracy", "accuracy_std", "best_at_k", "heldout_reverse_kl"]
+    columns = ["rule", "retention_ratio", "accuracy", "accuracy_std", "best_at_k", "heldout_reverse_kl"]
     results = arm_results(rows).select(*columns, "token_share", "step_time_s")
-    show_table(f"{command.run}: arms (mean over seeds; accuracy is mean@{preset.num_samples})", results)
+    means = f"mean over {len(preset.seeds)} seeds; accuracy is mean@{preset.num_samples}"
+    show_table(f"{command.run}: arms ({means})", results)
     show_claims(claims_table(rows, margin=command.margin))
 
 

@@ -1,5 +1,7 @@
 """What the command line prints: a stage's summary, a result table, the verdicts on the paper's claims."""
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -8,7 +10,10 @@ from rich.table import Table
 if TYPE_CHECKING:
     import polars as pl
 
-console = Console()
+WIDTH_OF_FILES = 120
+"""Columns of what is printed into a file or a pipe, which has no width of its own."""
+
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES)
 
 
 def show_claims(claims: "pl.DataFrame") -> None:
@@ -39,23 +44,24 @@ def show_summary(title: str, summary: dict[str, Any]) -> None:
 
 
 def show_table(title: str, frame: "pl.DataFrame") -> None:
-    """Print a result table."""
+    """Print a result table; headings give way before cells do."""
     console.print(f"[bold]{title}", soft_wrap=True)
     table = Table(box=None, header_style="dim")
     for name, dtype in frame.schema.items():
-        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
+        numeric = dtype.is_numeric()
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", no_wrap=not numeric)
     for row in frame.iter_rows():
-        table.add_row(*map(_shown, row))
+        table.add_row(*(_shown(value, digits=3) for value in row))
     console.print(table)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, digits: int = 4) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return f"{value:,.{digits}g}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items()) or "–"
+        return ", ".join(f"{name} {_shown(item, digits)}" for name, item in value.items()) or "–"
     return str(value)

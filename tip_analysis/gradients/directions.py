@@ -12,6 +12,7 @@ between a CPU and a GPU.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -87,7 +88,8 @@ class StoredDirection:
     @classmethod
     def normalised(cls, gradient: dict[str, Tensor]) -> "StoredDirection":
         """The direction of a gradient, whose tensors are divided in place."""
-        norm = float(sum(tensor.double().square().sum() for tensor in gradient.values()) ** 0.5)
+        parts = (part for tensor in gradient.values() for part in tensor.flatten().split(BLOCK))
+        norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts))  # in blocks: no second copy in float64
         for tensor in gradient.values():
             tensor.div_(norm or 1.0)
         return cls(gradient, norm)

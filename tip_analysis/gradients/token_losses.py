@@ -21,7 +21,7 @@ from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.models import OutputHead
 from tip_analysis.schema import Loss
 
-BLOCK_ELEMENTS = 1 << 23
+BLOCK_ELEMENTS = 1 << 21
 """Tokens × |V| of the logits in a block, at most."""
 
 TeacherLogits = Callable[[slice], Tensor]
