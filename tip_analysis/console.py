@@ -60,6 +60,8 @@ def _shown(value: Any, digits: int = 4) -> str:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float) and 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
     if isinstance(value, float):
         return f"{value:,.{digits}g}"
     if isinstance(value, dict):
