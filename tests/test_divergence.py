@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import LOGIT_KINDS, logit_pair, logit_pairs
 from torch.func import grad, jvp, vmap
@@ -165,6 +165,7 @@ def test_a_confident_and_wrong_student_has_a_small_reverse_gradient() -> None:
 
 
 @given(logit_pairs(), st.sampled_from(sorted(DTYPES)))
+@example(logit_pair("masked_apart", 3, 74), "bfloat16")
 @settings(deadline=None, max_examples=150)
 def test_ranges_and_symmetries(pair: tuple[np.ndarray, np.ndarray], dtype: str) -> None:
     student, teacher = as_rows([pair], DTYPES[dtype])
@@ -182,7 +183,7 @@ def test_ranges_and_symmetries(pair: tuple[np.ndarray, np.ndarray], dtype: str) 
         np.testing.assert_allclose(there[one], back[other], rtol=1e-4, atol=FLOORS[one])
     assert torch.equal(there["student_topk_ids"], back["teacher_topk_ids"])
     for name in ("student_topk_logprobs", "teacher_topk_logprobs"):
-        assert bool((there[name].diff(dim=-1) <= 0).all())
+        assert bool((there[name][:, 1:] <= there[name][:, :-1]).all())  # two may be -inf
         assert bool((there[name] <= 0).all())
     assert bool((there["student_topk_ids"] < vocab_size).all())
     assert not any(values.isnan().any() for name, values in there.items() if name != "w_local")
