@@ -741,3 +741,49 @@ def test_probes_of_a_real_model_agree_with_backward_passes_and_with_low_precisio
         stated = (low.grad_norm_sq_se.square() + probed.grad_norm_sq_se.square()).sqrt()
         assert ((low.grad_norm_sq - probed.grad_norm_sq).abs() <= 2 * stated).all()
         assert float(((low.grad_norm_sq - probed.grad_norm_sq) / stated).abs().median()) < 0.75
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(1800)
+def test_energy_shares_of_a_real_model_lie_within_two_stated_errors_of_exact() -> None:
+    """SmolLM2 as its own teacher under another prompt, over five sentences."""
+    from tip_analysis.gradients.loss_gradients import LossDirections
+    from tip_analysis.models import load_model
+
+    torch.set_num_threads(max(1, (torch.get_num_threads() + 1) // 2))
+    model = load_model("smollm2-135m-instruct", dtype="float32", device="cpu")
+    encode = model.tokenizer
+    sentences = [
+        ("The capital of France", " is Paris, a city on the river", "Berlin, Germany."),
+        ("Seven plus five", " equals twelve, and twelve is even", "Count carefully."),
+        ("Water boils", " at one hundred degrees at sea level", "In Fahrenheit:"),
+        ("The largest planet", " is Jupiter, far from the sun", "Small planets first."),
+        ("In winter the birds", " fly south to find warm air", "Penguins stay."),
+    ]
+    rollouts = [
+        GradientInput(
+            f"{i}/0", f"{i}", encode(prompt)["input_ids"], encode(said)["input_ids"], encode(f"{hint} {prompt}")["input_ids"]
+        )
+        for i, (prompt, said, hint) in enumerate(sentences)
+    ]
+    nothing = LossDirections({rollout.prompt_id: 0 for rollout in rollouts}, {}, (1.0, 0.0), {})
+    rows = []
+    for rollout in rollouts:
+        student = response_logits(model.model, list(rollout.prompt), list(rollout.response))
+        teacher = response_logits(model.model, list(rollout.teacher_prompt or []), list(rollout.response))
+        found = token_statistics(student=student, teacher=teacher)
+        values = zip(found["student_entropy"].tolist(), found["reverse_kl"].tolist(), strict=True)
+        rows += [(rollout.rollout_id, rollout.prompt_id, t, *pair) for t, pair in enumerate(values)]
+    names = ["rollout_id", "prompt_id", "position", "student_entropy", "reverse_kl"]
+    tokens = pl.DataFrame(rows, schema=names, orient="row").with_columns(batch_id=0, loss_mask=True)
+    tables = {}
+    for method in ("exact", "probe"):
+        settings = GradientSettings(losses=("reverse_kl",), method=method, num_probes=32)
+        measured = measure_rollouts(model_pair(model, model), rollouts, settings, directions=nothing)
+        norms = pl.Series("grad_norm_sq", torch.cat([found["reverse_kl"].grad_norm_sq for _, found in measured]).numpy())
+        table = quadrant_statistics(tokens.with_columns(norms), divergence_cut="median", num_resamples=200)
+        tables[method] = table.filter(pl.col("statistic") == "share_grad_norm_sq", pl.col("num_tokens") > 0)
+    exact, probed = (tables[method]["value"].to_numpy() for method in ("exact", "probe"))
+    assert exact.max() < 0.999
+    assert (abs(probed - exact) <= 2 * tables["probe"]["se"].to_numpy()).all()
+    assert abs(probed - exact).max() < 0.1
