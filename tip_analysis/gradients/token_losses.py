@@ -22,7 +22,7 @@ from tip_analysis.models import OutputHead
 from tip_analysis.schema import Loss
 
 BLOCK_ELEMENTS = 1 << 21
-"""Tokens × |V| of the logits in a block, at most."""
+"""Tokens × |V| of the logits in a block, at most: in larger ones the C library keeps what a block has freed."""
 
 TeacherLogits = Callable[[slice], Tensor]
 """Rows of the teacher's logits [n, V] for a block of tokens."""
