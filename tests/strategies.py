@@ -2,6 +2,7 @@
 
 import numpy as np
 import polars as pl
+import torch
 from hypothesis import strategies as st
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,6 +99,11 @@ def logit_pair(kind: str, vocab_size: int, seed: int) -> tuple[np.ndarray, np.nd
     if kind == "masked_apart":
         return _masked(generator, student), _masked(generator, teacher)
     return student, teacher
+
+
+def as_rows(pairs: list[tuple[np.ndarray, np.ndarray]], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's logits of some pairs, [N, V] each."""
+    return tuple(torch.tensor(np.stack(rows)).to(dtype) for rows in zip(*pairs, strict=True))
 
 
 def logit_pairs(

@@ -1,7 +1,7 @@
-"""Statistics and losses of two rows of logits, against oracles in extended and in 80-digit precision."""
+"""Statistics of two rows of logits, against oracles in extended and in 80-digit precision."""
 
-import logging
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ import reference
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import LOGIT_KINDS, logit_pair, logit_pairs
-from torch.func import grad, jvp, vmap
+from strategies import LOGIT_KINDS, as_rows, logit_pair, logit_pairs
 
 from tip_analysis import divergence
-from tip_analysis.divergence import LOSSES, rows_per_block, token_statistics, worth_compiling
+from tip_analysis.divergence import token_statistics
 from tip_analysis.errors import LogitsError, OptionError
-from tip_analysis.schema import Loss, TokenTable
+from tip_analysis.logits import tensors
+from tip_analysis.schema import TokenTable
 
 TOLERANCE = {"logit_curvature": 5e-3, "w_local": 5e-3}
 """Relative; 1e-3 for all other columns."""
@@ -51,8 +51,12 @@ VOCAB_SIZES = (11, 1000, 151936)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def as_rows(pairs: list[tuple[np.ndarray, np.ndarray]], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.tensor(np.stack(rows)).to(dtype) for rows in zip(*pairs, strict=True))  # pyright: ignore
+@pytest.fixture(scope="module", params=["processor", "tensors"], autouse=True)
+def _way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything below holds of the pass as machine code and of the pass on tensors (which float64 takes either way)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(divergence.COMPILE_VARIABLE, "1" if request.param == "processor" else "0")
+        yield request.param
 
 
 def oracle(student: torch.Tensor, teacher: torch.Tensor, token_id: int) -> dict:
@@ -228,7 +232,7 @@ def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int, dtype: str, mo
     permuted = token_statistics(student=student[order], teacher=teacher[order], token_ids=token_ids[order])
     wide = [torch.nn.functional.pad(logits, (0, 77), value=99.0)[:, :vocab_size] for logits in (student, teacher)]
     strided = token_statistics(student=wide[0], teacher=wide[1], token_ids=token_ids)
-    monkeypatch.setattr(divergence, "rows_per_block", lambda *_, **__: 3)
+    monkeypatch.setattr(tensors, "_LOGITS_IN_CACHE", 3 * vocab_size)
     blocks = token_statistics(student=student, teacher=teacher, token_ids=token_ids)
     for name, values in whole.items():
         for other in (permuted[name], blocks[name][order], strided[name][order]):
@@ -296,144 +300,3 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
             token_statistics(student=rows, teacher=rows, token_ids=token_ids)
     with pytest.raises(OptionError, match="top_k"):
         token_statistics(student=rows, teacher=rows, top_k=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------- compiler
-
-
-def test_compiling_is_chosen_by_size_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(divergence.COMPILE_VARIABLE, raising=False)
-    assert [worth_compiling(n) for n in (10**6, 10**12)] == [False, True]
-    monkeypatch.setenv(divergence.COMPILE_VARIABLE, "0")
-    assert not worth_compiling(10**12)
-    monkeypatch.setenv(divergence.COMPILE_VARIABLE, "1")
-    assert worth_compiling(1)
-
-
-def test_without_a_compiler_the_pass_runs_uncompiled_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_compiler(*_: object) -> None:
-        raise RuntimeError("no C++ compiler found")
-
-    monkeypatch.setattr(divergence, "_compiled", lambda: divergence._Stages(no_compiler, no_compiler, no_compiler, False))
-    monkeypatch.setattr(divergence, "_compiler_failed", False)
-    student, teacher = as_rows([logit_pair("random", 50, 0)], torch.float32)
-    with caplog.at_level(logging.WARNING):
-        columns = [token_statistics(student=student, teacher=teacher, compile=True) for _ in range(2)]
-    assert len(caplog.records) == 1
-    assert "no C++ compiler found" in caplog.text
-    assert float(columns[1]["reverse_kl"]) == float(token_statistics(student=student, teacher=teacher)["reverse_kl"])
-
-
-def test_blocks_shrink_as_the_vocabulary_grows() -> None:
-    sizes = [rows_per_block(vocab_size) for vocab_size in (11, 49152, 151936, 10**7)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert min(sizes) >= 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab_size", [11, 1000, 151936])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_compiled_pass_equals_the_oracle(vocab_size: int, dtype: str) -> None:
-    student, teacher = as_rows([logit_pair(kind, vocab_size, 5) for kind in LOGIT_KINDS], DTYPES[dtype])
-    token_ids = torch.arange(len(student)) % vocab_size
-    columns = token_statistics(student=student, teacher=teacher, token_ids=token_ids, compile=True)
-    assert not divergence._compiler_failed
-    for row in range(len(student)):
-        assert_statistics(columns, row, oracle(student[row], teacher[row], int(token_ids[row])))
-
-
-# ------------------------------------------------------------------------------------------------------------------- losses
-
-FINITE_KINDS = tuple(kind for kind in LOGIT_KINDS if kind != "masked_apart")
-STATISTIC_OF_LOSS = {Loss.REVERSE_KL: "reverse_kl", Loss.FORWARD_KL: "forward_kl", Loss.JSD: "jsd"}
-
-
-@pytest.mark.parametrize("loss", Loss)
-@given(logit_pairs(60, kinds=FINITE_KINDS))
-@settings(deadline=None, max_examples=40)
-def test_losses_and_gradients_equal_the_closed_forms(loss: Loss, pair: tuple[np.ndarray, np.ndarray]) -> None:
-    """Also of float32 rows: nearly one-hot ones have gradients far below the rounding of a probability."""
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
-        student, teacher = as_rows([pair], dtype)
-        student.requires_grad_()
-        token_ids = student.detach().argmin(-1)
-        value = LOSSES[loss](student=student, teacher=teacher, token_ids=token_ids)
-        value.sum().backward()
-        z, y = (rows.detach()[0].double().numpy() for rows in (student, teacher))
-        expected = np.array(reference.loss_gradient(loss.value, z, y, int(token_ids)))
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(student.grad[0], expected, rtol=tolerance, atol=max(scale * tolerance * 1e-2, 1e-34))
-        columns = token_statistics(student=student.detach(), teacher=teacher, token_ids=token_ids)
-        statistic = -columns["student_logprob"] if loss == Loss.NEGATIVE_LOGPROB else columns[STATISTIC_OF_LOSS[loss]]
-        np.testing.assert_allclose(value.detach(), statistic, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-34)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
-@pytest.mark.parametrize("loss", Loss)
-@pytest.mark.parametrize("shape", [(41, 401), (7, 3)])
-def test_gradients_pass_gradcheck_in_both_modes(loss: Loss, shape: tuple[int, int]) -> None:
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randn(shape, generator=generator, dtype=torch.float64)[:3] * 3 for _ in range(2)]
-    token_ids = torch.tensor([0, 2, 1])
-    arguments = [row.requires_grad_() for row in rows]
-
-    def value(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return LOSSES[loss](student=student, teacher=teacher, token_ids=token_ids)
-
-    if loss == Loss.NEGATIVE_LOGPROB:
-        arguments[1] = arguments[1].detach()
-    assert torch.autograd.gradcheck(value, arguments, check_forward_ad=True, fast_mode=shape[1] > 100)
-    assert torch.autograd.gradcheck(divergence.entropy, arguments[:1], check_forward_ad=True, fast_mode=shape[1] > 100)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
-@pytest.mark.parametrize("loss", Loss)
-def test_losses_work_under_functional_transforms(loss: Loss) -> None:
-    generator = torch.Generator().manual_seed(2)
-    student, teacher, tangent = torch.randn(3, 6, 9, generator=generator).unbind(0)
-    token_ids = torch.arange(6)
-
-    def row_loss(z: torch.Tensor, y: torch.Tensor, token_id: torch.Tensor) -> torch.Tensor:
-        return LOSSES[loss](student=z[None], teacher=y[None], token_ids=token_id[None])[0]
-
-    per_row = vmap(grad(row_loss))(student, teacher, token_ids)
-    leaf = student.clone().requires_grad_()
-    LOSSES[loss](student=leaf, teacher=teacher, token_ids=token_ids).sum().backward()
-    torch.testing.assert_close(per_row, leaf.grad)
-    directional = jvp(lambda z: LOSSES[loss](student=z, teacher=teacher, token_ids=token_ids), (student,), (tangent,))[1]
-    torch.testing.assert_close(directional, (per_row * tangent).sum(-1))
-    batched = vmap(lambda v: jvp(lambda z: LOSSES[loss](student=z, teacher=teacher, token_ids=token_ids), (student,), (v,))[1])
-    torch.testing.assert_close(batched(torch.stack([tangent, 2 * tangent]))[1], 2 * directional)
-
-
-@pytest.mark.parametrize("loss", Loss)
-@pytest.mark.parametrize("kind", ["masked_together", "masked_apart"])
-def test_gradients_at_masked_logits_are_no_nan(loss: Loss, kind: str) -> None:
-    student, teacher = as_rows([logit_pair(kind, 30, seed) for seed in range(8)], torch.float32)
-    student.requires_grad_()
-    value = LOSSES[loss](student=student, teacher=teacher, token_ids=student.detach().argmax(-1))
-    value[value.isfinite()].sum().backward()
-    assert student.grad is not None
-    assert not bool(value.isnan().any() | student.grad.isnan().any())
-    assert bool((student.grad[student.isneginf() & teacher.isneginf()] == 0).all())
-
-
-def test_half_precision_logits_get_half_precision_gradients() -> None:
-    student, teacher = as_rows([logit_pair("random", 30, 0)], torch.bfloat16)
-    student.requires_grad_()
-    value = divergence.reverse_kl(student=student, teacher=teacher)
-    value.sum().backward()
-    assert (value.dtype, student.grad.dtype) == (torch.float32, torch.bfloat16)  # pyright: ignore
-
-
-@given(logit_pairs(40))
-@settings(deadline=None, max_examples=40)
-def test_entropy_and_its_gradient(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    logits = torch.tensor(pair[0][None]).float().requires_grad_()
-    divergence.entropy(logits).sum().backward()
-    row = logits.detach()[0].double().numpy()
-    expected = np.array(reference.loss_gradient("entropy", row, row, 0))
-    np.testing.assert_allclose(logits.grad[0], expected, rtol=1e-3, atol=max(np.abs(expected).max() * 1e-5, 1e-34))

@@ -250,7 +250,7 @@ def test_array_jobs_together_give_the_table_of_one_process(run, tokens, student,
 def test_whether_to_compile_is_decided_by_the_whole_run(run, tokens, student, teacher, tmp_path, monkeypatch, spare, compiled):
     scorer, seen = Scorer(student, teacher), []
     needed = tokens.height * scorer.vocab_size + spare
-    monkeypatch.setattr("tip_analysis.scoring.scorer.worth_compiling", lambda num_logits: num_logits >= needed)
+    monkeypatch.setattr("tip_analysis.scoring.scorer.worth_compiling", lambda num_logits, device: num_logits >= needed)
     monkeypatch.setattr(
         "tip_analysis.scoring.scorer.token_statistics",
         lambda *, compile, **rest: seen.append(compile) or token_statistics(compile=False, **rest),
@@ -286,7 +286,10 @@ SCRIPT = """
     sys.path.insert(0, {tests!r})
     from tiny_models import tiny_language_model
     from tip_analysis.artifacts import open_run
+    from tip_analysis.scoring import scorer as scorer_module
     from tip_analysis.scoring.stage import Scorer, score_rollouts
+    statistics = scorer_module.token_statistics
+    scorer_module.token_statistics = lambda **logits: time.sleep(0.02) or statistics(**logits)  # long enough to be killed in
     scorer = Scorer(tiny_language_model(name="student"), tiny_language_model("llama", seed=5, padding_rows=3, name="teacher"))
     score_rollouts(open_run(sys.argv[1]), scorer, shard_size=1)
 """

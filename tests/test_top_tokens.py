@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tip_analysis.top_tokens import largest
+from tip_analysis.logits.top_tokens import largest
 
 
 @settings(deadline=None, max_examples=60)

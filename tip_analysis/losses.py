@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tip_analysis.logit_rows import (
+from tip_analysis.logits.rows import (
     Row,
     compare,
     compute_dtype,
-    infinite_divergences,
+    is_infinite,
     jsd_summands,
     log_ratio,
     masked_level,
@@ -83,7 +83,7 @@ def _about_top(p: Tensor, value: Tensor, x: Tensor) -> Tensor:
 def _reverse_kl_value(student: Tensor, teacher: Tensor) -> Tensor:
     ratio, row_s, row_t = compare(student, teacher)
     r = log_ratio(row_s, row_t)
-    infinite = infinite_divergences(r.amax(-1), r.amin(-1)).reverse
+    infinite = is_infinite(r.amax(-1))
     return reverse_kl_summands(ratio).sum(-1).masked_fill(infinite, math.inf)
 
 

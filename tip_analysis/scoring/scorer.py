@@ -81,7 +81,7 @@ class Scorer:
     share_prompts: bool | None = None
     """Run each distinct prompt of a batch once; None does so where it pays (`SHARING_PAYS_FROM`)."""
     compile: bool | None = None
-    """Whether the statistics are compiled; None leaves it to the size of each table (`divergence.worth_compiling`)."""
+    """Whether the statistics are compiled; None leaves it to device and size of each table (`divergence.worth_compiling`)."""
     vocab_size: int = field(init=False)
     _texts: dict[int, str] = field(init=False, repr=False, default_factory=dict)
 
@@ -112,7 +112,7 @@ class Scorer:
         if self.compile is not None:
             return self.compile
         num_tokens = rollouts.select(pl.col("loss_mask").list.sum().sum()).item()
-        return worth_compiling(num_tokens * self.vocab_size)
+        return worth_compiling(num_tokens * self.vocab_size, self.student.device)
 
     def texts(self, token_ids: Iterable[int]) -> dict[int, str]:
         """The text of each distinct token; each is decoded once."""

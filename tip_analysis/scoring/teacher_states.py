@@ -143,7 +143,7 @@ def _summary(logits: Tensor, token_ids: Tensor, k: int) -> Columns:
     """The teacher's own columns with its k most likely tokens, and ln of the mass of all others, `log_tail_mass` [N]."""
     try:
         # Against itself, so that the numbers are those which the same function reads in one pass.
-        columns = token_statistics(student=logits, teacher=logits, token_ids=token_ids, top_k=k, compile=False)
+        columns = token_statistics(student=logits, teacher=logits, token_ids=token_ids, top_k=k)
     except LogitsError as error:
         message = str(error).replace("student logits", "teacher logits")
         raise LogitsError(message, model="teacher", row=error.row) from error

@@ -20,20 +20,28 @@ what the dtype can hold (some models mask with the lowest finite number): a dive
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import scipy.special
 import torch
 from torch import Tensor
 
 SERIES_BELOW = 0.5
 """Log-ratios smaller than this go through series."""
+SCALE = 2.0**60
+"""Differences of probabilities times this: their squares stay between float32's smallest and largest normal number."""
+CENTRE_ON_TOP_ABOVE = 1e-3
+"""Curvature is a variance under P_S: about the top token it loses a factor 1/P_S(top) in precision, about the mean none."""
 
 
 class Row(NamedTuple):
     """A row of logits relative to its largest, [N, V]: z − max z = x + error."""
 
     x: Tensor
-    error: Tensor
+    error: Tensor | None
+    """None where the logits come in fewer bits than are computed with: their differences are exact, but for logits below
+    2⁻¹⁶ (float16: 2⁻¹³) of the row's largest, which are off by less than a 2²⁴th of that."""
 
 
 class Ratio(NamedTuple):
@@ -51,6 +59,8 @@ class Ratio(NamedTuple):
     """exp(−d) − 1 + d, where |d| < ½."""
     near: Tensor
     """Whether |d| < ½."""
+    square: Tensor
+    """d², where |d| < ½."""
     difference: Tensor
     """P_S − P_T."""
 
@@ -66,23 +76,34 @@ def relative_to_top(logits: Tensor, dtype: torch.dtype, top: Tensor | None = Non
     top = z.amax(-1, keepdim=True) if top is None else top
     level = masked_level(dtype)
     x = (z - top).clamp(min=level)
+    if logits.dtype.itemsize < dtype.itemsize:
+        return Row(x, None)
     back = x - z
     error = (z - (x - back)) - (top + back)
     return Row(x, torch.where(x > level / 2, error, 0.0))
 
 
-def _excess(d: Tensor) -> tuple[Tensor, Tensor]:
-    """(exp(d) − 1 − d, exp(−d) − 1 + d) for |d| ≤ ½, to the precision of the dtype, however small d is.
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Σ cₙ xⁿ by Horner's rule, c₀ first; at least two coefficients."""
+    value = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:  # in place: uncompiled, new arrays are what costs
+        value.add_(coefficient).mul_(x)
+    return value.add_(coefficients[0]) if coefficients[0] else value
+
+
+def _num_terms(x: Tensor, in_float32: int) -> int:
+    """Terms of a series in float32, and twice as many in float64."""
+    return in_float32 if x.dtype == torch.float32 else 2 * in_float32
+
+
+def _excess(d: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """(exp(d) − 1 − d, exp(−d) − 1 + d) for |d| ≤ ½, to the precision of the dtype, however small d is; `square` is d².
 
     d² Σ (±d)ⁿ / (n + 2)!, even and odd powers apart, which serves both signs.
     """
-    num_terms = 8 if d.dtype == torch.float32 else 16
-    square = d * d
-    even, odd = square / math.factorial(num_terms), square / math.factorial(num_terms + 1)
-    for n in range(num_terms - 2, 0, -2):  # in place: uncompiled, new arrays are what costs
-        even.add_(1 / math.factorial(n)).mul_(square)
-        odd.add_(1 / math.factorial(n + 1)).mul_(square)
-    odd.mul_(d)
+    powers = range(2, _num_terms(d, 8) + 1, 2)
+    even = _polynomial(square, [0.0, *(1 / math.factorial(n) for n in powers)])
+    odd = _polynomial(square, [0.0, *(1 / math.factorial(n + 1) for n in powers)]).mul_(d)
     return even + odd, even - odd
 
 
@@ -94,13 +115,19 @@ def rest_of_sum(x: Tensor, e: Tensor) -> Tensor:
 
 def log_ratio(student: Row, teacher: Row) -> Tensor:
     """r = x_S − x_T, [N, V]: the log-ratio of the probabilities up to a constant of the row."""
-    return (student.x - teacher.x) + (student.error - teacher.error)
+    r = student.x - teacher.x
+    if student.error is not None and teacher.error is not None:
+        return r + (student.error - teacher.error)
+    if student.error is not None:
+        return r + student.error
+    return r if teacher.error is None else r - teacher.error
 
 
 def difference_of_exponentials(r: Tensor, e_student: Tensor, e_teacher: Tensor) -> Tensor:
     """exp x_S − exp x_T, [N, V], exact to its own size where they are close."""
-    clipped = r.clamp(-SERIES_BELOW, SERIES_BELOW)
-    return torch.where(r.abs() < SERIES_BELOW, e_teacher * (clipped + _excess(clipped)[0]), e_student - e_teacher)
+    small = r.clamp(-SERIES_BELOW, SERIES_BELOW)
+    expm1 = _polynomial(small, [0.0, *(1 / math.factorial(n) for n in range(1, _num_terms(r, 9) + 1))])
+    return torch.where(r.abs() < SERIES_BELOW, e_teacher * expm1, e_student - e_teacher)
 
 
 def log_ratio_of_sums(difference: Tensor, rest_student: Tensor, rest_teacher: Tensor) -> Tensor:
@@ -113,10 +140,11 @@ def log_ratio_of_sums(difference: Tensor, rest_student: Tensor, rest_teacher: Te
 def ratio_of(p: Tensor, q: Tensor, d: Tensor) -> Ratio:
     """Complete P_S, P_T and their log-ratio by what cancels when taken from them."""
     near = d.abs() < SERIES_BELOW
-    clipped = d.clamp(-SERIES_BELOW, SERIES_BELOW)
-    excess, excess_reversed = _excess(clipped)
-    difference = torch.where(near, q * (clipped + excess), p - q)
-    return Ratio(p, q, d, excess, excess_reversed, near, difference)
+    small = d.clamp(-SERIES_BELOW, SERIES_BELOW)
+    square = small * small
+    excess, excess_reversed = _excess(small, square)
+    difference = torch.where(near, q * (small + excess), p - q)
+    return Ratio(p, q, d, excess, excess_reversed, near, square, difference)
 
 
 def compare(student: Tensor, teacher: Tensor) -> tuple[Ratio, Row, Row]:
@@ -148,28 +176,43 @@ def forward_kl_summands(ratio: Ratio) -> Tensor:
     return torch.where(ratio.near, q * ratio.excess, p - q - q * d)
 
 
-def jsd_summands(ratio: Ratio) -> Tensor:
-    """½ m [(1 + u) ln(1 + u) + (1 − u) ln(1 − u)] ≥ 0, m = (P_S + P_T) / 2, u = (P_S − P_T) / (P_S + P_T) = tanh(d/2).
+def _jsd_series(num_terms: int) -> list[float]:
+    """Coefficients of ½ (y tanh y − ln cosh y), y = d/2, by powers of d².
 
-    The bracket is u d + ln(1 − u²), of which the second part is half the first where d is small, so that little cancels.
-    Where |u| nears 1 it is 2 ln(1 + |u|) − (1 − |u|) |d|.
+    ln cosh y = Σ cₙ y²ⁿ with cₙ = 2²ⁿ (2²ⁿ − 1) B₂ₙ / (2n (2n)!), whose derivative is tanh y: the bracket is Σ (2n − 1) cₙ y²ⁿ.
     """
-    p, q, d = ratio.p, ratio.q, ratio.d
-    total = p + q
-    u = ratio.difference / (total + torch.finfo(d.dtype).tiny)
-    logarithm = torch.where(ratio.near, -u * u, u.abs()).log1p()
-    near = 0.5 * (ratio.difference * d + total * logarithm)
-    return 0.5 * torch.where(ratio.near, near, total * logarithm - torch.minimum(p, q) * d.abs())
+    bernoulli = scipy.special.bernoulli(2 * num_terms)[2::2].tolist()
+    return [0.0, *((2 * n - 1) * (4**n - 1) * b / (4 * n * math.factorial(2 * n)) for n, b in enumerate(bernoulli, 1))]
 
 
-class Infinite(NamedTuple):
-    """Whether a Kullback-Leibler divergence is infinite, [N, 1]."""
-
-    reverse: Tensor
-    forward: Tensor
+JSD_SERIES = _jsd_series(12)
 
 
-def infinite_divergences(max_ratio: Tensor, min_ratio: Tensor) -> Infinite:
-    """A token is masked in one model and not in the other: seen in the row's largest and smallest r, [N, 1]."""
-    limit = -masked_level(max_ratio.dtype) / 2
-    return Infinite(max_ratio > limit, min_ratio < -limit)
+def jsd_summands(ratio: Ratio) -> Tensor:
+    """½ [P_S ln(P_S / m) + P_T ln(P_T / m)] ≥ 0, m = (P_S + P_T) / 2.
+
+    With y = d/2 that is m (y tanh y − ln cosh y), a series in y² where d is small. Elsewhere, with a the larger and b the
+    smaller probability, ½ [(a + b) ln(a / m) − b |d|], of which ln(a / m) = 2 atanh w, w = (a − b) / (3 a + b) ≤ ⅓.
+    """
+    larger, smaller = torch.maximum(ratio.p, ratio.q), torch.minimum(ratio.p, ratio.q)
+    total = larger + smaller
+    w = (larger - smaller) / (3 * larger + smaller + torch.finfo(total.dtype).tiny)
+    far = total * w.atanh() - 0.5 * smaller * ratio.d.abs()
+    near = total * _polynomial(ratio.square, JSD_SERIES[: 1 + _num_terms(total, 6)])
+    return torch.where(ratio.near, near, far)
+
+
+def square_hellinger_summands(ratio: Ratio) -> Tensor:
+    """(√P_S − √P_T)² times `SCALE`, which keeps the product of small probabilities above the smallest number.
+
+    P_S + P_T − 2 √(P_S P_T), or 2 √(P_S P_T) (cosh(d/2) − 1) where d is small.
+    """
+    root = 2 * ((ratio.p * SCALE) * (ratio.q * SCALE)).sqrt()
+    powers = range(1, _num_terms(root, 4) + 1)
+    cosh = _polynomial(ratio.square, [0.0, *(0.25**n / math.factorial(2 * n) for n in powers)])
+    return torch.where(ratio.near, root * cosh, (ratio.p + ratio.q) * SCALE - root)
+
+
+def is_infinite(ratio: Tensor) -> Tensor:
+    """Whether a log-ratio r is that of a token which is masked in the one model and not in the other."""
+    return ratio > -masked_level(ratio.dtype) / 2

@@ -1,0 +1,138 @@
+"""Which way the pass over logits runs, and what is said where the quick way can't be had; properties that only one way has."""
+
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+from strategies import LOGIT_KINDS, as_rows, logit_pair
+from test_divergence import DTYPES, assert_statistics, oracle
+
+from tip_analysis import divergence
+from tip_analysis.divergence import rows_per_block, token_statistics, worth_compiling
+from tip_analysis.logits import processor, tensors
+
+
+def test_compiling_is_chosen_by_device_size_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(divergence.COMPILE_VARIABLE, raising=False)
+    assert [worth_compiling(n) for n in (1, 10**12)] == [True, True]
+    assert [worth_compiling(n, "cuda") for n in (10**6, 10**12)] == [False, True]
+    monkeypatch.setenv(divergence.COMPILE_VARIABLE, "0")
+    assert not worth_compiling(10**12)
+    monkeypatch.setenv(divergence.COMPILE_VARIABLE, "1")
+    assert worth_compiling(1, "cuda")
+
+
+def test_without_numba_the_pass_runs_on_tensors_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = as_rows([logit_pair("random", 50, 0)], torch.float32)
+    divergence._processor.cache_clear()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setitem(sys.modules, "tip_analysis.logits.processor", None)
+        patch.delattr("tip_analysis.logits.processor")
+        columns = [token_statistics(student=student, teacher=teacher, compile=True) for _ in range(2)]
+    divergence._processor.cache_clear()
+    assert len(caplog.records) == 1
+    assert "Numba" in caplog.text
+    uncompiled = token_statistics(student=student, teacher=teacher, compile=False)
+    assert all(torch.equal(columns[1][name], values) for name, values in uncompiled.items())
+
+
+def test_without_a_compiler_tensors_are_worked_on_uncompiled_which_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(tensors, "_compiled_stages", lambda: tensors._Stages(no_compiler, no_compiler, no_compiler, False))
+    monkeypatch.setattr(tensors, "_compiler_failed", False)
+    student, teacher = as_rows([logit_pair("random", 50, 0)], torch.float32)
+    with caplog.at_level(logging.WARNING):
+        totals = [tensors.row_totals(student, teacher, 5, 16, compile=True) for _ in range(2)]
+    assert len(caplog.records) == 1
+    assert "no C++ compiler found" in caplog.text
+    uncompiled = tensors.row_totals(student, teacher, 5, 16, compile=False)
+    assert all(torch.equal(one, other) for one, other in zip(totals[1], uncompiled, strict=True))
+
+
+def test_blocks_shrink_as_the_vocabulary_grows() -> None:
+    sizes = [rows_per_block(vocab_size) for vocab_size in (11, 49152, 151936, 10**7)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert min(sizes) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [11, 1000, 151936])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_tensor_operations_equal_the_oracle(vocab_size: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they run on an accelerator."""
+    student, teacher = as_rows([logit_pair(kind, vocab_size, 5) for kind in LOGIT_KINDS], DTYPES[dtype])
+    token_ids = torch.arange(len(student)) % vocab_size
+    monkeypatch.setattr(divergence, "_row_totals", lambda *arguments: tensors.row_totals(*arguments[:4], compile=True))
+    columns = token_statistics(student=student, teacher=teacher, token_ids=token_ids)
+    assert not tensors._compiler_failed
+    for row in range(len(student)):
+        assert_statistics(columns, row, oracle(student[row], teacher[row], int(token_ids[row])))
+
+
+# --------------------------------------------------------------------------------------------------------------- processor
+
+
+@pytest.mark.parametrize("threads", [1, 3, 40])
+def test_threads_share_rows_out_and_change_nothing(threads: int) -> None:
+    pairs = [logit_pair(kind, 5003, seed) for kind in LOGIT_KINDS for seed in (0, 5)]
+    student, teacher = as_rows(pairs, torch.float32)
+    before = torch.get_num_threads()
+    expected = processor.row_totals(student, teacher, 5, 16)
+    torch.set_num_threads(threads)
+    try:
+        found = processor.row_totals(student, teacher, 5, 16)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("of_student", "of_teacher"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_other_and_mixed_dtypes_equal_the_oracle(of_student: torch.dtype, of_teacher: torch.dtype) -> None:
+    kinds = [kind for kind in LOGIT_KINDS if kind != "huge"]
+    pairs = [logit_pair(kind, 300, 5) for kind in kinds]
+    student, teacher = as_rows(pairs, of_student)[0], as_rows(pairs, of_teacher)[1]
+    columns = token_statistics(student=student, teacher=teacher, token_ids=torch.arange(len(pairs)), compile=True)
+    for row in range(len(pairs)):
+        assert_statistics(columns, row, oracle(student[row], teacher[row], row))
+
+
+def test_any_layout_of_memory_gives_the_same_rows() -> None:
+    student, teacher = as_rows([logit_pair(kind, 300, 5) for kind in LOGIT_KINDS], torch.bfloat16)
+    expected = processor.row_totals(student, teacher, 5, 16)
+    transposed = student.T.contiguous().T
+    repeated = teacher[:1].expand(len(student), -1)
+    for one, other in zip(processor.row_totals(transposed, teacher, 5, 16), expected, strict=True):
+        assert torch.equal(one, other)
+    every_other = processor.row_totals(student[::2], teacher[::2], 5, 16)
+    for one, other in zip(every_other, expected, strict=True):
+        assert torch.equal(one, other[::2])
+    row = processor.row_totals(student, repeated, 5, 16).reverse_kl
+    assert torch.equal(row, processor.row_totals(student, repeated.contiguous(), 5, 16).reverse_kl)
+
+
+def test_more_top_tokens_than_columns() -> None:
+    generator = np.random.default_rng(0)
+    logits = torch.tensor(generator.normal(0, 3, (1, 3000))).bfloat16()  # many are tied
+    k = processor._COLUMNS + 500
+    columns = token_statistics(student=logits, teacher=logits, top_k=k, compile=True)
+    assert columns["student_topk_ids"].tolist() == [
+        torch.sort(logits[0].double(), descending=True, stable=True)[1][:k].tolist()
+    ]
+
+
+def test_machine_code_that_cannot_be_kept_on_disk_is_made_anew() -> None:
+    scope: dict = {}
+    exec("def function(values):\n    values[0] = 7.0\n", scope)  # no file, no place beside it
+    values = np.zeros(1)
+    processor._kept_on_disk(scope["function"])(values)
+    assert values[0] == 7.0
