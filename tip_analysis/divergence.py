@@ -160,7 +160,7 @@ def rows_per_block(vocab_size: int, device: torch.device | str = "cpu") -> int:
     """How many rows of logits to make and use up at once, so that both models' logits stay in the processor's cache."""
     if torch.device(device).type != "cpu":
         return max(64, 2**27 // vocab_size)
-    return max(8, min(4096, 2**21 // vocab_size))
+    return max(8, min(4096, 2**22 // vocab_size))
 
 
 def worth_compiling(num_logits: int, device: torch.device | str = "cpu") -> bool:
