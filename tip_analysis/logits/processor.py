@@ -350,7 +350,10 @@ def _row_totals(student, teacher, row, out):
 
 
 def _kept_on_disk(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled at its first call, and kept for other processes where there is a folder to keep it in."""
+    """Compiled at its first call, and kept for other processes where there is a folder to keep it in.
+
+    What is kept is renewed when this file changes, but not when only the constants change that it takes from `rows`.
+    """
     compiled = functools.partial(numba.njit, nogil=True, error_model="numpy")
     try:
         return compiled(cache=True)(function)

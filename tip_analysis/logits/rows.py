@@ -6,11 +6,11 @@ float64 where a row of logits is.
 The plain forms of these equations are wrong by several per cent, and often in sign, where the two rows are nearly equal or
 nearly one-hot: which is where most tokens are. What is done instead:
 
-- Logits enter as `x = z − max z`, with the rounding error of that difference carried along, and the log-ratio
+- Logits enter as `x = z − max z`, with the rounding error of that difference carried along where it has one, and the log-ratio
   `d = ln P_S − ln P_T` as `r − L`, `r = x_S − x_T`, `L = ln Σ exp x_S − ln Σ exp x_T` from the summed *differences* of the
   exponentials. So d is exact to its own size, however small, and 0 where the rows differ by a constant.
-- Where |d| < ½, `exp(d) − 1 − d` comes from its series, and `P_S − P_T`, both Kullback-Leibler summands and the
-  Jensen-Shannon summand from that; elsewhere from P_S, P_T and d. Every summand is non-negative.
+- Where |d| < ½, `P_S − P_T` and the summands of all divergences come from series in d; elsewhere from P_S, P_T and d. Every
+  summand is non-negative.
 - Sums over all tokens but the first (ln Σ exp x = log1p(rest)) and moments about the top token keep nearly one-hot rows.
 - Squares of gradients are summed in scaled form, so that they do not underflow before their root does.
 

@@ -25,7 +25,7 @@
     if (typeof value === "string") { return value; }
     if (value === 0) { return "0"; }
     const size = Math.abs(value);
-    return (size < 1e-3 || size >= 1e6 ? value.toExponential(2) : String(Number(value.toPrecision(3)))).replace("-", "−");
+    return (size < 1e-3 || size >= 1e6 ? value.toExponential(2) : String(Number(value.toPrecision(3)))).replaceAll("-", "−");
   };
   const rewardKey = (item) => (item.reward === null || item.reward === undefined ? "ungraded" : String(Number(item.reward.toFixed(4))));
   const joined = (item) => (item.joined ??= item.t.map(textOf).join("").toLowerCase());
