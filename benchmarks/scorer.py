@@ -10,7 +10,7 @@ after a warm-up; all contain the two bodies.
 
 - `bodies`: both bodies' last hidden states at response positions;
 - `heads`: and all logits, a block of rows at a time, thrown away;
-- `ours`: `Scorer.token_table`, heads and all columns and the table itself; `ours_uncompiled`: by tensor operations, without Numba;
+- `ours`: `Scorer.token_table`, heads and all columns and the table itself; `ours_uncompiled`: without Numba;
 - `per_metric_N`: one function per metric, each from logits in blocks of N rows, as libraries do (fewer columns than ours);
 - `naive`: both models' whole [B, T, V] logits, then one function per metric over all of them at once;
 - `trl`: the way of TRL's GKD and GOLD trainers, in plain torch: whole logits, the generalized Jensen-Shannon divergence from
