@@ -214,8 +214,11 @@ def _top_tokens(row: np.ndarray, maxima: np.ndarray, values: np.ndarray, ids: np
 
 @_inlined(fastmath={"contract"})
 def _sums_for_normalising(student, teacher, top_s, top_t, r_top):
-    """Over a stretch of a row, with e = exp x and r = x_S − x_T, of both models: Σ e over all but its top tokens, the number of
-    those, and Σ e x; then Σ (e_S − e_T), Σ e_S², Σ e_S e_T, Σ e_S (r − r_top), and whether any r, any −r is infinite."""
+    """Over a stretch of a row, with e = exp x and r = x_S − x_T.
+
+    Sums of e_S and e_T over all but the top tokens, of e_S x_S, e_T x_T, e_S − e_T, e_S², e_S e_T, and e_S (r − r_top); then the
+    number of top tokens of each model, and whether any r, any −r is infinite.
+    """
     rest_s = rest_t = moment_s = moment_t = difference = squares = products = ratio = _ZERO
     tops_s = tops_t = np.int32(0)
     infinite_s = infinite_t = np.int32(0)
@@ -238,7 +241,8 @@ def _sums_for_normalising(student, teacher, top_s, top_t, r_top):
         ratio = _plus(ratio, e_s * (r - r_top))
         infinite_s = np.int32(infinite_s | np.int32(r > _INFINITE))
         infinite_t = np.int32(infinite_t | np.int32(r < -_INFINITE))
-    return rest_s, rest_t, tops_s, tops_t, moment_s, moment_t, difference, squares, products, ratio, infinite_s, infinite_t
+    sums = (rest_s, rest_t, moment_s, moment_t, difference, squares, products, ratio)
+    return sums, (tops_s, tops_t, infinite_s, infinite_t)
 
 
 @_inlined(fastmath={"contract"})
@@ -296,57 +300,38 @@ def _row_totals(student, teacher, row, out):
     x_t = _relative(teacher[first_token], top_t)
     r_top = -x_t - _rounding_error(teacher[first_token], top_t, x_t)
 
-    rest_s = rest_t = moment_s = moment_t = difference = squares = products = mean_ratio = 0.0
-    tops_s = tops_t = infinite_s = infinite_t = 0
+    sums, counts = np.zeros(8), np.zeros(4, np.int64)
     for start in range(0, len(student), _CHUNK):
         part = slice(start, start + _CHUNK)
-        sums = _sums_for_normalising(student[part], teacher[part], top_s, top_t, r_top)
-        rest_s += sums[0]
-        rest_t += sums[1]
-        tops_s += sums[2]
-        tops_t += sums[3]
-        moment_s += sums[4]
-        moment_t += sums[5]
-        difference += sums[6]
-        squares += sums[7]
-        products += sums[8]
-        mean_ratio += sums[9]
-        infinite_s |= sums[10]
-        infinite_t |= sums[11]
-    rest_s, rest_t = rest_s + (tops_s - 1), rest_t + (tops_t - 1)
+        sums_of_part, counts_of_part = _sums_for_normalising(student[part], teacher[part], top_s, top_t, r_top)
+        sums += np.array(sums_of_part)
+        counts += np.array(counts_of_part)
+    rest_s, rest_t = sums[0] + (counts[0] - 1), sums[1] + (counts[1] - 1)
     top_prob_s, top_prob_t = 1 / (1 + rest_s), 1 / (1 + rest_t)
     log_sum_s, log_sum_t = math.log1p(rest_s), math.log1p(rest_t)
-    relative = difference * top_prob_t
+    relative = sums[4] * top_prob_t
     shift = math.log1p(relative) if abs(relative) < SERIES_BELOW else log_sum_s - log_sum_t
-    mean_ratio *= top_prob_s
+    mean_ratio = sums[7] * top_prob_s
     d_top, q_top = r_top - shift, math.exp(x_t) * top_prob_t
     top_gradient = SCALE * (q_top * math.expm1(d_top) if abs(d_top) < SERIES_BELOW else top_prob_s - q_top)
-    mean_gradient = SCALE * (squares * top_prob_s - products * top_prob_t) * top_prob_s  # Σ P_S² − Σ P_S P_T
+    mean_gradient = SCALE * (sums[5] * top_prob_s - sums[6] * top_prob_t) * top_prob_s  # Σ P_S² − Σ P_S P_T
     centre = top_gradient if top_prob_s > CENTRE_ON_TOP_ABOVE else mean_gradient
     out.student_top_prob[row], out.teacher_top_prob[row] = top_prob_s, top_prob_t
     out.student_log_sum[row], out.teacher_log_sum[row] = log_sum_s, log_sum_t
-    out.student_entropy[row], out.teacher_entropy[row] = log_sum_s - moment_s * top_prob_s, log_sum_t - moment_t * top_prob_t
-    out.reverse_is_infinite[row], out.forward_is_infinite[row] = infinite_s != 0, infinite_t != 0
+    out.student_entropy[row], out.teacher_entropy[row] = log_sum_s - sums[2] * top_prob_s, log_sum_t - sums[3] * top_prob_t
+    out.reverse_is_infinite[row], out.forward_is_infinite[row] = counts[2] > 0, counts[3] > 0
 
-    reverse_kl = forward_kl = jsd = hellinger = reverse_gradient = difference = first = second = 0.0
+    sums = np.zeros(8)
     constants = (
         np.float32(top_prob_s), np.float32(top_prob_t), np.float32(shift), np.float32(shift - np.float32(shift)),
         np.float32(mean_ratio), np.float32(top_gradient), np.float32(centre),
     )  # fmt: skip
     for start in range(0, len(student), _CHUNK):
         part = slice(start, start + _CHUNK)
-        sums = _sums_of_divergences(student[part], teacher[part], top_s, top_t, r_top, *constants)
-        reverse_kl += sums[0]
-        forward_kl += sums[1]
-        jsd += sums[2]
-        hellinger += sums[3]
-        reverse_gradient += sums[4]
-        difference += sums[5]
-        first += sums[6]
-        second += sums[7]
-    out.reverse_kl[row], out.forward_kl[row], out.jsd[row] = reverse_kl, forward_kl, jsd
-    out.square_hellinger[row], out.square_reverse_gradient[row] = hellinger, reverse_gradient
-    out.square_difference[row], out.curvature[row] = difference, second - first * first
+        sums += np.array(_sums_of_divergences(student[part], teacher[part], top_s, top_t, r_top, *constants))
+    out.reverse_kl[row], out.forward_kl[row], out.jsd[row] = sums[0], sums[1], sums[2]
+    out.square_hellinger[row], out.square_reverse_gradient[row], out.square_difference[row] = sums[3], sums[4], sums[5]
+    out.curvature[row] = sums[7] - sums[6] ** 2
 
 
 def _kept_on_disk(function: Callable[..., None]) -> Callable[..., None]:
