@@ -104,6 +104,18 @@ def test_every_column_equals_the_oracle(kind: str, vocab_size: int, dtype: str) 
         assert_statistics(columns, row, oracle(student[row], teacher[row], int(token_ids[row])))
 
 
+@pytest.mark.parametrize("apart", [0.05, 0.4, 0.6, 3.0])
+def test_float32_keeps_all_but_its_last_digits(apart: float) -> None:
+    """Ordinary rows, whose log-ratios lie where series are used, where they end, and beyond: against the same in float64."""
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(20, 300, generator=generator)
+    teacher = student + apart * (2 * torch.rand(20, 300, generator=generator) - 1)
+    found = token_statistics(student=student, teacher=teacher)
+    expected = token_statistics(student=student.double(), teacher=teacher.double())
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name].double(), values, rtol=2e-5, atol=0, err_msg=name)
+
+
 @given(logit_pairs(40), st.integers(0, 1))
 @settings(deadline=None, max_examples=60)
 def test_float64_is_kept(pair: tuple[np.ndarray, np.ndarray], token_id: int) -> None:

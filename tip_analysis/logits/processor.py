@@ -216,8 +216,8 @@ def _top_tokens(row: np.ndarray, maxima: np.ndarray, values: np.ndarray, ids: np
 def _sums_for_normalising(student, teacher, top_s, top_t, r_top):
     """Over a stretch of a row, with e = exp x and r = x_S − x_T.
 
-    Sums of e_S and e_T over all but the top tokens, of e_S x_S, e_T x_T, e_S − e_T, e_S², e_S e_T, and e_S (r − r_top); then the
-    number of top tokens of each model, and whether any r, any −r is infinite.
+    Sums of e_S and e_T over all but the top tokens, of e_S x_S, e_T x_T, e_S − e_T, e_S², e_S e_T, and e_S (r − r_top); then
+    the number of top tokens of each model, and whether any r, any −r is infinite.
     """
     rest_s = rest_t = moment_s = moment_t = difference = squares = products = ratio = _ZERO
     tops_s = tops_t = np.int32(0)
@@ -247,7 +247,7 @@ def _sums_for_normalising(student, teacher, top_s, top_t, r_top):
 
 @_inlined(fastmath={"contract"})
 def _sums_of_divergences(
-    student, teacher, top_s, top_t, r_top, top_prob_s, top_prob_t, shift, shift_error, mean_ratio, top_gradient, centre
+    student, teacher, top_s, top_t, r_top, top_prob_s, top_prob_t, shift, mean_ratio, top_gradient, centre
 ):
     """Over a stretch of a row: the sums of `RowTotals`; for curvature Σ P_S c and Σ P_S c², c = g less its centre."""
     reverse_kl = forward_kl = jsd = hellinger = reverse_gradient = difference = first = second = _ZERO
@@ -255,7 +255,7 @@ def _sums_of_divergences(
         x_s, x_t = _relative(student[i], top_s), _relative(teacher[i], top_t)
         p, q = _exp(x_s) * top_prob_s, _exp(x_t) * top_prob_t
         r = (x_s - x_t) + (_rounding_error(student[i], top_s, x_s) - _rounding_error(teacher[i], top_t, x_t))
-        d = (r - shift) - shift_error
+        d = r - shift
         size = abs(d)
         is_near = size < _NEAR
 
@@ -323,8 +323,8 @@ def _row_totals(student, teacher, row, out):
 
     sums = np.zeros(8)
     constants = (
-        np.float32(top_prob_s), np.float32(top_prob_t), np.float32(shift), np.float32(shift - np.float32(shift)),
-        np.float32(mean_ratio), np.float32(top_gradient), np.float32(centre),
+        np.float32(top_prob_s), np.float32(top_prob_t), np.float32(shift), np.float32(mean_ratio), np.float32(top_gradient),
+        np.float32(centre),
     )  # fmt: skip
     for start in range(0, len(student), _CHUNK):
         part = slice(start, start + _CHUNK)
