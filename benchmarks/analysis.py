@@ -1,12 +1,13 @@
-"""Quadrants, shares and rank correlations over 1, 10 and 100 million token rows: this package against plain pandas.
+"""Quadrants, shares and rank correlations over 1, 10 and 100 million token rows: this package
+against plain pandas.
 
     python benchmarks/analysis.py --out benchmarks/results/analysis.json
     python benchmarks/analysis.py --rows 1000000 --pandas-rows 1000000 --rounds 1
 
-Each measurement runs in a fresh process over Parquet shards of a million rows in a temporary folder; time is that of the work,
-imports left out; peak memory is that of the whole process. Rounds of the two are interleaved; ratios are of medians.
-Both give the quadrant of every token, tokens, rollouts and prompts of each quadrant, and Spearman's correlations of entropy
-and both divergences.
+Each measurement runs in a fresh process over Parquet shards of a million rows in a temporary
+folder; time is that of the work, imports left out; peak memory is that of the whole process. Rounds
+of the two are interleaved; ratios are of medians. Both give the quadrant of every token, tokens,
+rollouts and prompts of each quadrant, and Spearman's correlations of entropy and both divergences.
 """
 
 import argparse
@@ -25,7 +26,8 @@ COLUMNS = ["student_entropy", "reverse_kl", "forward_kl"]
 
 
 def write_shard(folder: Path, index: int, rows: int) -> None:
-    """A shard of rollouts of 250 tokens, four a prompt, with the columns that the analysis reads."""
+    """A shard of rollouts of 250 tokens, four a prompt, with the columns that the analysis
+    reads."""
     import numpy as np
     import polars as pl
 
@@ -53,7 +55,7 @@ def with_package(folder: Path) -> dict:
     """The survey of this package, streaming or not as it decides."""
     import polars as pl
 
-    from tip_analysis.survey import survey_tokens
+    from tip_analysis.analysis.survey import survey_tokens
 
     start = time.perf_counter()
     survey = survey_tokens(pl.scan_parquet(folder / "*.parquet"), columns=COLUMNS)
@@ -78,9 +80,13 @@ def with_pandas(folder: Path) -> dict:
     frame = frame[frame["loss_mask"]]
     high_entropy = frame["student_entropy"] > frame["student_entropy"].median()
     high_divergence = frame["reverse_kl"] > frame["reverse_kl"].mean()
-    frame = frame.assign(quadrant=1 + 2 * (~high_entropy).astype("int8") + (~high_divergence).astype("int8"))
+    frame = frame.assign(
+        quadrant=1 + 2 * (~high_entropy).astype("int8") + (~high_divergence).astype("int8")
+    )
     grouped = frame.groupby("quadrant")
-    table = grouped.agg({"rollout_id": "nunique", "prompt_id": "nunique"}).assign(num_tokens=grouped.size())
+    table = grouped.agg({"rollout_id": "nunique", "prompt_id": "nunique"}).assign(
+        num_tokens=grouped.size()
+    )
     correlations = frame[COLUMNS].corr(method="spearman").to_numpy()
     seconds = time.perf_counter() - start
     return {
@@ -112,7 +118,9 @@ def run(rows: int, engines: list[str], rounds: int) -> dict:
         results = [measure(engine, folder) for _ in range(rounds) for engine in engines]
     summary: dict = {"rows": rows, "rounds": results}
     for engine in engines:
-        done = [result for result in results if result["engine"] == engine and "failed" not in result]
+        done = [
+            result for result in results if result["engine"] == engine and "failed" not in result
+        ]
         if done:
             summary[engine] = {
                 "seconds": statistics.median(result["seconds"] for result in done),
@@ -121,20 +129,37 @@ def run(rows: int, engines: list[str], rounds: int) -> dict:
                 "stated_error": done[0]["stated_error"],
             }
     if {"package", "pandas"} <= set(summary):
-        ours, theirs = (next(r for r in results if r["engine"] == engine and "failed" not in r) for engine in ENGINES)
+        ours, theirs = (
+            next(r for r in results if r["engine"] == engine and "failed" not in r)
+            for engine in ENGINES
+        )
         summary["times_faster"] = summary["pandas"]["seconds"] / summary["package"]["seconds"]
         summary["memory_ratio"] = summary["package"]["peak_mb"] / summary["pandas"]["peak_mb"]
-        summary["largest_share_difference"] = max(abs(a - b) for a, b in zip(ours["shares"], theirs["shares"], strict=True))
+        summary["largest_share_difference"] = max(
+            abs(a - b) for a, b in zip(ours["shares"], theirs["shares"], strict=True)
+        )
         pairs = zip(ours["correlations"], theirs["correlations"], strict=True)
         summary["largest_correlation_difference"] = max(abs(a - b) for a, b in pairs)
     return summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000, 100_000_000], help="table sizes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--pandas-rows", type=int, nargs="*", default=[1_000_000, 10_000_000], help="sizes at which pandas runs too"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1_000_000, 10_000_000, 100_000_000],
+        help="table sizes",
+    )
+    parser.add_argument(
+        "--pandas-rows",
+        type=int,
+        nargs="*",
+        default=[1_000_000, 10_000_000],
+        help="sizes at which pandas runs too",
     )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds a size")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -143,18 +168,30 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         result = ENGINES[options.worker](options.folder)
-        print(json.dumps(result | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print(
+            json.dumps(
+                result | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            )
+        )
         return
     sizes = []
     for rows in options.rows:
-        summary = run(rows, [*(["pandas"] if rows in options.pandas_rows else []), "package"], options.rounds)
+        summary = run(
+            rows, [*(["pandas"] if rows in options.pandas_rows else []), "package"], options.rounds
+        )
         sizes.append(summary)
         for engine in ("package", "pandas"):
             if engine in summary:
                 part = summary[engine]
-                print(f"{rows:>12,} rows  {engine:8} {part['seconds']:7.2f} s  {part['peak_mb']:7.0f} MB  {part['method']}")
+                print(
+                    f"{rows:>12,} rows  {engine:8} {part['seconds']:7.2f} s  {part['peak_mb']:7.0f}"
+                    f" MB  {part['method']}"
+                )
         if "times_faster" in summary:
-            print(f"{'':17} {summary['times_faster']:.1f} times faster, {summary['memory_ratio']:.2f} of the memory")
+            print(
+                f"{'':17} {summary['times_faster']:.1f} times faster, {summary['memory_ratio']:.2f}"
+                " of the memory"
+            )
     write_results(options.out, options, sizes=sizes)
 
 

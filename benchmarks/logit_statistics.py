@@ -1,16 +1,20 @@
-"""How long the statistics of two arrays of logits take, against reading them and against one function per metric.
+"""How long the statistics of two arrays of logits take, against reading them and against one
+function per metric.
 
-    python benchmarks/logit_statistics.py [--rows 2048] [--vocab-size 49152] [--dtype bfloat16] [--rounds 7] [--out FILE.json]
+    python benchmarks/logit_statistics.py [--rows 2048] [--vocab-size 49152] [--dtype bfloat16]
+    [--rounds 7] [--out FILE.json]
 
-Every contender works on the same logits in the same process, in interleaved rounds after a warm-up; the medians over the
-rounds and their ratios are printed. On a machine that does other work too, `--clock cpu --threads 1` is steadier.
-Ways of reading both arrays once are timed beside: `read_in_blocks` makes float32 of 32 rows at a time and adds them up, which
-stays in the cache; `convert_to_float32` makes float32 arrays of both; `read_as_float32` adds each up by one call for float32;
-`read_float32` adds up float32 arrays that are there already, the floor for anything that looks at every logit. `normalizers` is
-one log-sum-exp of each row: a single exponential a logit.
-`statistics` is the pass as machine code, `statistics_on_tensors` the pass as tensor operations, which runs without Numba.
-`per_metric_N` computes the divergences and entropies as libraries commonly do, each function with its own softmaxes, in
-blocks of N rows; it has fewer columns than `token_statistics`, and its float32 numbers are wrong on peaked and near-equal rows.
+Every contender works on the same logits in the same process, in interleaved rounds after a warm-up;
+the medians over the rounds and their ratios are printed. On a machine that does other work too,
+`--clock cpu --threads 1` is steadier. Ways of reading both arrays once are timed beside:
+`read_in_blocks` makes float32 of 32 rows at a time and adds them up, which stays in the cache;
+`convert_to_float32` makes float32 arrays of both; `read_as_float32` adds each up by one call for
+float32; `read_float32` adds up float32 arrays that are there already, the floor for anything that
+looks at every logit. `normalizers` is one log-sum-exp of each row: a single exponential a logit.
+`statistics` is the pass as machine code, `statistics_on_tensors` the pass as tensor operations,
+which runs without Numba. `per_metric_N` computes the divergences and entropies as libraries
+commonly do, each function with its own softmaxes, in blocks of N rows; it has fewer columns than
+`token_statistics`, and its float32 numbers are wrong on peaked and near-equal rows.
 """
 
 import argparse
@@ -24,7 +28,7 @@ from measuring import medians as medians_of
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
-from tip_analysis.divergence import token_statistics
+from tip_analysis.logits.row_statistics import token_statistics
 
 BLOCKS = (8, 16, 32, 64, 128, 512)
 
@@ -46,7 +50,12 @@ def jsd(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def hellinger(student: Tensor, teacher: Tensor) -> Tensor:
-    return (0.5 * (softmax(student.float(), -1).sqrt() - softmax(teacher.float(), -1).sqrt()).square().sum(-1)).sqrt()
+    return (
+        0.5
+        * (softmax(student.float(), -1).sqrt() - softmax(teacher.float(), -1).sqrt())
+        .square()
+        .sum(-1)
+    ).sqrt()
 
 
 def sampled_logprob(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -87,23 +96,35 @@ def per_metric(student: Tensor, teacher: Tensor, token_ids: Tensor, block: int) 
         reverse_gradient_norm(s, t), forward_gradient_norm(s, t), curvature(s, t)
 
 
-def contenders(student: Tensor, teacher: Tensor, token_ids: Tensor) -> dict[str, Callable[[], object]]:
+def contenders(
+    student: Tensor, teacher: Tensor, token_ids: Tensor
+) -> dict[str, Callable[[], object]]:
     wide = student.float(), teacher.float()
 
     def statistics(compiled: bool) -> Callable[[], object]:
-        return lambda: token_statistics(student=student, teacher=teacher, token_ids=token_ids, compile=compiled)
+        return lambda: token_statistics(
+            student=student, teacher=teacher, token_ids=token_ids, compile=compiled
+        )
 
     work: dict[str, Callable[[], object]] = {
-        "read_in_blocks": lambda: [rows.float().sum(-1) for array in (student, teacher) for rows in array.split(32)],
+        "read_in_blocks": lambda: [
+            rows.float().sum(-1) for array in (student, teacher) for rows in array.split(32)
+        ],
         "read_float32": lambda: [array.sum(-1) for array in wide],
-        "read_as_float32": lambda: [array.sum(-1, dtype=torch.float32) for array in (student, teacher)],
+        "read_as_float32": lambda: [
+            array.sum(-1, dtype=torch.float32) for array in (student, teacher)
+        ],
         "convert_to_float32": lambda: [array.float() for array in (student, teacher)],
-        "normalizers": lambda: [rows.float().logsumexp(-1) for array in (student, teacher) for rows in array.split(32)],
+        "normalizers": lambda: [
+            rows.float().logsumexp(-1) for array in (student, teacher) for rows in array.split(32)
+        ],
         "statistics": statistics(True),
         "statistics_on_tensors": statistics(False),
     }
     for block in BLOCKS:
-        work[f"per_metric_{block}"] = lambda block=block: per_metric(student, teacher, token_ids, block)
+        work[f"per_metric_{block}"] = lambda block=block: per_metric(
+            student, teacher, token_ids, block
+        )
     return work
 
 
@@ -120,25 +141,32 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, float]:
         "statistics over one log-sum-exp of each row": ours / medians["normalizers"],
         f"one function per metric, best ({best}), over statistics": medians[best] / ours,
         "one function per metric, blocks of 512, over statistics": medians["per_metric_512"] / ours,
-        "best one function per metric over statistics on tensors": medians[best] / medians["statistics_on_tensors"],
+        "best one function per metric over statistics on tensors": (
+            medians[best] / medians["statistics_on_tensors"]
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2048, help="rows N")
     parser.add_argument("--vocab-size", type=int, default=49152, help="tokens V")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the logits")
     parser.add_argument("--threads", type=int, default=2, help="threads; a CUDA device is not used")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="elapsed or processor time")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="elapsed or processor time"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the timings")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
     shape = (options.rows, options.vocab_size)
     student, teacher = (
-        torch.empty(shape).normal_(0, 3, generator=generator).to(getattr(torch, options.dtype)) for _ in range(2)
+        torch.empty(shape).normal_(0, 3, generator=generator).to(getattr(torch, options.dtype))
+        for _ in range(2)
     )
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     token_ids = torch.randint(options.vocab_size, shape[:1], generator=generator)

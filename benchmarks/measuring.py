@@ -1,4 +1,5 @@
-"""What the benchmarks share: interleaved rounds, medians, fresh processes, and the JSON that they leave behind."""
+"""What the benchmarks share: interleaved rounds, medians, fresh processes, and the JSON that they
+leave behind."""
 
 import argparse
 import json
@@ -16,8 +17,11 @@ from typing import Any
 Work = Mapping[str, Callable[[], object]]
 
 
-def interleaved(work: Work, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after a warm-up of each; one after another in every round.
+def interleaved(
+    work: Work, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after a warm-up of each; one after another in every
+    round.
 
     Work on a CUDA device is waited for.
     """
@@ -58,7 +62,10 @@ def fresh_process(script: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}: killed, memory ran out?"])[-1]
+        reason = (
+            done.stderr.strip().splitlines()
+            or [f"status {done.returncode}: killed, memory ran out?"]
+        )[-1]
         raise SystemExit(f"{' '.join(command)}: {reason}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -70,9 +77,13 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in ("torch", "transformers", "polars", "pandas")},
+        "libraries": {
+            name: version(name) for name in ("torch", "transformers", "polars", "pandas")
+        },
     }
-    if torch := sys.modules.get("torch"):  # what is measured may be the work of a process that never needs it
+    if torch := sys.modules.get(
+        "torch"
+    ):  # what is measured may be the work of a process that never needs it
         found["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
             found["device"] = torch.cuda.get_device_name()
@@ -83,7 +94,10 @@ def write_results(path: Path | None, options: argparse.Namespace, **results: Any
     """Write a benchmark's outcome, with its settings and the machine's, where a path was given."""
     if path is None:
         return
-    settings = {name: value if isinstance(value, int | float | list) else str(value) for name, value in vars(options).items()}
+    settings = {
+        name: value if isinstance(value, int | float | list) else str(value)
+        for name, value in vars(options).items()
+    }
     settings.pop("out", None)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "machine": machine(), **results}

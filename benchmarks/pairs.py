@@ -1,4 +1,5 @@
-"""Pairs of models and rollouts for the benchmarks: SmolLM2 with a slightly changed copy, or random weights of a given shape."""
+"""Pairs of models and rollouts for the benchmarks: SmolLM2 with a slightly changed copy, or random
+weights of a given shape."""
 
 import os
 from pathlib import Path
@@ -7,9 +8,9 @@ import polars as pl
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tip_analysis.arithmetic.tokenizer import build_tokenizer
-from tip_analysis.models import LanguageModel, OutputHead, load_model
-from tip_analysis.schema import RolloutTable, polars_schema
+from tip_analysis.core.schema import RolloutTable, polars_schema
+from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
+from tip_analysis.models.loading import LanguageModel, OutputHead, load_model
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -23,12 +24,16 @@ SHAPES = {
     "qwen3-4b": (36, 2560, 9728, 32, 8, 128, True),
     "qwen3-8b": (36, 4096, 12288, 32, 8, 128, False),
 }
-"""Layers, hidden size, intermediate size, heads, key-value heads, head size, whether the head is tied: of public configs."""
+"""Layers, hidden size, intermediate size, heads, key-value heads, head size, whether the head is
+tied: of public configs."""
 
 
 def smollm2_pair(dtype: str, device: str) -> tuple[LanguageModel, LanguageModel]:
-    """SmolLM2-135M and the same with noise of a tenth of each weight's spread. Needs the weights that `make smollm2` brings."""
-    student, teacher = (load_model("smollm2-135m-instruct", dtype=dtype, device=device) for _ in range(2))
+    """SmolLM2-135M and the same with noise of a tenth of each weight's spread. Needs the weights
+    that `make smollm2` brings."""
+    student, teacher = (
+        load_model("smollm2-135m-instruct", dtype=dtype, device=device) for _ in range(2)
+    )
     generator = torch.Generator(device=device if device != "auto" else "cpu").manual_seed(0)
     with torch.no_grad():
         for parameter in teacher.model.parameters():
@@ -38,7 +43,12 @@ def smollm2_pair(dtype: str, device: str) -> tuple[LanguageModel, LanguageModel]
 
 
 def random_model(
-    shape: str, *, vocab_size: int = 151_936, dtype: str = "bfloat16", device: str = "cpu", seed: int = 0
+    shape: str,
+    *,
+    vocab_size: int = 151_936,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    seed: int = 0,
 ) -> LanguageModel:
     """A Qwen3 model of a shape of `SHAPES` with random weights, which cost what trained ones do."""
     layers, hidden, intermediate, heads, kv_heads, head_dim, tied = SHAPES[shape]
@@ -65,12 +75,20 @@ def random_model(
 
 
 def make_rollouts(
-    model: LanguageModel, *, num_prompts: int, rollouts_per_prompt: int, prompt_tokens: int, response_tokens: int
+    model: LanguageModel,
+    *,
+    num_prompts: int,
+    rollouts_per_prompt: int,
+    prompt_tokens: int,
+    response_tokens: int,
 ) -> pl.DataFrame:
-    """Rollouts of equal length: pieces of this project's licence, each prompt with several responses."""
+    """Rollouts of equal length: pieces of this project's licence, each prompt with several
+    responses."""
     text = list(model.tokenizer(LICENCE.read_text("utf-8"))["input_ids"])
     if len(set(text)) < 20:  # a tokenizer that does not know the text
-        text = torch.randint(len(model.tokenizer), (4096,), generator=torch.Generator().manual_seed(0)).tolist()
+        text = torch.randint(
+            len(model.tokenizer), (4096,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
 
     def piece(start: int, length: int) -> list[int]:
         return [text[(start + index) % len(text)] for index in range(length)]

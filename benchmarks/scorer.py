@@ -2,21 +2,28 @@
 
     python benchmarks/scorer.py --out benchmarks/results/scorer.json
     python benchmarks/scorer.py --response-tokens 128 --rounds 1 --blocks 32          (a quick look)
-    python benchmarks/scorer.py --student qwen3-1.7b --teacher qwen3-8b --device cuda --skip naive trl
+    python benchmarks/scorer.py --student qwen3-1.7b --teacher qwen3-8b --device cuda --skip naive
+    trl
 
-SmolLM2 in bfloat16 and a slightly changed copy as its teacher, 2,048 response tokens (`make smollm2` brings the weights), or
-random weights of a shape of `pairs.SHAPES`. Every contender gets the same rollouts in the same process, in interleaved rounds
-after a warm-up; all contain the two bodies.
+SmolLM2 in bfloat16 and a slightly changed copy as its teacher, 2,048 response tokens (`make
+smollm2` brings the weights), or random weights of a shape of `pairs.SHAPES`. Every contender gets
+the same rollouts in the same process, in interleaved rounds after a warm-up; all contain the two
+bodies.
 
 - `bodies`: both bodies' last hidden states at response positions;
 - `heads`: and all logits, a block of rows at a time, thrown away;
-- `ours`: `Scorer.token_table`, heads and all columns and the table itself; `ours_uncompiled`: without Numba;
-- `per_metric_N`: one function per metric, each from logits in blocks of N rows, as libraries do (fewer columns than ours);
-- `naive`: both models' whole [B, T, V] logits, then one function per metric over all of them at once;
-- `trl`: the way of TRL's GKD and GOLD trainers, in plain torch: whole logits, the generalized Jensen-Shannon divergence from
-  log-softmaxes and a mixture; *one* divergence is all that it computes.
+- `ours`: `Scorer.token_table`, heads and all columns and the table itself; `ours_uncompiled`:
+  without Numba;
+- `per_metric_N`: one function per metric, each from logits in blocks of N rows, as libraries do
+  (fewer columns than ours);
+- `naive`: both models' whole [B, T, V] logits, then one function per metric over all of them at
+  once;
+- `trl`: the way of TRL's GKD and GOLD trainers, in plain torch: whole logits, the generalized
+  Jensen-Shannon divergence from log-softmaxes and a mixture; *one* divergence is all that it
+  computes.
 
-On a CUDA device, `matmul_share` is the rate of the bodies' and heads' multiplications in `ours` over that of one large matmul.
+On a CUDA device, `matmul_share` is the rate of the bodies' and heads' multiplications in `ours`
+over that of one large matmul.
 """
 
 import argparse
@@ -33,21 +40,25 @@ from pairs import SHAPES, make_rollouts, random_model, smollm2_pair
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from tip_analysis.batching import TokenBudget
-from tip_analysis.divergence import rows_per_block
-from tip_analysis.forward import response_hidden_states
-from tip_analysis.models import LanguageModel
+from tip_analysis.logits.row_statistics import rows_per_block
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.hidden_states import response_hidden_states
+from tip_analysis.models.loading import LanguageModel
 from tip_analysis.scoring.scorer import Scorer
 
 
 class Pair:
     """Student, teacher and rollouts, and every contender over them."""
 
-    def __init__(self, student: LanguageModel, teacher: LanguageModel, rollouts: pl.DataFrame, budget: int) -> None:
+    def __init__(
+        self, student: LanguageModel, teacher: LanguageModel, rollouts: pl.DataFrame, budget: int
+    ) -> None:
         self.student, self.teacher, self.rollouts, self.budget = student, teacher, rollouts, budget
         self.prompts = rollouts["prompt_token_ids"].to_list()
         self.responses = rollouts["response_token_ids"].to_list()
-        self.token_ids = torch.tensor(rollouts["response_token_ids"].explode().to_list(), device=student.device)
+        self.token_ids = torch.tensor(
+            rollouts["response_token_ids"].explode().to_list(), device=student.device
+        )
         self.vocab_size = min(student.vocab_size, teacher.vocab_size)
 
     def bodies(self) -> list[Tensor]:
@@ -59,7 +70,9 @@ class Pair:
             pieces = []
             for start in range(0, len(self.prompts), step):
                 part = slice(start, start + step)
-                pieces += response_hidden_states(model.model, self.prompts[part], self.responses[part])
+                pieces += response_hidden_states(
+                    model.model, self.prompts[part], self.responses[part]
+                )
             states.append(torch.cat(pieces))
         return states
 
@@ -74,11 +87,19 @@ class Pair:
             yield *logits, self.token_ids[part]
 
     def heads(self) -> None:
-        for _ in self.blocks(self.bodies(), rows_per_block(self.vocab_size, device=self.student.device)):
+        for _ in self.blocks(
+            self.bodies(), rows_per_block(self.vocab_size, device=self.student.device)
+        ):
             pass
 
     def ours(self, compiled: bool) -> Callable[[], object]:
-        scorer = Scorer(self.student, self.teacher, TokenBudget(self.budget), share_prompts=False, compile=compiled)
+        scorer = Scorer(
+            self.student,
+            self.teacher,
+            TokenBudget(self.budget),
+            share_prompts=False,
+            compile=compiled,
+        )
         return lambda: scorer.token_table(self.rollouts)
 
     def one_function_per_metric(self, rows: int) -> None:
@@ -88,13 +109,18 @@ class Pair:
     def whole_logits(self) -> list[Tensor]:
         """Logits [N, V] of both models out of [B, T, V]."""
         ids = torch.tensor(
-            [prompt + response for prompt, response in zip(self.prompts, self.responses, strict=True)],
+            [
+                prompt + response
+                for prompt, response in zip(self.prompts, self.responses, strict=True)
+            ],
             device=self.student.device,
         )
         first = len(self.prompts[0]) - 1
         found = []
         for model in (self.student, self.teacher):
-            logits = model.model(input_ids=ids, use_cache=False).logits[:, first:-1, : self.vocab_size]
+            logits = model.model(input_ids=ids, use_cache=False).logits[
+                :, first:-1, : self.vocab_size
+            ]
             found.append(logits.flatten(0, 1))
         return found
 
@@ -103,18 +129,28 @@ class Pair:
         per_metric(student, teacher, self.token_ids, len(self.token_ids))
 
     def trl(self, beta: float = 0.5) -> Tensor:
-        """JSD_β = β KL(P_T ‖ M) + (1 − β) KL(P_S ‖ M), M = (1 − β) P_S + β P_T, over all tokens at once."""
+        """JSD_β = β KL(P_T ‖ M) + (1 − β) KL(P_S ‖ M), M = (1 − β) P_S + β P_T, over all tokens at
+        once."""
         student, teacher = (log_softmax(logits.float(), -1) for logits in self.whole_logits())
-        mixture = torch.logsumexp(torch.stack([student + math.log(1 - beta), teacher + math.log(beta)]), dim=0)
+        mixture = torch.logsumexp(
+            torch.stack([student + math.log(1 - beta), teacher + math.log(beta)]), dim=0
+        )
         of_teacher = kl_div(mixture, teacher, reduction="none", log_target=True)
         of_student = kl_div(mixture, student, reduction="none", log_target=True)
         return (beta * of_teacher + (1 - beta) * of_student).sum(-1)
 
 
 def contenders(pair: Pair, blocks: list[int], skip: list[str]) -> dict[str, Callable[[], object]]:
-    work: dict[str, Callable[[], object]] = {"bodies": pair.bodies, "heads": pair.heads, "ours": pair.ours(True)}
+    work: dict[str, Callable[[], object]] = {
+        "bodies": pair.bodies,
+        "heads": pair.heads,
+        "ours": pair.ours(True),
+    }
     work["ours_uncompiled"] = pair.ours(False)
-    work |= {f"per_metric_{rows}": lambda rows=rows: pair.one_function_per_metric(rows) for rows in blocks}
+    work |= {
+        f"per_metric_{rows}": lambda rows=rows: pair.one_function_per_metric(rows)
+        for rows in blocks
+    }
     work |= {"naive": pair.naive, "trl": pair.trl}
     return {name: run for name, run in work.items() if name not in skip}
 
@@ -122,7 +158,11 @@ def contenders(pair: Pair, blocks: list[int], skip: list[str]) -> dict[str, Call
 def summary(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, float]:
     """The ratios that matter, of medians."""
     found = medians(seconds)
-    ratios = {f"{name}: extra over the bodies": found[name] / found["bodies"] - 1 for name in found if name != "bodies"}
+    ratios = {
+        f"{name}: extra over the bodies": found[name] / found["bodies"] - 1
+        for name in found
+        if name != "bodies"
+    }
     metrics = [name for name in found if name.startswith("per_metric")]
     for ours in {"ours", "ours_uncompiled"} & found.keys():
         ratios[f"{ours}: response tokens a second"] = num_tokens / found[ours]
@@ -134,7 +174,8 @@ def summary(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, float
 
 
 def matmul_share(pair: Pair, seconds: float) -> float:
-    """Multiplications of bodies and heads per second, over the rate of one large matmul of the same dtype."""
+    """Multiplications of bodies and heads per second, over the rate of one large matmul of the same
+    dtype."""
     positions = len(pair.prompts) * (len(pair.prompts[0]) + len(pair.responses[0]) - 1)
     operations = 0
     for model in (pair.student, pair.teacher):
@@ -144,7 +185,10 @@ def matmul_share(pair: Pair, seconds: float) -> float:
         tied = model.head.linear.weight is model.model.get_input_embeddings().weight
         body = total - embedding - (0 if tied else head)
         operations += 2 * body * positions + 2 * head * len(pair.token_ids)
-    a, b = (torch.randn(8192, 8192, device=pair.student.device, dtype=pair.student.dtype) for _ in range(2))
+    a, b = (
+        torch.randn(8192, 8192, device=pair.student.device, dtype=pair.student.dtype)
+        for _ in range(2)
+    )
     for _ in range(3):
         a @ b
     torch.cuda.synchronize()
@@ -157,20 +201,40 @@ def matmul_share(pair: Pair, seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="smollm2", choices=["smollm2", *SHAPES], help="smollm2 or a random shape")
-    parser.add_argument("--teacher", default="qwen3-8b", choices=SHAPES, help="with a random student")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--student",
+        default="smollm2",
+        choices=["smollm2", *SHAPES],
+        help="smollm2 or a random shape",
+    )
+    parser.add_argument(
+        "--teacher", default="qwen3-8b", choices=SHAPES, help="with a random student"
+    )
     parser.add_argument("--response-tokens", type=int, default=512, help="tokens of each response")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--rollouts", type=int, default=4, help="number of rollouts")
     parser.add_argument("--token-budget", type=int, default=16384, help="tokens a batch")
-    parser.add_argument("--blocks", type=int, nargs="*", default=[8, 32, 128, 512], help="rows a block of per_metric")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        nargs="*",
+        default=[8, 32, 128, 512],
+        help="rows a block of per_metric",
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="elapsed or processor time of all threads")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="elapsed or processor time of all threads",
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -2,7 +2,8 @@
 
     python benchmarks/startup.py --out benchmarks/results/startup.json
 
-`python` alone is the floor. Rounds are interleaved; the first, which may have to compile bytecode, is left out.
+`python` alone is the floor. Rounds are interleaved; the first, which may have to compile bytecode,
+is left out.
 """
 
 import argparse
@@ -26,13 +27,21 @@ def run(arguments: list[str]) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    seconds = interleaved({name: run(arguments) for name, arguments in COMMANDS.items()}, options.rounds)
+    seconds = interleaved(
+        {name: run(arguments) for name, arguments in COMMANDS.items()}, options.rounds
+    )
     found = medians(seconds)
-    ratios = {f"{name}: over python alone": found[name] / found["python"] for name in found if name != "python"}
+    ratios = {
+        f"{name}: over python alone": found[name] / found["python"]
+        for name in found
+        if name != "python"
+    }
     show(seconds, ratios)
     write_results(options.out, options, seconds=seconds, ratios=ratios)
 

@@ -1,14 +1,17 @@
-"""Peak memory of one training step against the retention ratio: `python benchmarks/training_memory.py --out FILE.json`.
+"""Peak memory of one training step against the retention ratio: `python
+benchmarks/training_memory.py --out FILE.json`.
 
-Each arm is a process of its own. It builds a random student and teacher (2 layers, D = 256, V = 151,936 by default), takes a
-first step on a few tokens so that gradients and optimizer moments are there, and then one step on a rollout of T tokens. What
-is reported is the peak above that baseline of weights, gradients and moments: device memory on a GPU, resident set on a CPU.
+Each arm is a process of its own. It builds a random student and teacher (2 layers, D = 256, V =
+151,936 by default), takes a first step on a few tokens so that gradients and optimizer moments are
+there, and then one step on a rollout of T tokens. What is reported is the peak above that baseline
+of weights, gradients and moments: device memory on a GPU, resident set on a CPU.
 
-The full-logits step is the plain one: logits of both models at all T positions, log-softmaxes, reverse KL, backward. The other
-arms are steps of ``training.trainer``: score every token, select by Soft-OR, train on what is selected; nothing is sampled.
+The full-logits step is the plain one: logits of both models at all T positions, log-softmaxes,
+reverse KL, backward. The other arms are steps of ``training.trainer``: score every token, select by
+Soft-OR, train on what is selected; nothing is sampled.
 
-The paper's peaks (Table 3, Qwen3-8B to Qwen3-4B, with weights) are printed beside: another size and another machine, to be
-compared in their order only.
+The paper's peaks (Table 3, Qwen3-8B to Qwen3-4B, with weights) are printed beside: another size and
+another machine, to be compared in their order only.
 """
 
 import argparse
@@ -22,10 +25,10 @@ from measuring import fresh_process, write_results
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tip_analysis.arithmetic.tokenizer import build_tokenizer
-from tip_analysis.batching import TokenBudget
-from tip_analysis.generation import Sampling
-from tip_analysis.models import LanguageModel, OutputHead, resolve_device
+from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.loading import LanguageModel, OutputHead, resolve_device
+from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.data import OnPolicyRollouts, TrainingRollout
 from tip_analysis.training.options import TrainingOptions
 from tip_analysis.training.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
@@ -33,7 +36,8 @@ from tip_analysis.training.students import prepare_student
 from tip_analysis.training.trainer import Trainer
 
 PAPER_GB = {1.0: 72.0, 0.5: 38.1, 0.2: 35.5, 0.1: 35.3}
-"""Table 3: peak memory by retention ratio, Qwen3-8B (GRPO) to Qwen3-4B; entropy sampling below 1."""
+"""Table 3: peak memory by retention ratio, Qwen3-8B (GRPO) to Qwen3-4B; entropy sampling below
+1."""
 FULL = "full_logits"
 
 
@@ -67,7 +71,9 @@ def build(setting: Setting, seed: int) -> LanguageModel:
         tie_word_embeddings=True,
     )
     model = Qwen3ForCausalLM(config).to(setting.device)
-    return LanguageModel(f"random-{seed}", model.eval().requires_grad_(False), build_tokenizer(), OutputHead(model))
+    return LanguageModel(
+        f"random-{seed}", model.eval().requires_grad_(False), build_tokenizer(), OutputHead(model)
+    )
 
 
 def rollout(setting: Setting, num_tokens: int, name: str) -> TrainingRollout:
@@ -87,7 +93,9 @@ def make_trainer(setting: Setting, student: LanguageModel, teacher: LanguageMode
         gradient_checkpointing=setting.gradient_checkpointing,
     )
     prepared = prepare_student(student, options, copy_weights=False)
-    source = OnPolicyRollouts([], Sampling(), 1, 1, TokenBudget(1))  # rollouts are handed to `update_on`, none is sampled
+    source = OnPolicyRollouts(
+        [], Sampling(), 1, 1, TokenBudget(1)
+    )  # rollouts are handed to `update_on`, none is sampled
     return Trainer(student=prepared, teacher=teacher, source=source, options=options)
 
 
@@ -96,7 +104,12 @@ def full_logits_step(trainer: Trainer, given: TrainingRollout) -> None:
     predicting = slice(len(given.prompt) - 1, None)
 
     def log_probs(model: LanguageModel) -> Tensor:
-        return model.model(input_ids=tokens, use_cache=False).logits[0, predicting].float().log_softmax(-1)
+        return (
+            model.model(input_ids=tokens, use_cache=False)
+            .logits[0, predicting]
+            .float()
+            .log_softmax(-1)
+        )
 
     with trainer.precision():
         ours = log_probs(trainer.student)
@@ -134,10 +147,16 @@ def run_arm(setting: Setting) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="T, response tokens")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0.1], help="retention ratios")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 4096], help="T, response tokens"
+    )
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0.1], help="retention ratios"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=151_936)
@@ -180,9 +199,16 @@ def describe(row: dict) -> str:
     name = "full logits" if row["arm"] == FULL else f"ρ = {row['arm']}"
     if "error" in row:
         return f"T = {row['num_tokens']:5}  {name:12}  {row['error']}"
-    share = "" if row["share_of_full"] is None else f"  {100 * row['share_of_full']:5.1f} % of full logits"
+    share = (
+        ""
+        if row["share_of_full"] is None
+        else f"  {100 * row['share_of_full']:5.1f} % of full logits"
+    )
     paper = "" if row["paper_gb"] is None else f"  (paper: {row['paper_gb']} GB in all)"
-    return f"T = {row['num_tokens']:5}  {name:12}  {row['above_bytes'] / 1e9:6.2f} GB above baseline{share}{paper}"
+    return (
+        f"T = {row['num_tokens']:5}  {name:12}  {row['above_bytes'] / 1e9:6.2f} GB above"
+        f" baseline{share}{paper}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and tiny models gain nothing from threads
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tests run side by side, and tiny models gain nothing from threads
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

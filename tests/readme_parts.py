@@ -1,11 +1,12 @@
-"""The parts of README.md that are made from the code: `python tests/readme_parts.py` (or `make docs`) writes them anew."""
+"""The parts of README.md that are made from the code: `python tests/readme_parts.py` (or `make
+docs`) writes them anew."""
 
 import re
 from pathlib import Path
 
 import polars as pl
 
-from tip_analysis.schema import TokenTable
+from tip_analysis.core.schema import TokenTable
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -15,7 +16,9 @@ def column_table() -> str:
     """The columns of the token table in Markdown."""
     rows = ["| column | type | meaning |", "| --- | --- | --- |"]
     for name, column in TokenTable.columns().items():
-        rows.append(f"| `{name}` | {_type(column.dtype)} | {column.description} |".replace("‖", "‖"))
+        rows.append(
+            f"| `{name}` | {_type(column.dtype)} | {column.description} |".replace("‖", "‖")
+        )
     return "\n".join(rows)
 
 
@@ -29,12 +32,15 @@ def _type(dtype: pl.DataType) -> str:
 def with_columns(text: str) -> str:
     """README text with the column table as the code has it."""
     return re.sub(
-        r"(?s)(<!-- columns.*?-->\n).*?(<!-- end of columns -->)", lambda m: m[1] + column_table() + "\n" + m[2], text
+        r"(?s)(<!-- columns.*?-->\n).*?(<!-- end of columns -->)",
+        lambda m: m[1] + column_table() + "\n" + m[2],
+        text,
     )
 
 
 def listed_files(text: str) -> set[str]:
-    """Paths that the README's tree names: folders end with a slash, and what is indented lies in the folder above."""
+    """Paths that the README's tree names: folders end with a slash, and what is indented lies in
+    the folder above."""
     tree = re.search(r"(?s)## The tree\n\n```\n(.*?)```", text)
     assert tree, "README.md has no tree"
     found, folders = set(), []

@@ -11,9 +11,9 @@ import mpmath
 import numpy as np
 import torch
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Table layer: scores, quadrants, selection, statistics. Plain loops over Python floats and numpy float64.
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Table layer: scores, quadrants, selection, statistics. Plain loops over Python floats and numpy
+# float64.
+# --------------------------------------------------------------------------------------------------
 
 
 def quantile_linear(values: list[float], quantile: float) -> float:
@@ -25,7 +25,8 @@ def quantile_linear(values: list[float], quantile: float) -> float:
 
 
 def min_max(values: list[float | None], clip: float | None) -> list[float | None]:
-    """Clip at a quantile, then min-max; None stays, +inf takes no part and becomes 1, a constant becomes 0."""
+    """Clip at a quantile, then min-max; None stays, +inf takes no part and becomes 1, a constant
+    becomes 0."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     scaled: list[float | None] = []
     for value in values:
@@ -39,8 +40,11 @@ def min_max(values: list[float | None], clip: float | None) -> list[float | None
     return scaled
 
 
-def token_scores(h: list, delta: list, forward: list, divergence_clip: float | None) -> dict[str, list[float | None]]:
-    """Eq. 7 and Section 7.3 over the rows of one normalisation scope; None where the student did not write."""
+def token_scores(
+    h: list, delta: list, forward: list, divergence_clip: float | None
+) -> dict[str, list[float | None]]:
+    """Eq. 7 and Section 7.3 over the rows of one normalisation scope; None where the student did
+    not write."""
     entropy_hat, divergence_hat = min_max(h, 0.98), min_max(delta, divergence_clip)
     soft_or, q3 = [], []
     for e, d, f in zip(entropy_hat, divergence_hat, forward, strict=True):
@@ -50,10 +54,17 @@ def token_scores(h: list, delta: list, forward: list, divergence_clip: float | N
         else:
             soft_or.append(e + d - e * d)
             q3.append(0.0 if e == 1.0 else f * (1.0 - e))
-    return {"entropy_hat": entropy_hat, "divergence_hat": divergence_hat, "soft_or": soft_or, "q3_score": q3}
+    return {
+        "entropy_hat": entropy_hat,
+        "divergence_hat": divergence_hat,
+        "soft_or": soft_or,
+        "q3_score": q3,
+    }
 
 
-def quadrant(entropy: float | None, divergence: float | None, entropy_cut: float, divergence_cut: float) -> str | None:
+def quadrant(
+    entropy: float | None, divergence: float | None, entropy_cut: float, divergence_cut: float
+) -> str | None:
     """Table 1; high is strictly above."""
     if entropy is None or divergence is None:
         return None
@@ -69,7 +80,9 @@ def otsu(values: list[float]) -> float:
     for candidate in distinct[:-1]:
         low = [value for value in values if value <= candidate]
         high = [value for value in values if value > candidate]
-        variance = len(low) * len(high) * (math.fsum(low) / len(low) - math.fsum(high) / len(high)) ** 2
+        variance = (
+            len(low) * len(high) * (math.fsum(low) / len(low) - math.fsum(high) / len(high)) ** 2
+        )
         if variance > best * (1 + 1e-12):
             best, cut = variance, candidate
     return cut
@@ -81,7 +94,8 @@ def num_kept(ratio: str, num_tokens: int) -> int:
 
 
 def top_k(rows: list[tuple[float, int, str]], k: int) -> set[tuple[str, int]]:
-    """(score, position, rollout_id): larger scores first, then the earlier position, then the smaller rollout_id."""
+    """(score, position, rollout_id): larger scores first, then the earlier position, then the
+    smaller rollout_id."""
     ordered = sorted(rows, key=lambda row: (-row[0], row[1], row[2]))
     return {(rollout_id, position) for _, position, rollout_id in ordered[:k]}
 
@@ -89,7 +103,9 @@ def top_k(rows: list[tuple[float, int, str]], k: int) -> set[tuple[str, int]]:
 def random_exponential(seed: int, rollout_id: str, position: int) -> float:
     """−ln u, u from SplitMix64 at (BLAKE2b of the rollout, position), in Python integers."""
     wrap = 2**64 - 1
-    digest = hashlib.blake2b(f"{seed}/{rollout_id}".encode(), digest_size=8, person=b"tip-select").digest()
+    digest = hashlib.blake2b(
+        f"{seed}/{rollout_id}".encode(), digest_size=8, person=b"tip-select"
+    ).digest()
     state = (int.from_bytes(digest, "little") + (position + 1) * 0x9E3779B97F4A7C15) & wrap
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & wrap
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & wrap
@@ -97,10 +113,11 @@ def random_exponential(seed: int, rollout_id: str, position: int) -> float:
     return -math.log(((state >> 11) + 0.5) / 2.0**53)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Logit layer: statistics of two rows of logits. Typed twice: in 80 decimal digits from the equations as they stand, and,
-# for rows too long for that, in numpy's extended precision, with the sums arranged so that nothing cancels.
-# ---------------------------------------------------------------------------------------------------------------------
+# -------- Logit layer: statistics of two rows of logits. Typed twice: in 80 decimal digits from the
+# equations as they stand, and,
+# for rows too long for that, in numpy's extended precision, with the sums arranged so that nothing
+# cancels.
+# --------------------------------------------------------------------------------------------------
 
 
 def stable_order(row: np.ndarray) -> np.ndarray:
@@ -108,20 +125,28 @@ def stable_order(row: np.ndarray) -> np.ndarray:
     return np.argsort(-row.astype(np.longdouble), kind="stable")
 
 
-def exact_statistics(student: np.ndarray, teacher: np.ndarray, token_id: int, top_k: int = 5, support_k: int = 16) -> dict:
-    """Section 2's statistics of one pair of rows, in 80 digits. Divergences may be inf; keys are those of the token table."""
+def exact_statistics(
+    student: np.ndarray, teacher: np.ndarray, token_id: int, top_k: int = 5, support_k: int = 16
+) -> dict:
+    """Section 2's statistics of one pair of rows, in 80 digits. Divergences may be inf; keys are
+    those of the token table."""
     with mpmath.workdps(80):
         z = [[mpmath.mpf(float(v)) for v in row] for row in (student, teacher)]
         weights = [[mpmath.exp(v - max(row)) for v in row] for row in z]
         (p, log_p), (q, log_q) = [
-            ([w / mpmath.fsum(row) for w in row], [mpmath.log(w / mpmath.fsum(row)) if w else -mpmath.inf for w in row])
+            (
+                [w / mpmath.fsum(row) for w in row],
+                [mpmath.log(w / mpmath.fsum(row)) if w else -mpmath.inf for w in row],
+            )
             for row in weights
         ]
         numbers = _exact_divergences(p, q, log_p, log_q)
         numbers |= _exact_gradients(p, q, log_p, log_q)
         order_s, order_t = stable_order(student).tolist(), stable_order(teacher).tolist()
         numbers |= {
-            "student_entropy_norm": numbers["student_entropy"] / mpmath.log(len(p)) if len(p) > 1 else 0,
+            "student_entropy_norm": (
+                numbers["student_entropy"] / mpmath.log(len(p)) if len(p) > 1 else 0
+            ),
             "student_logprob": log_p[token_id],
             "teacher_logprob": log_q[token_id],
             "student_top1_prob": max(p),
@@ -147,7 +172,10 @@ def _exact_divergences(p: list, q: list, log_p: list, log_q: list) -> dict:
         "reverse_kl": kl(p, log_p, log_q),
         "forward_kl": kl(q, log_q, log_p),
         "jsd": (kl(p, log_p, log_m) + kl(q, log_q, log_m)) / 2,
-        "hellinger": mpmath.sqrt(mpmath.fsum((mpmath.sqrt(x) - mpmath.sqrt(y)) ** 2 for x, y in zip(p, q, strict=True)) / 2),
+        "hellinger": mpmath.sqrt(
+            mpmath.fsum((mpmath.sqrt(x) - mpmath.sqrt(y)) ** 2 for x, y in zip(p, q, strict=True))
+            / 2
+        ),
     }
 
 
@@ -156,7 +184,11 @@ def _exact_gradients(p: list, q: list, log_p: list, log_q: list) -> dict:
     delta = mpmath.fsum(x * (u - v) for x, u, v in zip(p, log_p, log_q, strict=True) if x)
     reverse = mpmath.inf
     if mpmath.isfinite(delta):
-        reverse = mpmath.sqrt(mpmath.fsum((x * (u - v - delta)) ** 2 for x, u, v in zip(p, log_p, log_q, strict=True) if x))
+        reverse = mpmath.sqrt(
+            mpmath.fsum(
+                (x * (u - v - delta)) ** 2 for x, u, v in zip(p, log_p, log_q, strict=True) if x
+            )
+        )
     g = [x - y for x, y in zip(p, q, strict=True)]
     square_norm = mpmath.fsum(v * v for v in g)
     mean = mpmath.fsum(x * v for x, v in zip(p, g, strict=True))
@@ -169,7 +201,9 @@ def _exact_gradients(p: list, q: list, log_p: list, log_q: list) -> dict:
     }
 
 
-def extended_statistics(student: np.ndarray, teacher: np.ndarray, token_id: int, top_k: int = 5, support_k: int = 16) -> dict:
+def extended_statistics(
+    student: np.ndarray, teacher: np.ndarray, token_id: int, top_k: int = 5, support_k: int = 16
+) -> dict:
     """The same for long rows, in extended precision (64 bits of mantissa)."""
     order_s, order_t = stable_order(student), stable_order(teacher)
     p, log_p, entropy_s = _extended_row(student, order_s[0])
@@ -180,20 +214,34 @@ def extended_statistics(student: np.ndarray, teacher: np.ndarray, token_id: int,
     small = np.abs(np.where(finite, d, 1)) < 1
     g = np.where(small, q * np.expm1(np.where(small, d, 0)), p - q)
     clear = np.where(finite, d, 0)
-    reverse = np.sum(np.where(finite, p * clear - g, q)) if not np.any(np.isposinf(d)) else np.longdouble(np.inf)
-    forward = np.sum(np.where(finite, g - q * clear, p)) if not np.any(np.isneginf(d)) else np.longdouble(np.inf)
+    reverse = (
+        np.sum(np.where(finite, p * clear - g, q))
+        if not np.any(np.isposinf(d))
+        else np.longdouble(np.inf)
+    )
+    forward = (
+        np.sum(np.where(finite, g - q * clear, p))
+        if not np.any(np.isneginf(d))
+        else np.longdouble(np.inf)
+    )
     m = np.maximum((p + q) / 2, np.finfo(np.longdouble).tiny)
     u = g / (2 * m)
     mild = np.abs(u) < 0.5
     log_up = np.where(mild, np.log1p(np.where(mild, u, 0)), np.log(np.where(p > 0, p, m) / m))
     log_down = np.where(mild, np.log1p(np.where(mild, -u, 0)), np.log(np.where(q > 0, q, m) / m))
-    jsd_terms = np.where(np.abs(u) < 1e-4, m * (u**2 + u**4 / 6) / 2, (p * log_up + q * log_down) / 2)
+    jsd_terms = np.where(
+        np.abs(u) < 1e-4, m * (u**2 + u**4 / 6) / 2, (p * log_up + q * log_down) / 2
+    )
     roots = np.sqrt(p) + np.sqrt(q)
     hellinger = np.sqrt(np.sum(np.divide(g, roots, out=np.zeros_like(g), where=roots > 0) ** 2) / 2)
     c = g - g[order_s[0]]
     curvature = np.sum(p * (c - np.sum(p * c)) ** 2)
     centred = np.where(p > 0, d - d[order_s[0]], 0) if np.isfinite(reverse) else np.zeros_like(d)
-    reverse_norm = np.sqrt(np.sum((p * (centred - np.sum(p * centred))) ** 2)) if np.isfinite(reverse) else np.inf
+    reverse_norm = (
+        np.sqrt(np.sum((p * (centred - np.sum(p * centred))) ** 2))
+        if np.isfinite(reverse)
+        else np.inf
+    )
     square_norm = np.sum(g * g)
     numbers = {
         "student_entropy": entropy_s,
@@ -215,7 +263,10 @@ def extended_statistics(student: np.ndarray, teacher: np.ndarray, token_id: int,
     }
     result: dict = {name: float(value) for name, value in numbers.items()}
     result["top1_agree"] = bool(order_s[0] == order_t[0])
-    result["student_topk_ids"], result["teacher_topk_ids"] = order_s[:top_k].tolist(), order_t[:top_k].tolist()
+    result["student_topk_ids"], result["teacher_topk_ids"] = (
+        order_s[:top_k].tolist(),
+        order_t[:top_k].tolist(),
+    )
     result["student_topk_logprobs"] = log_p[order_s[:top_k]].astype(float).tolist()
     result["teacher_topk_logprobs"] = log_q[order_t[:top_k]].astype(float).tolist()
     return result
@@ -233,12 +284,18 @@ def _extended_row(row: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np
     return weights / (1 + rest), x - np.log1p(rest), entropy
 
 
-def loss_gradient(loss: str, student: np.ndarray, teacher: np.ndarray, token_id: int) -> list[float]:
-    """∂ℓ/∂z of one row of student logits, in 80 digits: section 2's closed forms, and those of JSD and −ln P."""
+def loss_gradient(
+    loss: str, student: np.ndarray, teacher: np.ndarray, token_id: int
+) -> list[float]:
+    """∂ℓ/∂z of one row of student logits, in 80 digits: section 2's closed forms, and those of JSD
+    and −ln P."""
     with mpmath.workdps(80):
         p, q = [
             [w / mpmath.fsum(row) for w in row]
-            for row in [[mpmath.exp(mpmath.mpf(float(v)) - mpmath.mpf(float(max(z)))) for v in z] for z in (student, teacher)]
+            for row in [
+                [mpmath.exp(mpmath.mpf(float(v)) - mpmath.mpf(float(max(z)))) for v in z]
+                for z in (student, teacher)
+            ]
         ]
         if loss == "forward_kl":
             return [float(x - y) for x, y in zip(p, q, strict=True)]
@@ -249,17 +306,22 @@ def loss_gradient(loss: str, student: np.ndarray, teacher: np.ndarray, token_id:
         elif loss == "reverse_kl":
             score = [mpmath.log(x / y) if x else mpmath.mpf(0) for x, y in zip(p, q, strict=True)]
         else:
-            score = [mpmath.log(2 * x / (x + y)) / 2 if x else mpmath.mpf(0) for x, y in zip(p, q, strict=True)]
+            score = [
+                mpmath.log(2 * x / (x + y)) / 2 if x else mpmath.mpf(0)
+                for x, y in zip(p, q, strict=True)
+            ]
         mean = mpmath.fsum(x * v for x, v in zip(p, score, strict=True))
         return [float(x * (v - mean)) for x, v in zip(p, score, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients: one token after another through the whole model in float64, with every gradient kept whole.
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Gradients: one token after another through the whole model in float64, with every gradient kept
+# whole.
+# --------------------------------------------------------------------------------------------------
 
 
-def plain_token_loss(loss: str, student: torch.Tensor, teacher: torch.Tensor, token_id: int) -> torch.Tensor:
+def plain_token_loss(
+    loss: str, student: torch.Tensor, teacher: torch.Tensor, token_id: int
+) -> torch.Tensor:
     """ℓ_t of two rows of logits [V], by the equations as they stand."""
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -282,7 +344,8 @@ def token_gradients(
     parameters: dict[str, torch.Tensor],
     teacher_prompt: list[int] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """∇ℓ_t of every response token, by parameter: token t is predicted by the logits after the prompt and t response tokens."""
+    """∇ℓ_t of every response token, by parameter: token t is predicted by the logits after the
+    prompt and t response tokens."""
     for parameter in parameters.values():
         parameter.requires_grad_()
     gradients = []
@@ -294,7 +357,10 @@ def token_gradients(
         value = plain_token_loss(loss, logits, theirs, response[t])
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         gradients.append(
-            {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)}
+            {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(parameters.items(), found, strict=True)
+            }
         )
     return gradients
 
@@ -303,17 +369,28 @@ def inner(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
     return sum(float((one[name] * other[name]).sum()) for name in one)
 
 
-def weighted_sum(gradients: list[dict[str, torch.Tensor]], weights: list[float]) -> dict[str, torch.Tensor]:
-    return {name: sum(w * g[name] for w, g in zip(weights, gradients, strict=True)) for name in gradients[0]}
+def weighted_sum(
+    gradients: list[dict[str, torch.Tensor]], weights: list[float]
+) -> dict[str, torch.Tensor]:
+    return {
+        name: sum(w * g[name] for w, g in zip(weights, gradients, strict=True))
+        for name in gradients[0]
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training: the loss of Eq. 9 with its normaliser and aggregation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------- Training: the loss of Eq. 9 with its normaliser and aggregation
+# --------------------------------------------------------------------------------------------------
 
 
-def masked_loss(losses: list[float], selected: list[bool], rollouts: list[int], normalizer: str, aggregation: str) -> float:
-    """Mean of the selected losses; `all` divides by every token of the set instead; a mean over an empty set takes no part."""
+def masked_loss(
+    losses: list[float],
+    selected: list[bool],
+    rollouts: list[int],
+    normalizer: str,
+    aggregation: str,
+) -> float:
+    """Mean of the selected losses; `all` divides by every token of the set instead; a mean over an
+    empty set takes no part."""
     groups: dict[int, list[int]] = {}
     for token, rollout in enumerate(rollouts):
         groups.setdefault(rollout if aggregation == "rollout" else 0, []).append(token)
@@ -328,31 +405,46 @@ def masked_loss(losses: list[float], selected: list[bool], rollouts: list[int], 
 
 def midranks(values: list[float]) -> list[float]:
     """Rank from 1; equal values share the mean of their ranks."""
-    return [1 + sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
+    return [
+        1
+        + sum(other < value for other in values)
+        + (sum(other == value for other in values) - 1) / 2
+        for value in values
+    ]
 
 
 def pearson(x: list[float], y: list[float]) -> float:
     mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
     covariance = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return covariance / math.sqrt(math.fsum((a - mean_x) ** 2 for a in x) * math.fsum((b - mean_y) ** 2 for b in y))
+    return covariance / math.sqrt(
+        math.fsum((a - mean_x) ** 2 for a in x) * math.fsum((b - mean_y) ** 2 for b in y)
+    )
 
 
 def partial_pearson(x: list[float], y: list[float], controls: list[list[float]]) -> float:
     """Correlation of what least squares on the controls leaves of x and of y."""
     design = np.column_stack([np.ones(len(x)), *controls])
-    rest = [values - design @ np.linalg.lstsq(design, np.asarray(values), rcond=None)[0] for values in (x, y)]
+    rest = [
+        values - design @ np.linalg.lstsq(design, np.asarray(values), rcond=None)[0]
+        for values in (x, y)
+    ]
     return pearson(list(rest[0]), list(rest[1]))
 
 
 def auc(scores: list[float], positive: list[bool]) -> float:
     """Over all pairs: 1 where the positive scores higher, ½ where they tie."""
     pairs = [
-        (p, n) for p, yes in zip(scores, positive, strict=True) if yes for n, no in zip(scores, positive, strict=True) if not no
+        (p, n)
+        for p, yes in zip(scores, positive, strict=True)
+        if yes
+        for n, no in zip(scores, positive, strict=True)
+        if not no
     ]
     return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
 
 
 def quadrant_sums(quadrants: list[str], values: list[float]) -> dict[str, float]:
     return {
-        name: math.fsum(v for q, v in zip(quadrants, values, strict=True) if q == name) for name in ("Q1", "Q2", "Q3", "Q4")
+        name: math.fsum(v for q, v in zip(quadrants, values, strict=True) if q == name)
+        for name in ("Q1", "Q2", "Q3", "Q4")
     }

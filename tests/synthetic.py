@@ -1,9 +1,10 @@
 """Valid run tables without any model: small, large and hostile, from a seed.
 
-Two distributions are drawn for every token and every column of the token table is computed from them in float64, so that
-all columns belong together (divergences, top-k, entropies, the sampled token's log-probability). Four kinds of token make
-the four quadrants: `plain` (both sure, both right), `fork` (both unsure in the same way), `planted_error` (the student
-sure, the teacher sure of something else) and a dense kind (both unsure, differently).
+Two distributions are drawn for every token and every column of the token table is computed from
+them in float64, so that all columns belong together (divergences, top-k, entropies, the sampled
+token's log-probability). Four kinds of token make the four quadrants: `plain` (both sure, both
+right), `fork` (both unsure in the same way), `planted_error` (the student sure, the teacher sure of
+something else) and a dense kind (both unsure, differently).
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,34 @@ import dataframely as dy
 import numpy as np
 import polars as pl
 
-from tip_analysis.artifacts import create_run
-from tip_analysis.schema import AblationTable, GradientTable, MaskTable, RolloutTable, TokenTable, validate
+from tip_analysis.core.run_folder import create_run
+from tip_analysis.core.schema import (
+    AblationTable,
+    GradientTable,
+    MaskTable,
+    RolloutTable,
+    TokenTable,
+    validate,
+)
 
-_WORDS = ("the", "a", "is", "of", "so", "we", "add", "then", "and", "carry", "sum", "first", "last", "equals", "let", "step")
+_WORDS = (
+    "the",
+    "a",
+    "is",
+    "of",
+    "so",
+    "we",
+    "add",
+    "then",
+    "and",
+    "carry",
+    "sum",
+    "first",
+    "last",
+    "equals",
+    "let",
+    "step",
+)
 _MARKS = ("+", "=", ".", ",", "\n", "(", ")", "un", "break", "able", "<eos>")
 _SCRIPTS = (" naïve", " γειά", "你", "好", " سلام", " שלום", "\ufffd", "👍")
 VOCABULARY = (*(f" {word}" for word in _WORDS), *"0123456789", *_MARKS, *_SCRIPTS)
@@ -41,10 +66,16 @@ HOSTILE_TOKENS = (
 """Token texts that would run, break out of a string or mark, or garble a page that trusts them."""
 
 ARM_ACCURACIES = {
-    ("all", 1.0): 0.80, ("entropy_sampling", 0.5): 0.82, ("soft_or", 0.5): 0.84, ("soft_or_bottom", 0.5): 0.30,
-    ("entropy_sampling", 0.1): 0.66, ("soft_or", 0.1): 0.72, ("q3", 0.1): 0.79, ("divergence", 0.1): 0.70,
+    ("all", 1.0): 0.80,
+    ("entropy_sampling", 0.5): 0.82,
+    ("soft_or", 0.5): 0.84,
+    ("soft_or_bottom", 0.5): 0.30,
+    ("entropy_sampling", 0.1): 0.66,
+    ("soft_or", 0.1): 0.72,
+    ("q3", 0.1): 0.79,
+    ("divergence", 0.1): 0.70,
     ("random", 0.1): 0.60,
-}  # fmt: skip
+}
 """True accuracy of each synthetic arm."""
 
 KINDS = ("plain", "fork", "planted_error", "dense")
@@ -85,7 +116,9 @@ def make_tables(
     prompt_of = np.arange(num_rollouts) // rollouts_per_prompt
     sample_of = np.arange(num_rollouts) % rollouts_per_prompt
     prompt_ids = [f"p{prompt:03d}" for prompt in prompt_of]
-    rollout_ids = [f"{prompt}/{sample}" for prompt, sample in zip(prompt_ids, sample_of, strict=True)]
+    rollout_ids = [
+        f"{prompt}/{sample}" for prompt, sample in zip(prompt_ids, sample_of, strict=True)
+    ]
     row_rollout = np.repeat(np.arange(num_rollouts), lengths)
     position = np.concatenate([np.arange(length) for length in lengths])
     labels = np.array(["plain", "fork", "planted_error", "plain"])[kinds]
@@ -108,15 +141,20 @@ def make_tables(
         .cast(_dtypes(TokenTable))
         .select(TokenTable.column_names())
     )
-    rollouts = _rollout_table(tokens, rollout_ids, prompt_ids, sample_of, prompt_of, rng, rewards, planted)
+    rollouts = _rollout_table(
+        tokens, rollout_ids, prompt_ids, sample_of, prompt_of, rng, rewards, planted
+    )
     tokens = validate(tokens, TokenTable)
     gradient_table = _gradient_table(tokens, kinds, rng) if gradients else _empty(GradientTable)
     return Tables(rollouts, tokens, gradient_table, _mask_table(tokens), vocabulary)
 
 
 def make_large_tokens(num_tokens: int, *, seed: int = 0) -> Tables:
-    """A run of about `num_tokens` tokens: a drawn block of 500 rollouts, repeated under new prompt ids."""
-    block = make_tables(num_prompts=125, rollouts_per_prompt=4, mean_length=200, seed=seed, gradients=False)
+    """A run of about `num_tokens` tokens: a drawn block of 500 rollouts, repeated under new prompt
+    ids."""
+    block = make_tables(
+        num_prompts=125, rollouts_per_prompt=4, mean_length=200, seed=seed, gradients=False
+    )
     repeats = max(1, round(num_tokens / block.tokens.height))
     renamed = [_renamed(block, index) for index in range(repeats)]
     return Tables(
@@ -129,25 +167,45 @@ def make_large_tokens(num_tokens: int, *, seed: int = 0) -> Tables:
 
 
 def make_hostile_tables(*, long_token: int = 1_000_000) -> Tables:
-    """One graded-less run whose tokens are markup, quotes, control characters and one token of `long_token` characters."""
+    """One graded-less run whose tokens are markup, quotes, control characters and one token of
+    `long_token` characters."""
     vocabulary = (*HOSTILE_TOKENS, "x" * long_token, *VOCABULARY)
     tables = make_tables(
-        num_prompts=3, rollouts_per_prompt=2, mean_length=30, seed=5, vocabulary=vocabulary, rewards=False, planted=False
+        num_prompts=3,
+        rollouts_per_prompt=2,
+        mean_length=30,
+        seed=5,
+        vocabulary=vocabulary,
+        rewards=False,
+        planted=False,
     )
     forced = np.arange(tables.tokens.height) % (len(HOSTILE_TOKENS) + 1)
     tokens = tables.tokens.with_columns(
-        token_id=pl.Series(forced, dtype=pl.Int32), token=pl.Series([vocabulary[index] for index in forced])
+        token_id=pl.Series(forced, dtype=pl.Int32),
+        token=pl.Series([vocabulary[index] for index in forced]),
     )
     text = tokens.group_by("rollout_id", maintain_order=True).agg(
-        response_text=pl.col("token").str.head(200).str.join(""), response_token_ids=pl.col("token_id")
+        response_text=pl.col("token").str.head(200).str.join(""),
+        response_token_ids=pl.col("token_id"),
     )
-    rollouts = tables.rollouts.drop("response_text", "response_token_ids").join(text, on="rollout_id", maintain_order="left")
-    rollouts = rollouts.with_columns(prompt_text=pl.lit("</script><script>window.hacked=6</script><b onclick='x'>"))
-    return Tables(validate(rollouts, RolloutTable), validate(tokens, TokenTable), tables.gradients, tables.masks, vocabulary)
+    rollouts = tables.rollouts.drop("response_text", "response_token_ids").join(
+        text, on="rollout_id", maintain_order="left"
+    )
+    rollouts = rollouts.with_columns(
+        prompt_text=pl.lit("</script><script>window.hacked=6</script><b onclick='x'>")
+    )
+    return Tables(
+        validate(rollouts, RolloutTable),
+        validate(tokens, TokenTable),
+        tables.gradients,
+        tables.masks,
+        vocabulary,
+    )
 
 
 def write_run(path: Path, tables: Tables, *, config: dict | None = None) -> Path:
-    """Write the tables as a run folder through the package's own writers; `config` is added to the score stage's."""
+    """Write the tables as a run folder through the package's own writers; `config` is added to the
+    score stage's."""
     run = create_run(path)
     sampling = {"student": "synthetic-student", "temperature": 1.0, "top_p": 1.0, "seed": 0}
     scoring = {"student": "synthetic-student", "teacher": "synthetic-teacher", **(config or {})}
@@ -162,24 +220,33 @@ def write_run(path: Path, tables: Tables, *, config: dict | None = None) -> Path
             work.write(0, frame)
             work.finish(tokens_per_second=1234.5, num_rows=frame.height)
     ids = range(len(tables.vocabulary))
-    vocabulary = pl.DataFrame({"token_id": pl.Series(ids, dtype=pl.Int32), "token": list(tables.vocabulary)})
+    vocabulary = pl.DataFrame(
+        {"token_id": pl.Series(ids, dtype=pl.Int32), "token": list(tables.vocabulary)}
+    )
     vocabulary.write_parquet(path / "vocabulary.parquet")
     return path
 
 
-def make_ablations(*, seeds: int = 3, problems: int = 40, samples: int = 4, seed: int = 0) -> pl.DataFrame:
+def make_ablations(
+    *, seeds: int = 3, problems: int = 40, samples: int = 4, seed: int = 0
+) -> pl.DataFrame:
     """Arms whose true accuracies are those of `ARM_ACCURACIES`; the seeds share their problems."""
     rng = np.random.default_rng(seed)
     rows = []
     hardness = rng.normal(scale=0.15, size=problems)
-    for index, ((rule, ratio), mean) in enumerate({("untrained", 1.0): 0.5, **ARM_ACCURACIES}.items()):
+    for index, ((rule, ratio), mean) in enumerate(
+        {("untrained", 1.0): 0.5, **ARM_ACCURACIES}.items()
+    ):
         for run_seed in range(seeds):
             chance = np.clip(mean + hardness + 0.004 * rng.normal(), 0.0, 1.0)
             graded = rng.random((problems, samples)) < chance[:, None]
             steps = 0 if rule == "untrained" else 60
             rows.append(_arm_row(f"arm{index}-{run_seed}", rule, ratio, run_seed, steps, graded))
     return validate(
-        pl.DataFrame(rows, strict=False).cast(_dtypes(AblationTable)).select(AblationTable.column_names()), AblationTable
+        pl.DataFrame(rows, strict=False)
+        .cast(_dtypes(AblationTable))
+        .select(AblationTable.column_names()),
+        AblationTable,
     )
 
 
@@ -190,22 +257,46 @@ def write_ablations(path: Path, ablations: pl.DataFrame) -> None:
     stage.finish()
 
 
-def _arm_row(key: str, rule: str, ratio: float, seed: int, steps: int, graded: np.ndarray) -> dict[str, object]:
+def _arm_row(
+    key: str, rule: str, ratio: float, seed: int, steps: int, graded: np.ndarray
+) -> dict[str, object]:
     means = graded.mean(1)
     return {
-        "arm_key": key, "rule": rule, "retention_ratio": ratio, "selection_scope": "rollout", "seed": seed, "mode": "on_policy",
-        "loss": "reverse_kl", "loss_normalizer": "selected", "loss_aggregation": "rollout", "step": steps, "num_steps": steps,
-        "accuracy": float(means.mean()), "accuracy_se": float(means.std() / np.sqrt(len(means))),
-        "best_at_k": float(graded.max(1).mean()), "num_problems": len(means), "num_samples": graded.shape[1],
-        "heldout_reverse_kl": 0.1, "tokens_trained": int(10_000 * ratio), "tokens_seen": 10_000, "train_loss": 0.2,
-        "losses": [0.2] * steps, "learning_rate": 1e-3, "step_time_s": 0.3, "peak_memory_bytes": int(5e8 * (0.6 + 0.4 * ratio)),
-        "drift_reverse_kl": None, "effective_sample_size": None,
-        "problem_ids": [f"q{index}" for index in range(len(means))], "problem_accuracy": means.tolist(),
+        "arm_key": key,
+        "rule": rule,
+        "retention_ratio": ratio,
+        "selection_scope": "rollout",
+        "seed": seed,
+        "mode": "on_policy",
+        "loss": "reverse_kl",
+        "loss_normalizer": "selected",
+        "loss_aggregation": "rollout",
+        "step": steps,
+        "num_steps": steps,
+        "accuracy": float(means.mean()),
+        "accuracy_se": float(means.std() / np.sqrt(len(means))),
+        "best_at_k": float(graded.max(1).mean()),
+        "num_problems": len(means),
+        "num_samples": graded.shape[1],
+        "heldout_reverse_kl": 0.1,
+        "tokens_trained": int(10_000 * ratio),
+        "tokens_seen": 10_000,
+        "train_loss": 0.2,
+        "losses": [0.2] * steps,
+        "learning_rate": 1e-3,
+        "step_time_s": 0.3,
+        "peak_memory_bytes": int(5e8 * (0.6 + 0.4 * ratio)),
+        "drift_reverse_kl": None,
+        "effective_sample_size": None,
+        "problem_ids": [f"q{index}" for index in range(len(means))],
+        "problem_accuracy": means.tolist(),
         "problem_best": graded.max(1).astype(float).tolist(),
-    }  # fmt: skip
+    }
 
 
-def _distributions(kinds: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _distributions(
+    kinds: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Two rows of probabilities [N, V] for each kind of token."""
     num = len(kinds)
     shared, own, other = (rng.normal(size=(num, size)) for _ in range(3))
@@ -316,11 +407,21 @@ def _rollout_table(
     return validate(frame.cast(_dtypes(RolloutTable)), RolloutTable)
 
 
-def _gradient_table(tokens: pl.DataFrame, kinds: np.ndarray, rng: np.random.Generator) -> pl.DataFrame:
-    """Norms that follow the logit gradient, alignments that are mostly positive where the models disagree."""
+def _gradient_table(
+    tokens: pl.DataFrame, kinds: np.ndarray, rng: np.random.Generator
+) -> pl.DataFrame:
+    """Norms that follow the logit gradient, alignments that are mostly positive where the models
+    disagree."""
     parts = []
-    for loss, column in (("reverse_kl", "reverse_kl_logit_grad_norm"), ("forward_kl", "forward_kl_logit_grad_norm")):
-        norm_sq = (tokens[column].to_numpy().astype(float) * 20) ** 2 * rng.chisquare(32, tokens.height) / 32
+    for loss, column in (
+        ("reverse_kl", "reverse_kl_logit_grad_norm"),
+        ("forward_kl", "forward_kl_logit_grad_norm"),
+    ):
+        norm_sq = (
+            (tokens[column].to_numpy().astype(float) * 20) ** 2
+            * rng.chisquare(32, tokens.height)
+            / 32
+        )
         lean = np.array([0.05, 0.1, 0.5, 0.3])[kinds]
         dot = np.sqrt(norm_sq) * (lean + rng.normal(scale=0.3, size=tokens.height))
         parts.append(
@@ -343,7 +444,8 @@ def _gradient_table(tokens: pl.DataFrame, kinds: np.ndarray, rng: np.random.Gene
 
 
 def _mask_table(tokens: pl.DataFrame) -> pl.DataFrame:
-    """Plain top-k of three scores within each rollout, at two retention ratios; ties to the earlier position."""
+    """Plain top-k of three scores within each rollout, at two retention ratios; ties to the earlier
+    position."""
     scores = {
         "entropy": pl.col("student_entropy_norm"),
         "divergence": pl.col("reverse_kl"),
@@ -357,17 +459,26 @@ def _mask_table(tokens: pl.DataFrame) -> pl.DataFrame:
             kept = tokens.filter((rank <= size).over("rollout_id")).select("rollout_id", "position")
             parts.append(
                 kept.with_columns(
-                    rule=pl.lit(rule), retention_ratio=pl.lit(ratio), selection_scope=pl.lit("rollout"), seed=pl.lit(0)
+                    rule=pl.lit(rule),
+                    retention_ratio=pl.lit(ratio),
+                    selection_scope=pl.lit("rollout"),
+                    seed=pl.lit(0),
                 )
             )
-    return validate(pl.concat(parts).cast(_dtypes(MaskTable)).select(MaskTable.column_names()), MaskTable)
+    return validate(
+        pl.concat(parts).cast(_dtypes(MaskTable)).select(MaskTable.column_names()), MaskTable
+    )
 
 
 def _renamed(block: Tables, index: int) -> Tables:
     prefix = pl.lit(f"r{index:04d}-")
     rename = [(prefix + pl.col(name)).alias(name) for name in ("rollout_id", "prompt_id")]
     return Tables(
-        block.rollouts.with_columns(rename), block.tokens.with_columns(rename), block.gradients, block.masks, block.vocabulary
+        block.rollouts.with_columns(rename),
+        block.tokens.with_columns(rename),
+        block.gradients,
+        block.masks,
+        block.vocabulary,
     )
 
 

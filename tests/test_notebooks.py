@@ -17,7 +17,12 @@ NAMES = ("01_quadrants", "02_gradient_norms", "03_selection_and_ablations", "04_
 MAX_CODE_LINES = 40
 MAX_OUTPUT_BYTES = 200_000
 
-FIGURES = {"01_quadrants": 3, "02_gradient_norms": 2, "03_selection_and_ablations": 5, "04_your_own_models": 1}
+FIGURES = {
+    "01_quadrants": 3,
+    "02_gradient_norms": 2,
+    "03_selection_and_ablations": 5,
+    "04_your_own_models": 1,
+}
 """Pictures that each notebook draws."""
 
 CHECKS = {
@@ -98,7 +103,12 @@ def test_every_notebook_is_tested():
 @pytest.mark.parametrize("name", NAMES)
 def test_is_short_and_mostly_prose(name):
     notebook = stored(name)
-    lines = [line for source in code_cells(notebook) for line in source.splitlines() if line.strip() and line.strip()[0] != "#"]
+    lines = [
+        line
+        for source in code_cells(notebook)
+        for line in source.splitlines()
+        if line.strip() and line.strip()[0] != "#"
+    ]
     assert len(lines) < MAX_CODE_LINES
     assert max(len(line) for line in lines) <= 128
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -129,12 +139,16 @@ def test_compiles_and_imports_what_is_there(name):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tip_analysis"):
                 module = importlib.import_module(str(node.module))
                 for alias in node.names:
-                    assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), alias.name
+                    assert hasattr(module, alias.name) or importlib.util.find_spec(
+                        f"{node.module}.{alias.name}"
+                    ), alias.name
 
 
 def executed(notebook, folder: Path):
     """The notebook with its outputs, from a fresh kernel that works in `folder`."""
-    nbclient = pytest.importorskip("nbclient", reason="running notebooks needs the extra [notebooks]")
+    nbclient = pytest.importorskip(
+        "nbclient", reason="running notebooks needs the extra [notebooks]"
+    )
     client = nbclient.NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
@@ -143,7 +157,7 @@ def executed(notebook, folder: Path):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
-    from tip_analysis.example_run import make_small_run
+    from tip_analysis.demo.example import make_small_run
 
     return make_small_run(tmp_path_factory.mktemp("notebooks") / "small").path
 
@@ -155,17 +169,23 @@ def test_runs_and_computes_what_it_says(name, small_run, tmp_path, monkeypatch):
     notebook = stored(name)
     check = "\n".join(line.removeprefix("        ") for line in CHECKS[name].splitlines())
     notebook.cells.append(nbformat.v4.new_code_cell(f"{check}\nprint('checked')"))
-    outputs = [output for cell in executed(notebook, tmp_path).cells for output in cell.get("outputs", [])]
+    outputs = [
+        output for cell in executed(notebook, tmp_path).cells for output in cell.get("outputs", [])
+    ]
     assert outputs[-1]["text"] == "checked\n"
-    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    pictures = [
+        output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == FIGURES[name]
     assert len(json.dumps(outputs)) < 3 * MAX_OUTPUT_BYTES
-    shown = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    shown = [
+        output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})
+    ]
     assert any("tip-tokens" in html for html in shown) or name == "03_selection_and_ablations"
 
 
 def test_example_run_takes_what_is_named_then_the_demo(small_run, tmp_path, monkeypatch):
-    from tip_analysis.example_run import example_run
+    from tip_analysis.demo.example import example_run
 
     monkeypatch.setenv("TIP_RUN", str(small_run))
     assert example_run().path == small_run
@@ -179,7 +199,7 @@ def test_example_run_takes_what_is_named_then_the_demo(small_run, tmp_path, monk
 
 
 def test_example_run_makes_a_run_once_where_there_is_none(tmp_path, monkeypatch, capsys):
-    from tip_analysis import example_run as module
+    from tip_analysis.demo import example as module
 
     monkeypatch.delenv("TIP_RUN", raising=False)
     monkeypatch.chdir(tmp_path)

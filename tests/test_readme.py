@@ -3,7 +3,7 @@ import subprocess
 
 from readme_parts import README, ROOT, listed_files, with_columns
 
-from tip_analysis.selection import rule_names
+from tip_analysis.analysis.selection import rule_names
 
 
 def test_the_column_table_is_that_of_the_code():
@@ -16,9 +16,19 @@ def test_the_tree_is_true():
     listed = listed_files(README.read_text("utf-8"))
     missing = [path for path in listed if not (ROOT / path.removesuffix("/*")).exists()]
     assert not missing, f"the tree names what is not there: {missing}"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    modules = [path for path in tracked if re.fullmatch(r"tip_analysis/[^/]+(/[^/]+)?\.py", path) and "__init__" not in path]
-    unlisted = [path for path in modules if path not in listed and path.rsplit("/", 1)[0] + "/*" not in listed]
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    modules = [
+        path
+        for path in tracked
+        if re.fullmatch(r"tip_analysis/[^/]+(/[^/]+)?\.py", path) and "__init__" not in path
+    ]
+    unlisted = [
+        path
+        for path in modules
+        if path not in listed and path.rsplit("/", 1)[0] + "/*" not in listed
+    ]
     assert not unlisted, f"the tree lacks {unlisted}"
 
 

@@ -1,12 +1,13 @@
-"""The main job on real weights and real problems: SmolLM2 on GSM8K, its own teacher once it is shown the solution."""
+"""The main job on real weights and real problems: SmolLM2 on GSM8K, its own teacher once it is
+shown the solution."""
 
 from pathlib import Path
 
 import pytest
 
-from tip_analysis.__main__ import main
-from tip_analysis.artifacts import open_run
-from tip_analysis.quadrants import assign_quadrants, quadrant_shares
+from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
+from tip_analysis.cli.main import main
+from tip_analysis.core.run_folder import open_run
 
 PROBLEMS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train_1k.jsonl"
 
@@ -16,7 +17,16 @@ PROBLEMS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_trai
 @pytest.mark.shared
 def test_smollm2_shown_the_solution_teaches_itself(tmp_path):
     run, model = str(tmp_path / "run"), "smollm2-135m-instruct"
-    prompts = ["--prompts", str(PROBLEMS), "--limit", "4", "--num-rollouts", "1", "--max-new-tokens", "48"]
+    prompts = [
+        "--prompts",
+        str(PROBLEMS),
+        "--limit",
+        "4",
+        "--num-rollouts",
+        "1",
+        "--max-new-tokens",
+        "48",
+    ]
     main(["rollout", run, "--student", model, "--template", "boxed", *prompts])
     main(["score", run, "--teacher", model, "--teacher-context", "solution"])
     tokens = open_run(run).tokens().collect()

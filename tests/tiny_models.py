@@ -1,4 +1,5 @@
-"""Tiny random models of real architectures, built in code, and language models that join them to a tokenizer."""
+"""Tiny random models of real architectures, built in code, and language models that join them to a
+tokenizer."""
 
 import torch
 from transformers import (
@@ -16,8 +17,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tip_analysis.arithmetic.tokenizer import build_tokenizer
-from tip_analysis.models import LanguageModel, OutputHead
+from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
+from tip_analysis.models.loading import LanguageModel, OutputHead
 
 ARCHITECTURES = ("qwen3", "llama", "qwen2", "gpt2", "gemma2")
 
@@ -31,7 +32,8 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     sharpness: float = 6.0,
 ) -> PreTrainedModel:
-    """A random causal language model with 2 layers of width 32; `sharpness` scales the head's weights, so that logits vary."""
+    """A random causal language model with 2 layers of width 32; `sharpness` scales the head's
+    weights, so that logits vary."""
     torch.manual_seed(seed)
     size = {
         "vocab_size": vocab_size,
@@ -80,7 +82,8 @@ def tiny_language_model(
     name: str = "tiny",
     **options: object,
 ) -> LanguageModel:
-    """A tiny model with a tokenizer (the arithmetic pair's by default); its head may have rows that no token uses."""
+    """A tiny model with a tokenizer (the arithmetic pair's by default); its head may have rows that
+    no token uses."""
     tokenizer = tokenizer or build_tokenizer()
     model = tiny_model(architecture, vocab_size=len(tokenizer) + padding_rows, **options)  # pyright: ignore[reportArgumentType]
     head = OutputHead(model)

@@ -14,31 +14,36 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tip_analysis import divergence, gradients
-    from tip_analysis.artifacts import Run, create_run, open_run
-    from tip_analysis.display import show_quadrants, show_rollout
-    from tip_analysis.importance import add_scores
-    from tip_analysis.quadrants import assign_quadrants
-    from tip_analysis.schema import Quadrant
-    from tip_analysis.selection import register_rule, select_tokens
+    from tip_analysis import analysis, figures, gradients, report, training
+    from tip_analysis import logits as divergence
+    from tip_analysis.analysis import add_scores, assign_quadrants, register_rule, select_tokens
+    from tip_analysis.core import Quadrant, Run, create_run, open_run
+    from tip_analysis.report.notebook import show_quadrants, show_rollout
 
 try:
     __version__ = version("tip-analysis")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_MODULES = ("divergence", "gradients")
+_ROOMS = {
+    "analysis": "analysis",
+    "divergence": "logits",
+    "figures": "figures",
+    "gradients": "gradients",
+    "report": "report",
+    "training": "training",
+}
 _HOMES = {
-    "Quadrant": "schema",
-    "Run": "artifacts",
-    "add_scores": "importance",
-    "assign_quadrants": "quadrants",
-    "create_run": "artifacts",
-    "open_run": "artifacts",
-    "register_rule": "selection",
-    "select_tokens": "selection",
-    "show_quadrants": "display",
-    "show_rollout": "display",
+    "Quadrant": "core",
+    "Run": "core",
+    "add_scores": "analysis",
+    "assign_quadrants": "analysis",
+    "create_run": "core",
+    "open_run": "core",
+    "register_rule": "analysis",
+    "select_tokens": "analysis",
+    "show_quadrants": "report.notebook",
+    "show_rollout": "report.notebook",
 }
 
 __all__ = [
@@ -46,24 +51,30 @@ __all__ = [
     "Run",
     "__version__",
     "add_scores",
+    "analysis",
     "assign_quadrants",
     "create_run",
     "divergence",
+    "figures",
     "gradients",
     "open_run",
     "register_rule",
+    "report",
     "select_tokens",
     "show_quadrants",
     "show_rollout",
+    "training",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"tip_analysis.{name}")
+    if name in _ROOMS:
+        return import_module(f"tip_analysis.{_ROOMS[name]}")
     if name in _HOMES:
         return getattr(import_module(f"tip_analysis.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'tip_analysis' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'tip_analysis' has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

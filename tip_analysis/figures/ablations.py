@@ -1,4 +1,5 @@
-"""Figures of training ablations: accuracy of each arm, differences from training on all tokens, and the claims."""
+"""Figures of training ablations: accuracy of each arm, differences from training on all tokens, and
+the claims."""
 
 import polars as pl
 import seaborn as sns
@@ -6,15 +7,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from tip_analysis.figures.style import COLUMN_WIDTH, GRID, INK, MUTED, PAGE_WIDTH, SURFACE, WIDE, figure_style, require
+from tip_analysis.figures.style import (
+    COLUMN_WIDTH,
+    GRID,
+    INK,
+    MUTED,
+    PAGE_WIDTH,
+    SURFACE,
+    WIDE,
+    figure_style,
+    require,
+)
 
 _MARKS = "osD^vPX*<>hd"
 VERDICT_COLORS = {"supported": "#0072b2", "contradicted": "#d55e00", "not resolved": "#98a2ae"}
 BASELINES = ("untrained", "all")
 
 
-def accuracy_by_ratio(arms: pl.DataFrame, *, metric: str = "mean@k", width: float = PAGE_WIDTH) -> Figure:
-    """Accuracy against ρ, one line a rule; training on all tokens and the untrained student are level lines (Figures 2, 3).
+def accuracy_by_ratio(
+    arms: pl.DataFrame, *, metric: str = "mean@k", width: float = PAGE_WIDTH
+) -> Figure:
+    """Accuracy against ρ, one line a rule; training on all tokens and the untrained student are
+    level lines (Figures 2, 3).
 
     Args:
         arms: `rule`, `retention_ratio`, `accuracy` in [0, 1], `low`, `high` (may be null).
@@ -31,12 +45,25 @@ def accuracy_by_ratio(arms: pl.DataFrame, *, metric: str = "mean@k", width: floa
             for row in arms.filter(pl.col("rule") == name).iter_rows(named=True):
                 axes.axhline(row["accuracy"], color=MUTED, ls=style, lw=1.1)
                 axes.annotate(
-                    name, (1, row["accuracy"]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+                    name,
+                    (1, row["accuracy"]),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="bottom",
+                    fontsize=8,
                 )
         for index, rule in enumerate(rules):
             part = arms.filter(pl.col("rule") == rule).sort("retention_ratio")
             x = part["retention_ratio"].to_numpy() * (1 + 0.012 * (index - len(rules) / 2))
-            axes.plot(x, part["accuracy"], marker=_MARKS[index % len(_MARKS)], ms=5.5, color=colors[index], label=rule, lw=1.3)
+            axes.plot(
+                x,
+                part["accuracy"],
+                marker=_MARKS[index % len(_MARKS)],
+                ms=5.5,
+                color=colors[index],
+                label=rule,
+                lw=1.3,
+            )
             known = part.with_columns(pl.Series("x", x)).drop_nulls(["low", "high"])
             axes.vlines(known["x"], known["low"], known["high"], color=colors[index], lw=1.1)
         ratios = sorted(arms.filter(~pl.col("rule").is_in(BASELINES))["retention_ratio"].unique())
@@ -47,20 +74,31 @@ def accuracy_by_ratio(arms: pl.DataFrame, *, metric: str = "mean@k", width: floa
         axes.set_ylabel(metric)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if rules:
-            figure.legend(loc="outside right upper" if wide else "outside lower left", ncols=1 if wide else 2)
+            figure.legend(
+                loc="outside right upper" if wide else "outside lower left", ncols=1 if wide else 2
+            )
     return figure
 
 
-def difference_from_all(arms: pl.DataFrame, paper: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
-    """Each arm's accuracy minus that of training on all tokens, with the paper's differences as hollow marks.
+def difference_from_all(
+    arms: pl.DataFrame, paper: pl.DataFrame, *, width: float = PAGE_WIDTH
+) -> Figure:
+    """Each arm's accuracy minus that of training on all tokens, with the paper's differences as
+    hollow marks.
 
     Args:
         arms: `rule`, `retention_ratio`, `difference` (of accuracies in [0, 1]), `low`, `high`.
-        paper: `rule`, `retention_ratio`, `difference` (likewise), one row for each pair and benchmark of the paper's.
+        paper: `rule`, `retention_ratio`, `difference` (likewise), one row for each pair and
+            benchmark of the paper's.
     """
     require(arms, ["rule", "retention_ratio", "difference", "low", "high"])
     require(paper, ["rule", "retention_ratio", "difference"])
-    keys = arms.select("rule", "retention_ratio").unique(maintain_order=True).sort("rule", "retention_ratio").rows()
+    keys = (
+        arms.select("rule", "retention_ratio")
+        .unique(maintain_order=True)
+        .sort("rule", "retention_ratio")
+        .rows()
+    )
     with figure_style():
         figure = Figure(figsize=(width, 0.9 + 0.3 * max(1, len(keys))), layout="constrained")
         axes = figure.subplots()
@@ -68,20 +106,52 @@ def difference_from_all(arms: pl.DataFrame, paper: pl.DataFrame, *, width: float
         for place, (rule, ratio) in enumerate(keys):
             same = (pl.col("rule") == rule) & ((pl.col("retention_ratio") - ratio).abs() < 1e-9)
             theirs = paper.filter(same)["difference"]
-            axes.plot(theirs, [place] * len(theirs), "D", ms=5, mfc="none", mec=MUTED, mew=0.9, ls="")
+            axes.plot(
+                theirs, [place] * len(theirs), "D", ms=5, mfc="none", mec=MUTED, mew=0.9, ls=""
+            )
             for row in arms.filter(same).iter_rows(named=True):
                 if row["low"] is not None and row["high"] is not None:
-                    axes.plot([row["low"], row["high"]], [place] * 2, color=VERDICT_COLORS["supported"], lw=1.5)
-                axes.plot(row["difference"], place, "o", ms=6.5, color=VERDICT_COLORS["supported"], mec=SURFACE, mew=0.6)
+                    axes.plot(
+                        [row["low"], row["high"]],
+                        [place] * 2,
+                        color=VERDICT_COLORS["supported"],
+                        lw=1.5,
+                    )
+                axes.plot(
+                    row["difference"],
+                    place,
+                    "o",
+                    ms=6.5,
+                    color=VERDICT_COLORS["supported"],
+                    mec=SURFACE,
+                    mew=0.6,
+                )
         axes.set_yticks(range(len(keys)), [f"{rule}  ρ {ratio:g}" for rule, ratio in keys])
         axes.set_ylim(len(keys) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(axis="x", color=GRID)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
         axes.set_xlabel("accuracy minus that of `all`, points")
-        ours = Line2D([], [], marker="o", ls="-", color=VERDICT_COLORS["supported"], label="this run, 95 % interval")
-        mark = Line2D([], [], marker="D", ls="", mfc="none", mec=MUTED, label="the paper (each pair and benchmark)")
-        figure.legend(handles=[ours, mark], loc="outside upper left", ncols=2 if width > COLUMN_WIDTH else 1)
+        ours = Line2D(
+            [],
+            [],
+            marker="o",
+            ls="-",
+            color=VERDICT_COLORS["supported"],
+            label="this run, 95 % interval",
+        )
+        mark = Line2D(
+            [],
+            [],
+            marker="D",
+            ls="",
+            mfc="none",
+            mec=MUTED,
+            label="the paper (each pair and benchmark)",
+        )
+        figure.legend(
+            handles=[ours, mark], loc="outside upper left", ncols=2 if width > COLUMN_WIDTH else 1
+        )
     return figure
 
 
@@ -89,8 +159,9 @@ def claims(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     """The effect of each claim with its interval and verdict.
 
     Args:
-        table: `claim` (text), `effect`, `low`, `high` (differences of accuracies in [0, 1]), `margin` (of claims of equality;
-            null for others), `verdict` (supported, contradicted, not resolved).
+        table: `claim` (text), `effect`, `low`, `high` (differences of accuracies in [0, 1]),
+            `margin` (of claims of equality; null for others), `verdict` (supported, contradicted,
+            not resolved).
     """
     require(table, ["claim", "effect", "low", "high", "margin", "verdict"])
     with figure_style():
@@ -100,12 +171,21 @@ def claims(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
         for place, row in enumerate(table.iter_rows(named=True)):
             color = VERDICT_COLORS.get(row["verdict"], MUTED)
             if row["margin"] is not None:
-                axes.barh(place, 2 * row["margin"], left=-row["margin"], height=0.7, color=GRID, zorder=0)
+                axes.barh(
+                    place, 2 * row["margin"], left=-row["margin"], height=0.7, color=GRID, zorder=0
+                )
             if row["low"] is not None and row["high"] is not None:
                 axes.plot([row["low"], row["high"]], [place] * 2, color=color, lw=1.6)
             if row["effect"] is not None:
                 axes.plot(row["effect"], place, "o", ms=6.5, color=color)
-            axes.annotate(row["verdict"], (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=INK)
+            axes.annotate(
+                row["verdict"],
+                (1.01, place),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
         axes.set_yticks(range(table.height), table["claim"].to_list())
         axes.set_ylim(table.height - 0.4, -0.6)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -114,8 +194,11 @@ def claims(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     return figure
 
 
-def memory_by_ratio(ours: pl.DataFrame, paper: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
-    """Peak memory of training relative to ρ = 1, with the paper's as hollow marks (the form of Figure 4).
+def memory_by_ratio(
+    ours: pl.DataFrame, paper: pl.DataFrame, *, width: float = PAGE_WIDTH
+) -> Figure:
+    """Peak memory of training relative to ρ = 1, with the paper's as hollow marks (the form of
+    Figure 4).
 
     Args:
         ours: `rule`, `retention_ratio`, `relative_memory` (1 at ρ = 1).
@@ -127,7 +210,14 @@ def memory_by_ratio(ours: pl.DataFrame, paper: pl.DataFrame, *, width: float = P
         figure = Figure(figsize=(width, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.plot(
-            paper["retention_ratio"], paper["relative_memory"], "D", ms=5.5, mfc="none", mec=MUTED, ls="", label="the paper"
+            paper["retention_ratio"],
+            paper["relative_memory"],
+            "D",
+            ms=5.5,
+            mfc="none",
+            mec=MUTED,
+            ls="",
+            label="the paper",
         )
         axes.plot(
             ours["retention_ratio"],

@@ -1,4 +1,5 @@
-"""Figures of per-token gradients: what each quadrant carries, and how that compares with its number of tokens."""
+"""Figures of per-token gradients: what each quadrant carries, and how that compares with its number
+of tokens."""
 
 import numpy as np
 import polars as pl
@@ -7,7 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from tip_analysis.figures.style import INK, MUTED, PAGE_WIDTH, QUADRANT_COLORS, WIDE, figure_style, require
+from tip_analysis.figures.style import (
+    INK,
+    MUTED,
+    PAGE_WIDTH,
+    QUADRANT_COLORS,
+    WIDE,
+    figure_style,
+    require,
+)
 
 LOSS_NAMES = {
     "reverse_kl": "reverse KL",
@@ -19,14 +28,18 @@ _MARKS = {"tokens": ("o", "tokens"), "grad_norm_sq": ("s", "Σ‖g‖²"), "grad
 
 
 def quadrant_profile(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
-    """Means by quadrant, one row of panels for each loss, one column for each measure: the saturation trap side by side.
+    """Means by quadrant, one row of panels for each loss, one column for each measure: the
+    saturation trap side by side.
 
     Args:
-        table: `loss`, `measure` (a label), `quadrant`, `value`, `low`, `high` (95 % interval; may be null). Each panel has a
-            linear axis of its own that starts at 0 where no value is negative.
+        table: `loss`, `measure` (a label), `quadrant`, `value`, `low`, `high` (95 % interval; may
+            be null). Each panel has a linear axis of its own that starts at 0 where no value is
+            negative.
     """
     require(table, ["loss", "measure", "quadrant", "value", "low", "high"])
-    losses, measures = (table[name].unique(maintain_order=True).to_list() for name in ("loss", "measure"))
+    losses, measures = (
+        table[name].unique(maintain_order=True).to_list() for name in ("loss", "measure")
+    )
     wide = width >= WIDE
     rows, columns = (len(losses), len(measures)) if wide else (len(measures), len(losses))
     with figure_style():
@@ -37,7 +50,9 @@ def quadrant_profile(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figur
                 axes = panels[i, j] if wide else panels[j, i]
                 part = table.filter(pl.col("loss") == loss, pl.col("measure") == measure)
                 _bars(axes, part)
-                axes.set_title(f"{LOSS_NAMES.get(loss, loss)}: {measure}" if wide else measure, fontsize=8.5)
+                axes.set_title(
+                    f"{LOSS_NAMES.get(loss, loss)}: {measure}" if wide else measure, fontsize=8.5
+                )
                 if not wide and j == 0:
                     axes.set_title(f"{LOSS_NAMES.get(loss, loss)}\n{measure}", fontsize=8.5)
     return figure
@@ -47,21 +62,32 @@ def energy_shares(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     """Each quadrant's share of the tokens, of Σ‖g‖² and of Σφ, one panel for each loss.
 
     Args:
-        table: `loss`, `quantity` (tokens, grad_norm_sq, grad_dot_loss), `quadrant`, `share`, `low`, `high`. A share of Σφ may
-            be negative or above 1.
+        table: `loss`, `quantity` (tokens, grad_norm_sq, grad_dot_loss), `quadrant`, `share`, `low`,
+            `high`. A share of Σφ may be negative or above 1.
     """
     require(table, ["loss", "quantity", "quadrant", "share", "low", "high"])
     losses = table["loss"].unique(maintain_order=True).to_list()
     wide = width >= WIDE
     shape = (1, len(losses)) if wide else (len(losses), 1)
     with figure_style():
-        figure = Figure(figsize=(width, 2.5 if wide else 2.3 * len(losses) + 0.3), layout="constrained")
+        figure = Figure(
+            figsize=(width, 2.5 if wide else 2.3 * len(losses) + 0.3), layout="constrained"
+        )
         panels = np.asarray(figure.subplots(*shape, squeeze=False)).flat
         for axes, loss in zip(panels, losses, strict=True):
             _share_marks(axes, table.filter(pl.col("loss") == loss))
             axes.set_title(LOSS_NAMES.get(loss, loss))
         handles = [
-            Line2D([], [], marker=mark, ls="", color=INK, mfc="none" if name == "tokens" else INK, ms=6, label=label)
+            Line2D(
+                [],
+                [],
+                marker=mark,
+                ls="",
+                color=INK,
+                mfc="none" if name == "tokens" else INK,
+                ms=6,
+                label=label,
+            )
             for name, (mark, label) in _MARKS.items()
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2)
@@ -76,7 +102,9 @@ def _bars(axes: Axes, part: pl.DataFrame) -> None:
             continue
         axes.bar(index, row["value"], width=0.66, color=color)
         if row["low"] is not None and row["high"] is not None:
-            axes.plot([index, index], [row["low"], row["high"]], color=INK, lw=1.2, solid_capstyle="butt")
+            axes.plot(
+                [index, index], [row["low"], row["high"]], color=INK, lw=1.2, solid_capstyle="butt"
+            )
     axes.axhline(0, color=MUTED, lw=0.7)
     axes.set_xticks(range(4), list(QUADRANT_COLORS))
     axes.tick_params(axis="x", length=0, labelcolor=INK)
@@ -94,7 +122,15 @@ def _share_marks(axes: Axes, part: pl.DataFrame) -> None:
         if row["low"] is not None and row["high"] is not None:
             axes.plot([row["low"], row["high"]], [place + offset] * 2, color=color, lw=1.4)
         hollow = row["quantity"] == "tokens"
-        axes.plot(row["share"], place + offset, mark, ms=6.5, color=color, mfc="none" if hollow else color, mew=1.5)
+        axes.plot(
+            row["share"],
+            place + offset,
+            mark,
+            ms=6.5,
+            color=color,
+            mfc="none" if hollow else color,
+            mew=1.5,
+        )
     axes.axvline(0, color=MUTED, lw=0.7)
     axes.set_yticks(range(4), list(QUADRANT_COLORS))
     axes.set_ylim(3.6, -0.6)

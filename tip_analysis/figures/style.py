@@ -1,4 +1,5 @@
-"""The look of all figures: sizes, colours, text as text, and what the paper's own values look like."""
+"""The look of all figures: sizes, colours, text as text, and what the paper's own values look
+like."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tip_analysis.errors import SchemaError
-from tip_analysis.schema import Quadrant
+from tip_analysis.core.errors import SchemaError
+from tip_analysis.core.schema import Quadrant
 
 PAGE_WIDTH = 7.0
 """Inches: the text block of a paper, or the column of the report."""
@@ -32,7 +33,8 @@ QUADRANT_NAMES: dict[str, str] = {
     Quadrant.Q4.value: "confident, agreeing",
 }
 INK, MUTED, GRID, SURFACE = "#1f2430", "#5b6472", "#d8dde4", "#fefefe"
-"""Text, secondary text, rules and the ground; the report replaces them by those of the reader's theme."""
+"""Text, secondary text, rules and the ground; the report replaces them by those of the reader's
+theme."""
 ON_LIGHT, ON_BLUE = "#101418", "#fffffe"
 """Text on a light colour, and on the dark blue of Q1."""
 SEQUENTIAL = "mako_r"
@@ -80,9 +82,13 @@ def figure_style(font_size: float = 9.0) -> Iterator[None]:
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 300) -> Path:
-    """Write a figure as its suffix says: .pdf and .svg are vector, .png is for slides. Equal figures give equal bytes."""
+    """Write a figure as its suffix says: .pdf and .svg are vector, .png is for slides. Equal
+    figures give equal bytes."""
     path = Path(path)
-    metadata: dict[str, Any] = {".pdf": {"CreationDate": None, "ModDate": None}, ".svg": {"Date": None}}.get(path.suffix, {})
+    metadata: dict[str, Any] = {
+        ".pdf": {"CreationDate": None, "ModDate": None},
+        ".svg": {"Date": None},
+    }.get(path.suffix, {})
     with figure_style():
         figure.savefig(path, dpi=dpi, metadata=metadata)
     return path
@@ -101,7 +107,10 @@ def require(table: pl.DataFrame, columns: Sequence[str]) -> None:
         SchemaError: a column is not there.
     """
     if missing := [name for name in columns if name not in table.columns]:
-        raise SchemaError(f"the figure needs the column(s) {', '.join(missing)}; the table has {', '.join(table.columns)}")
+        raise SchemaError(
+            f"the figure needs the column(s) {', '.join(missing)}; the table has"
+            f" {', '.join(table.columns)}"
+        )
 
 
 def short(text: str, length: int = 24) -> str:
@@ -109,11 +118,27 @@ def short(text: str, length: int = 24) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def paper_band(x: float, y: float, width: float, height: float, label: str | None = None) -> Rectangle:
+def paper_band(
+    x: float, y: float, width: float, height: float, label: str | None = None
+) -> Rectangle:
     """What the paper reports: always a hatched band without a colour of its own."""
-    return Rectangle((x, y), width, height, facecolor="none", edgecolor=MUTED, hatch="////", lw=0.8, zorder=0.5, label=label)
+    return Rectangle(
+        (x, y),
+        width,
+        height,
+        facecolor="none",
+        edgecolor=MUTED,
+        hatch="////",
+        lw=0.8,
+        zorder=0.5,
+        label=label,
+    )
 
 
 def plain_number(value: float, _position: int | None = None) -> str:
     """0.001, 1, 10; powers only beyond what reads well."""
-    return f"{value:.2g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return (
+        f"{value:.2g}"
+        if value == 0 or 1e-4 <= abs(value) < 1e5
+        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    )

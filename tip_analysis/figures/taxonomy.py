@@ -1,4 +1,5 @@
-"""Figures of the taxonomy: shares of the quadrants, their map, and their sensitivity to the cuts."""
+"""Figures of the taxonomy: shares of the quadrants, their map, and their sensitivity to the
+cuts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,12 +31,16 @@ from tip_analysis.figures.style import (
 
 
 def quadrant_shares(
-    table: pl.DataFrame, paper_ranges: Mapping[str, tuple[float, float]], *, width: float = PAGE_WIDTH
+    table: pl.DataFrame,
+    paper_ranges: Mapping[str, tuple[float, float]],
+    *,
+    width: float = PAGE_WIDTH,
 ) -> Figure:
     """Share of tokens in each quadrant, with intervals, beside the ranges that the paper reports.
 
     Args:
-        table: `run`, `quadrant`, `share` in [0, 1], `share_low`, `share_high` (95 % interval; may be null).
+        table: `run`, `quadrant`, `share` in [0, 1], `share_low`, `share_high` (95 % interval; may
+            be null).
         paper_ranges: quadrants as `Q3`, or a sum of two as `Q1+Q2`, to (low, high) in [0, 1].
     """
     require(table, ["run", "quadrant", "share", "share_low", "share_high"])
@@ -64,7 +69,12 @@ def quadrant_shares(
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         handles = [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
         handles.append(paper_band(0, 0, 1, 1, label="the paper's range"))
-        figure.legend(handles=handles, loc="outside upper left", ncols=5 if width >= WIDE else 3, handlelength=1.2)
+        figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=5 if width >= WIDE else 3,
+            handlelength=1.2,
+        )
     return figure
 
 
@@ -79,13 +89,24 @@ def quadrant_map(
     """Density of tokens over student entropy and reverse KL, coloured by quadrant, with both cuts.
 
     Args:
-        density: one row per cell that holds tokens: `entropy_left`, `entropy_right`, `divergence_left`, `divergence_right`
-            (nats; no cell crosses a cut), `num_tokens`, `quadrant`. Values below the first edge lie in the first cell.
+        density: one row per cell that holds tokens: `entropy_left`, `entropy_right`,
+            `divergence_left`, `divergence_right` (nats; no cell crosses a cut), `num_tokens`,
+            `quadrant`. Values below the first edge lie in the first cell.
         entropy_cut: nats; None draws no line (one cut for each batch).
         divergence_cut: likewise.
         shares: share of each quadrant, in [0, 1].
     """
-    require(density, ["entropy_left", "entropy_right", "divergence_left", "divergence_right", "num_tokens", "quadrant"])
+    require(
+        density,
+        [
+            "entropy_left",
+            "entropy_right",
+            "divergence_left",
+            "divergence_right",
+            "num_tokens",
+            "quadrant",
+        ],
+    )
     with figure_style():
         figure, axes = new_figure(width, min(width * 0.66, 4.4) if width >= WIDE else width * 1.0)
         if density.height:
@@ -101,13 +122,18 @@ def quadrant_map(
 
 
 def cut_sensitivity(
-    grid: pl.DataFrame, *, entropy_cut: float | None, divergence_cut: float | None, width: float = PAGE_WIDTH
+    grid: pl.DataFrame,
+    *,
+    entropy_cut: float | None,
+    divergence_cut: float | None,
+    width: float = PAGE_WIDTH,
 ) -> Figure:
-    """How the shares move with both cuts: the Q3 share over the plane of cuts, and the four shares along each axis.
+    """How the shares move with both cuts: the Q3 share over the plane of cuts, and the four shares
+    along each axis.
 
     Args:
-        grid: `quadrants.cut_sensitivity`, a full product of cuts: `entropy_cut`, `divergence_cut` (nats), `Q1` … `Q4`
-            (shares in [0, 1]), `in_paper_ranges`.
+        grid: `quadrants.cut_sensitivity`, a full product of cuts: `entropy_cut`, `divergence_cut`
+            (nats), `Q1` … `Q4` (shares in [0, 1]), `in_paper_ranges`.
         entropy_cut: the cut in use, nats; None where there is one for each batch.
         divergence_cut: likewise.
     """
@@ -119,11 +145,21 @@ def cut_sensitivity(
         plane, along_entropy, along_divergence = figure.subplots(rows, columns).flat
         _plane_of_cuts(figure, plane, grid, entropy_cut, divergence_cut)
         nearest = _nearest(grid["divergence_cut"], divergence_cut)
-        _shares_along(along_entropy, grid.filter(pl.col("divergence_cut") == nearest), "entropy_cut", entropy_cut)
+        _shares_along(
+            along_entropy,
+            grid.filter(pl.col("divergence_cut") == nearest),
+            "entropy_cut",
+            entropy_cut,
+        )
         along_entropy.set_xlabel("entropy cut, nats")
         along_entropy.set_title(f"divergence cut {plain_number(nearest)}")
         nearest = _nearest(grid["entropy_cut"], entropy_cut)
-        _shares_along(along_divergence, grid.filter(pl.col("entropy_cut") == nearest), "divergence_cut", divergence_cut)
+        _shares_along(
+            along_divergence,
+            grid.filter(pl.col("entropy_cut") == nearest),
+            "divergence_cut",
+            divergence_cut,
+        )
         along_divergence.set_xlabel("divergence cut, nats")
         along_divergence.set_title(f"entropy cut {plain_number(nearest)}")
     return figure
@@ -134,19 +170,29 @@ def _name_corners(axes: Axes, shares: Mapping[str, float], *, named: bool) -> No
     below = -0.115 if named else -0.24
     corners = {"Q3": (0.0, 1.025), "Q1": (1.0, 1.025), "Q4": (0.0, below), "Q2": (1.0, below)}
     for name, (x, y) in corners.items():
-        text = f"{name}  {shares.get(name, 0.0):.1%}" + (f"  {QUADRANT_NAMES[name]}" if named else "")
+        text = f"{name}  {shares.get(name, 0.0):.1%}" + (
+            f"  {QUADRANT_NAMES[name]}" if named else ""
+        )
         on_left, above = x == 0.0, y > 0.0
         axes.annotate(
-            text, (x + (0.025 if named else 0.05) * on_left, y), xycoords="axes fraction", ha="left" if on_left else "right",
-            va="bottom" if above else "top", fontweight="bold", fontsize=8.5,
-        )  # fmt: skip
+            text,
+            (x + (0.025 if named else 0.05) * on_left, y),
+            xycoords="axes fraction",
+            ha="left" if on_left else "right",
+            va="bottom" if above else "top",
+            fontweight="bold",
+            fontsize=8.5,
+        )
         beside = 0.008 if on_left else 0.014 if named else 0.035
         swatch = x + beside, y + (0.018 if above else -0.022) * (1 if named else 1.4)
-        axes.plot(*swatch, "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False)
+        axes.plot(
+            *swatch, "s", ms=6, color=QUADRANT_COLORS[name], transform=axes.transAxes, clip_on=False
+        )
 
 
 def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: float) -> None:
-    """One horizontal bar: the shares of a group of quadrants end to end, each with its interval at its end."""
+    """One horizontal bar: the shares of a group of quadrants end to end, each with its interval at
+    its end."""
     values = {row["quadrant"]: row for row in rows.iter_rows(named=True)}
     left, end, outside = 0.0, 0.0, []
     for name in group:
@@ -155,21 +201,35 @@ def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: floa
         axes.barh(y, share, left=left, height=0.62, color=QUADRANT_COLORS[name], zorder=2)
         if row and row["share_low"] is not None and row["share_high"] is not None:
             low, high = left + row["share_low"], left + row["share_high"]
-            axes.plot([low, high], [y + 0.2, y + 0.2], color=INK, lw=1.4, zorder=4, solid_capstyle="butt")
+            axes.plot(
+                [low, high], [y + 0.2, y + 0.2], color=INK, lw=1.4, zorder=4, solid_capstyle="butt"
+            )
             end = max(end, high)
         if share > 0.06:
             color = ON_BLUE if name == "Q1" else ON_LIGHT
-            axes.text(left + 0.008, y - 0.06, f"{share:.1%}", va="center", zorder=5, fontsize=8, fontweight="bold", color=color)
+            axes.text(
+                left + 0.008,
+                y - 0.06,
+                f"{share:.1%}",
+                va="center",
+                zorder=5,
+                fontsize=8,
+                fontweight="bold",
+                color=color,
+            )
         else:
             outside.append(f"{name} {share:.1%}" if len(group) > 1 else f"{share:.1%}")
         left += share
         end = max(end, left)
     if outside:
-        axes.text(end + 0.008, y, ", ".join(outside), va="center", zorder=5, fontsize=8, fontweight="bold")
+        axes.text(
+            end + 0.008, y, ", ".join(outside), va="center", zorder=5, fontsize=8, fontweight="bold"
+        )
 
 
 def _density_image(axes: Axes, density: pl.DataFrame) -> None:
-    """Cells as one raster image: hue from the quadrant, opacity from the logarithm of the density per cell."""
+    """Cells as one raster image: hue from the quadrant, opacity from the logarithm of the density
+    per cell."""
     x = _edges(density, "entropy")
     y = _edges(density, "divergence")
     image = np.zeros((len(y) - 1, len(x) - 1, 4))
@@ -196,9 +256,14 @@ def _edges(density: pl.DataFrame, axis: str) -> np.ndarray:
 
 
 def _plane_of_cuts(
-    figure: Figure, axes: Axes, grid: pl.DataFrame, entropy_cut: float | None, divergence_cut: float | None
+    figure: Figure,
+    axes: Axes,
+    grid: pl.DataFrame,
+    entropy_cut: float | None,
+    divergence_cut: float | None,
 ) -> None:
-    """Share of Q3 over all pairs of cuts, evenly spaced by rank, outlined where the paper's ranges hold."""
+    """Share of Q3 over all pairs of cuts, evenly spaced by rank, outlined where the paper's ranges
+    hold."""
     x, y = np.unique(grid["entropy_cut"].to_numpy()), np.unique(grid["divergence_cut"].to_numpy())
     ordered = grid.unique(["entropy_cut", "divergence_cut"]).sort("divergence_cut", "entropy_cut")
     q3 = ordered["Q3"].to_numpy().reshape(len(y), len(x))
@@ -207,7 +272,15 @@ def _plane_of_cuts(
     colors = sns.color_palette(SEQUENTIAL, as_cmap=True)
     mesh = axes.pcolormesh(left, bottom, q3, cmap=colors, vmin=0, rasterized=True)
     for row, column in np.argwhere(holds):
-        holding = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#ffffff70", edgecolor=ON_LIGHT, hatch="/////", lw=0)
+        holding = Rectangle(
+            (column - 0.5, row - 0.5),
+            1,
+            1,
+            facecolor="#ffffff70",
+            edgecolor=ON_LIGHT,
+            hatch="/////",
+            lw=0,
+        )
         axes.add_patch(holding)
     if entropy_cut is not None and divergence_cut is not None:
         place = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
@@ -216,7 +289,9 @@ def _plane_of_cuts(
     axes.set_xlabel("entropy cut, nats")
     axes.set_ylabel("divergence cut, nats")
     axes.set_title("share of Q3")
-    bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.02, aspect=30)
+    bar = figure.colorbar(
+        mesh, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.02, aspect=30
+    )
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
@@ -251,7 +326,16 @@ def _shares_along(axes: Axes, rows: pl.DataFrame, column: str, chosen: float | N
         widest = int(np.argmax(shares[index][1:-1])) + 1 if len(x) > 2 else 0
         if shares[index][widest] > 0.12:
             height = (bottom[index][widest] + bottom[index + 1][widest]) / 2
-            axes.text(widest, height, name, ha="center", va="center", color=ON_LIGHT, fontsize=8, fontweight="bold")
+            axes.text(
+                widest,
+                height,
+                name,
+                ha="center",
+                va="center",
+                color=ON_LIGHT,
+                fontsize=8,
+                fontweight="bold",
+            )
     ticks = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
     axes.set_xticks(ticks, [plain_number(float(values[index])) for index in ticks])
     axes.set_xlim(0, max(1, len(x) - 1))

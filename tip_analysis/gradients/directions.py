@@ -1,13 +1,16 @@
-"""Directions in parameter space, made one tensor at a time: Gaussian ones from a key, and measured gradients.
+"""Directions in parameter space, made one tensor at a time: Gaussian ones from a key, and measured
+gradients.
 
-A direction is never needed whole: a forward-mode pass asks for the part of each layer when it reaches that layer. A Gaussian
-direction is therefore drawn on the way (nothing is stored), and a gradient may lie on disk.
+A direction is never needed whole: a forward-mode pass asks for the part of each layer when it
+reaches that layer. A Gaussian direction is therefore drawn on the way (nothing is stored), and a
+gradient may lie on disk.
 
-A Gaussian direction is a pure function of (seed, rollout_id, probe): each tensor is cut into blocks, each block drawn by a
-generator of its own whose seed is a hash of that key, the parameter's name and the block's number. So it depends neither on
-the batch, nor on the other parameters, nor on the number of threads; and it is drawn in float32, so that models of
-different dtypes see the same direction up to rounding. Devices have different generators, so draws do differ
-between a CPU and a GPU.
+A Gaussian direction is a pure function of (seed, rollout_id, probe): each tensor is cut into
+blocks, each block drawn by a generator of its own whose seed is a hash of that key, the parameter's
+name and the block's number. So it depends neither on the batch, nor on the other parameters, nor on
+the number of threads; and it is drawn in float32, so that models of different dtypes see the same
+direction up to rounding. Devices have different generators, so draws do differ between a CPU and a
+GPU.
 """
 
 import hashlib
@@ -28,11 +31,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 19
-"""Elements drawn by one generator: large enough that seeding costs nothing, small enough to share among threads."""
+"""Elements drawn by one generator: large enough that seeding costs nothing, small enough to share
+among threads."""
 
 
 class Direction(Protocol):
-    """A vector in the space of the scope's parameters, as `scale` times what `tensor` returns for each parameter."""
+    """A vector in the space of the scope's parameters, as `scale` times what `tensor` returns for
+    each parameter."""
 
     @property
     def scale(self) -> float:
@@ -44,7 +49,8 @@ class Direction(Protocol):
         ...
 
     def rows(self, name: str, like: Tensor, ids: Tensor) -> Tensor:
-        """Rows `ids` [U] of the part of an embedding [V, D], as [U, D]: those that a sequence looks up."""
+        """Rows `ids` [U] of the part of an embedding [V, D], as [U, D]: those that a sequence looks
+        up."""
         ...
 
 
@@ -62,7 +68,8 @@ class GaussianDirection:
         return self._draw(name, like.shape, like)
 
     def rows(self, name: str, like: Tensor, ids: Tensor) -> Tensor:
-        """Standard normals for the rows `ids`, which must be the same set whenever one rollout asks for this parameter."""
+        """Standard normals for the rows `ids`, which must be the same set whenever one rollout asks
+        for this parameter."""
         return self._draw(name, torch.Size([len(ids), *like.shape[1:]]), like)
 
     def _draw(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
@@ -73,13 +80,17 @@ class GaussianDirection:
         if workers == 1 or len(blocks) == 1:
             _fill(key, list(enumerate(blocks)))
         else:
-            shares = [list(enumerate(blocks))[worker::workers] for worker in range(min(workers, len(blocks)))]
+            shares = [
+                list(enumerate(blocks))[worker::workers]
+                for worker in range(min(workers, len(blocks)))
+            ]
             list(_pool().map(lambda share: _fill(key, share), shares))
         return flat.view(shape).to(like.dtype)
 
 
 class StoredDirection:
-    """A measured gradient: tensors of unit total norm, and the norm as `scale`, so that low precision holds them."""
+    """A measured gradient: tensors of unit total norm, and the norm as `scale`, so that low
+    precision holds them."""
 
     def __init__(self, tensors: Mapping[str, Tensor | Path], scale: float) -> None:
         self._tensors = tensors
@@ -89,7 +100,9 @@ class StoredDirection:
     def normalised(cls, gradient: dict[str, Tensor]) -> "StoredDirection":
         """The direction of a gradient, whose tensors are divided in place."""
         parts = (part for tensor in gradient.values() for part in tensor.flatten().split(BLOCK))
-        norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts))  # in blocks: no second copy in float64
+        norm = math.sqrt(
+            sum(float(part.double().square().sum()) for part in parts)
+        )  # in blocks: no second copy in float64
         for tensor in gradient.values():
             tensor.div_(norm or 1.0)
         return cls(gradient, norm)
@@ -109,12 +122,15 @@ class StoredDirection:
         return stored[ids].to(like)
 
     def save(self, folder: Path) -> "StoredDirection":
-        """Write to `folder`, whole or not at all; returns the direction that reads from there, one tensor at a time."""
+        """Write to `folder`, whole or not at all; returns the direction that reads from there, one
+        tensor at a time."""
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         part.mkdir(parents=True, exist_ok=True)
         for index, name in enumerate(self._tensors):
             np.save(part / f"{index:05d}.npy", self._numpy(name))
-        (part / "index.json").write_text(json.dumps({"scale": self.scale, "names": list(self._tensors)}), "utf-8")
+        (part / "index.json").write_text(
+            json.dumps({"scale": self.scale, "names": list(self._tensors)}), "utf-8"
+        )
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
         return self.load(folder)
@@ -123,7 +139,10 @@ class StoredDirection:
     def load(cls, folder: Path) -> "StoredDirection":
         """A direction that `save` wrote."""
         index = json.loads((folder / "index.json").read_text("utf-8"))
-        return cls({name: folder / f"{number:05d}.npy" for number, name in enumerate(index["names"])}, index["scale"])
+        return cls(
+            {name: folder / f"{number:05d}.npy" for number, name in enumerate(index["names"])},
+            index["scale"],
+        )
 
     def _numpy(self, name: str) -> np.ndarray:
         stored = self._tensors[name]
@@ -135,7 +154,9 @@ def gaussian_directions(seed: int, rollout_id: str, num_probes: int) -> list[Gau
     return [GaussianDirection(seed, rollout_id, probe) for probe in range(num_probes)]
 
 
-def in_groups(directions: Sequence[Direction], size: int) -> Iterator[tuple[int, Sequence[Direction]]]:
+def in_groups(
+    directions: Sequence[Direction], size: int
+) -> Iterator[tuple[int, Sequence[Direction]]]:
     """Directions `size` at a time, each group with the index of its first."""
     for start in range(0, len(directions), size):
         yield start, directions[start : start + size]
@@ -158,7 +179,11 @@ _generators = threading.local()
 def _generator(device: torch.device) -> torch.Generator:
     """This thread's generator on a device, to be seeded before each use."""
     known = _generators.__dict__.setdefault("known", {})
-    return known.setdefault(device, torch.Generator(device=device)) if device not in known else known[device]
+    return (
+        known.setdefault(device, torch.Generator(device=device))
+        if device not in known
+        else known[device]
+    )
 
 
 @cache

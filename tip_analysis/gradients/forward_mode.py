@@ -1,17 +1,21 @@
 """Forward-mode derivatives of a student's hidden states along directions in parameter space.
 
-One pass gives, for a whole sequence, ∂h/∂θ·v: the tangents [T, D] of the last hidden states along a direction v. The tangent of
-every token's loss is then ⟨∂ℓ_t/∂h_t, ḣ_t⟩, so one pass serves all tokens and all losses.
+One pass gives, for a whole sequence, ∂h/∂θ·v: the tangents [T, D] of the last hidden states along a
+direction v. The tangent of every token's loss is then ⟨∂ℓ_t/∂h_t, ḣ_t⟩, so one pass serves all
+tokens and all losses.
 
 How it is made cheap, for any decoder-only model of transformers, through PyTorch's dual numbers:
 
-- The primal pass runs once a rollout. What linear layers and attention give is kept (no more than one forward pass's
-  activations), so that a further direction costs the tangents only: ẏ = ẋ Wᵀ + x V_Wᵀ.
-- The part of a direction that belongs to a layer is made when the pass reaches the layer (`gradients.directions`).
+- The primal pass runs once a rollout. What linear layers and attention give is kept (no more than
+  one forward pass's activations), so that a further direction costs the tangents only: ẏ = ẋ Wᵀ + x
+  V_Wᵀ.
+- The part of a direction that belongs to a layer is made when the pass reaches the layer
+  (`gradients.directions`).
 - Several directions go as a batch, one row each.
-- Attention runs in causal blocks, value and tangent together: the masked half is never computed, no [T, T] matrix is kept, and
-  no fused kernel without a forward-mode rule is met. Where a model's attention is of another kind (the primal pass tells), its
-  `eager` implementation is used instead; either way the model's own implementation is put back afterwards.
+- Attention runs in causal blocks, value and tangent together: the masked half is never computed, no
+  [T, T] matrix is kept, and no fused kernel without a forward-mode rule is met. Where a model's
+  attention is of another kind (the primal pass tells), its `eager` implementation is used instead;
+  either way the model's own implementation is put back afterwards.
 """
 
 import logging
@@ -29,23 +33,31 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from tip_analysis.errors import ModelError
+from tip_analysis.core.errors import ModelError
 from tip_analysis.gradients.causal_attention import ScoreForm, attend, attend_tangent
 from tip_analysis.gradients.directions import Direction
 from tip_analysis.gradients.scopes import ParameterScope
-from tip_analysis.models import causal_model, hidden_states, model_body
+from tip_analysis.models.hidden_states import last_hidden_states
+from tip_analysis.models.loading import causal_model, model_body
 
 logger = logging.getLogger(__name__)
 
 BLOCKWISE = "tip_analysis_blockwise"
 """Name under which transformers knows the attention of this module."""
 
-SAME_HIDDEN_STATES = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-5}
-"""How far two attention implementations may be apart in the last hidden states, relative to the largest of them."""
+SAME_HIDDEN_STATES = {
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+    torch.float32: 1e-3,
+    torch.float64: 1e-5,
+}
+"""How far two attention implementations may be apart in the last hidden states, relative to the
+largest of them."""
 
 
 class ForwardMode:
-    """A model prepared for forward-mode derivatives; a context manager that puts everything back at its end.
+    """A model prepared for forward-mode derivatives; a context manager that puts everything back at
+    its end.
 
     Example:
         with ForwardMode(model, scope) as forward:
@@ -92,7 +104,8 @@ class ForwardMode:
 
     @torch.no_grad()
     def primal(self, tokens: Tensor) -> Tensor:
-        """Run a sequence of token ids [T] and keep what its tangents need; returns the last hidden states [T, D]."""
+        """Run a sequence of token ids [T] and keep what its tangents need; returns the last hidden
+        states [T, D]."""
         if not self._checked:
             self._check_attention(tokens)
         self._tokens = tokens
@@ -106,7 +119,8 @@ class ForwardMode:
 
     @torch.no_grad()
     def tangents(self, directions: Sequence[Direction]) -> Tensor:
-        """Tangents [c, T, D] of the last hidden states of the last `primal` along c directions, without their `scale`."""
+        """Tangents [c, T, D] of the last hidden states of the last `primal` along c directions,
+        without their `scale`."""
         if self._one_row and len(directions) > 1:
             return torch.cat([self.tangents([direction]) for direction in directions])
         self.directions = directions
@@ -122,10 +136,11 @@ class ForwardMode:
     def _hidden(self, rows: int) -> Tensor:
         tokens = self._tokens.expand(rows, -1)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(rows, -1)
-        return hidden_states(causal_model(self.model), tokens, None, positions)
+        return last_hidden_states(causal_model(self.model), tokens, None, positions)
 
     def _check_attention(self, tokens: Tensor) -> None:
-        """Compare with the model's own attention on the first sequence; where they differ, fall back on `eager`."""
+        """Compare with the model's own attention on the first sequence; where they differ, fall
+        back on `eager`."""
         self._tokens = tokens
         ours = self._hidden(1)
         set_attention(self.model, self._attention)
@@ -135,21 +150,32 @@ class ForwardMode:
         stand_in = BLOCKWISE if distance <= SAME_HIDDEN_STATES[own.dtype] else "eager"
         set_attention(self.model, stand_in)
         if self._attention not in (stand_in, "eager"):
-            logger.info("attention %r has no forward-mode rule: %r stands in for it", self._attention, stand_in)
+            logger.info(
+                "attention %r has no forward-mode rule: %r stands in for it",
+                self._attention,
+                stand_in,
+            )
         self._checked = True
 
     def _tangent_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
-        """What stands in for the forward of a module that is linear or uses parameters of the scope."""
+        """What stands in for the forward of a module that is linear or uses parameters of the
+        scope."""
         if type(module) in (nn.Linear, Conv1D) and not _has_own_forward(module):
             return self._linear
-        own = {key: self.names[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in self.names}
+        own = {
+            key: self.names[id(p)]
+            for key, p in module.named_parameters(recurse=False)
+            if id(p) in self.names
+        }
         if not own:
             return None
         if isinstance(module, nn.Embedding):
             return self._embedding
         if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not any(module.children()):
             return lambda module, original, inputs: self._norm(own, module, original, inputs)
-        return lambda module, original, *args, **kwargs: self._any(own, module, original, *args, **kwargs)
+        return lambda module, original, *args, **kwargs: self._any(
+            own, module, original, *args, **kwargs
+        )
 
     def _patch(self, module: nn.Module, tangent_forward: Callable[..., Any]) -> None:
         original = module.forward
@@ -180,7 +206,11 @@ class ForwardMode:
         rows = len(self.directions)
         value = self.kept(module)
         if inputs.dim() != 3 or inputs.shape[0] != rows:
-            own = {key: self.names[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in self.names}
+            own = {
+                key: self.names[id(p)]
+                for key, p in module.named_parameters(recurse=False)
+                if id(p) in self.names
+            }
             return self._any(own, module, original, inputs)
         x, x_tangent = dual.unpack_dual(inputs)
         names = [self.names.get(id(parameter)) for parameter in (module.weight, module.bias)]
@@ -200,19 +230,28 @@ class ForwardMode:
                 tangent[row] += direction.tensor(names[1], module.bias)  # pyright: ignore[reportArgumentType]
         return dual.make_dual(_rows(value, rows), tangent)
 
-    def _embedding(self, module: nn.Embedding, original: Callable[..., Tensor], ids: Tensor) -> Tensor:
-        """Only the rows that the sequence looks up have a tangent: [c·U, D] of them stand in for the table [V, D]."""
+    def _embedding(
+        self, module: nn.Embedding, original: Callable[..., Tensor], ids: Tensor
+    ) -> Tensor:
+        """Only the rows that the sequence looks up have a tangent: [c·U, D] of them stand in for
+        the table [V, D]."""
         if self.recording:
             return original(ids)
         rows = len(self.directions)
         unique, index = torch.unique(ids.expand(rows, *ids.shape[1:]), return_inverse=True)
         name = self.names[id(module.weight)]
         self.looked_up[name] = unique
-        parts = torch.stack([direction.rows(name, module.weight, unique) for direction in self.directions])
-        if module.padding_idx is not None:  # as in a backward pass: the padding row of an embedding gets no gradient
+        parts = torch.stack(
+            [direction.rows(name, module.weight, unique) for direction in self.directions]
+        )
+        if (
+            module.padding_idx is not None
+        ):  # as in a backward pass: the padding row of an embedding gets no gradient
             parts[:, unique == module.padding_idx] = 0
         table = dual.make_dual(module.weight[unique].repeat(rows, 1), parts.flatten(0, 1))
-        offset = torch.arange(rows, device=ids.device).mul(len(unique)).view(-1, *[1] * (ids.dim() - 1))
+        offset = (
+            torch.arange(rows, device=ids.device).mul(len(unique)).view(-1, *[1] * (ids.dim() - 1))
+        )
         padding, module.padding_idx = module.padding_idx, None
         try:
             with _replaced(module, {"weight": table}):
@@ -220,8 +259,15 @@ class ForwardMode:
         finally:
             module.padding_idx = padding
 
-    def _norm(self, own: dict[str, str], module: nn.Module, original: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        """A norm over the last dimension: its gain and bias differ by row and are broadcast over the rest."""
+    def _norm(
+        self,
+        own: dict[str, str],
+        module: nn.Module,
+        original: Callable[..., Tensor],
+        inputs: Tensor,
+    ) -> Tensor:
+        """A norm over the last dimension: its gain and bias differ by row and are broadcast over
+        the rest."""
         rows = len(self.directions)
         if self.recording or rows == 1 or inputs.shape[0] != rows:
             return self._any(own, module, original, inputs)
@@ -230,7 +276,9 @@ class ForwardMode:
             shape = (rows, *[1] * (inputs.dim() - 2), parameter.shape[-1])
             duals[key] = parameter.detach().expand(shape)
             if key in own:
-                parts = torch.stack([direction.tensor(own[key], parameter) for direction in self.directions])
+                parts = torch.stack(
+                    [direction.tensor(own[key], parameter) for direction in self.directions]
+                )
                 duals[key] = dual.make_dual(duals[key].contiguous(), parts.view(shape))
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):  # their fused kernels take no gain by row
             with _replaced(module, dict.fromkeys(duals)):
@@ -239,7 +287,14 @@ class ForwardMode:
         with _replaced(module, duals):
             return original(inputs)
 
-    def _any(self, own: dict[str, str], module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _any(
+        self,
+        own: dict[str, str],
+        module: nn.Module,
+        original: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Any other module: its forward with dual parameters, direction by direction."""
         if self.recording:
             return original(*args, **kwargs)
@@ -249,7 +304,10 @@ class ForwardMode:
         outputs = []
         for row, direction in enumerate(self.directions):
             tensors = {key: getattr(module, key) for key in own}
-            duals = {key: dual.make_dual(tensors[key].detach(), direction.tensor(own[key], tensors[key])) for key in own}
+            duals = {
+                key: dual.make_dual(tensors[key].detach(), direction.tensor(own[key], tensors[key]))
+                for key in own
+            }
             with _replaced(module, duals):
                 outputs.append(original(*[_row(value, row, rows) for value in args], **kwargs))
         return outputs[0] if rows == 1 else torch.cat(outputs)
@@ -294,25 +352,35 @@ def blockwise_attention(
 
     Args:
         module: the attention module.
-        query: [B, H, T, D_k]; `key` [B, H_kv, T, D_k] and `value` [B, H_kv, T, D_v], where H_kv divides H.
+        query: [B, H, T, D_k]; `key` [B, H_kv, T, D_k] and `value` [B, H_kv, T, D_v], where H_kv
+            divides H.
         attention_mask: none: sequences come without padding.
         scaling: of the scores, 1/√D_k by default.
         sliding_window: how many keys a query sees, itself included; all by default.
         softcap: scores s become c·tanh(s/c).
-        kwargs: ignored; what matters among them shows in the comparison with the model's own attention.
+        kwargs: ignored; what matters among them shows in the comparison with the model's own
+            attention.
 
     Returns:
         [B, T, H, D_v] and no attention weights.
     """
     if attention_mask is not None:
-        raise ModelError("block-wise attention takes no mask: run sequences one at a time, without padding")
-    form = ScoreForm(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+        raise ModelError(
+            "block-wise attention takes no mask: run sequences one at a time, without padding"
+        )
+    form = ScoreForm(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap
+    )
     forward = _active.get()
     if forward is None or forward.recording or not forward.directions:
         output = attend(form, query, key, value)
-        return (forward.keep(module, output) if forward is not None and forward.recording else output), None
+        return (
+            forward.keep(module, output) if forward is not None and forward.recording else output
+        ), None
     rows, output = query.shape[0], forward.kept(module)
-    primals, tangents = zip(*(dual.unpack_dual(tensor) for tensor in (query, key, value)), strict=True)
+    primals, tangents = zip(
+        *(dual.unpack_dual(tensor) for tensor in (query, key, value)), strict=True
+    )
     if tangents == (None, None, None):
         return output.expand(rows, -1, -1, -1), None
     tangent = attend_tangent(form, [primal[:1] for primal in primals], tangents, output)
@@ -345,19 +413,25 @@ def _replaced(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterat
 
 @cache
 def _load_rules() -> None:
-    """Let PyTorch load its forward-mode rules, as it does at the first dual number, without a warning not meant for users."""
+    """Let PyTorch load its forward-mode rules, as it does at the first dual number, without a
+    warning not meant for users."""
     with warnings.catch_warnings(), dual.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         dual.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _rows(value: Tensor, rows: int) -> Tensor:
-    """A primal value [1, …] once for each direction; a copy, because dual numbers need memory of their own."""
+    """A primal value [1, …] once for each direction; a copy, because dual numbers need memory of
+    their own."""
     return value if rows == 1 else value.expand(rows, *value.shape[1:]).contiguous()
 
 
 def _row(value: Any, row: int, rows: int) -> Any:
-    return value[row : row + 1] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
+    return (
+        value[row : row + 1]
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows
+        else value
+    )
 
 
 def _batched(rows: int, args: Sequence[Any]) -> bool:

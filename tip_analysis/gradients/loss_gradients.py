@@ -1,16 +1,18 @@
 """Gradients of whole losses over the student's parameters: ∇L and ∇J, by fold of prompts.
 
-φ_t = ⟨∇L, g_t⟩ with its own token inside L contains ‖g_t‖²/m and is positive by construction. So prompts are dealt to two
-folds, and a token's φ_t takes ∇L from the other fold (cross-fitting); the plug-in value, from all, is
-what the two folds sum up to.
+φ_t = ⟨∇L, g_t⟩ with its own token inside L contains ‖g_t‖²/m and is positive by construction. So
+prompts are dealt to two folds, and a token's φ_t takes ∇L from the other fold (cross-fitting); the
+plug-in value, from all, is what the two folds sum up to.
 
-∇J is a score-function estimate of the gradient of the expected reward: per prompt, the mean over its n rollouts of
-(r_i − b_i) ∇ ln P_S(y_i), b_i being the mean reward of the *other* rollouts of the prompt (so that it is unbiased); then
-the mean over prompts. A prompt with fewer than two graded rollouts has no baseline and is left out. Rollouts count as samples
-of the student at temperature 1; for others ∇J is off-policy.
+∇J is a score-function estimate of the gradient of the expected reward: per prompt, the mean over
+its n rollouts of (r_i − b_i) ∇ ln P_S(y_i), b_i being the mean reward of the *other* rollouts of
+the prompt (so that it is unbiased); then the mean over prompts. A prompt with fewer than two graded
+rollouts has no baseline and is left out. Rollouts count as samples of the student at temperature 1;
+for others ∇J is off-policy.
 
-A gradient is accumulated in float32 (float64 for a float64 model), parameter by parameter as the backward pass makes it, and
-may be kept on disk: beside the model there is never more than one gradient in memory, plus the largest single parameter's.
+A gradient is accumulated in float32 (float64 for a float64 model), parameter by parameter as the
+backward pass makes it, and may be kept on disk: beside the model there is never more than one
+gradient in memory, plus the largest single parameter's.
 """
 
 from collections import defaultdict
@@ -23,14 +25,14 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from tip_analysis.errors import OptionError
-from tip_analysis.forward import predicting_positions
+from tip_analysis.core.errors import OptionError
+from tip_analysis.core.progress import track
+from tip_analysis.core.schema import Loss
 from tip_analysis.gradients.directions import Direction, StoredDirection, stable_hash
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.gradients.token_losses import BLOCK_ELEMENTS, TeacherLogits, token_loss
-from tip_analysis.models import LanguageModel, hidden_states
-from tip_analysis.progress import track
-from tip_analysis.schema import Loss
+from tip_analysis.models.hidden_states import last_hidden_states, predicting_positions
+from tip_analysis.models.loading import LanguageModel
 
 AGGREGATIONS = ("rollout", "token")
 REWARD = "reward"
@@ -71,14 +73,17 @@ class Pair:
     vocab_size: int
 
     @torch.no_grad()
-    def teacher_logits(self, rollout: GradientInput, positions: Sequence[int]) -> TeacherLogits | None:
-        """The teacher's logits at these positions of a response, block by block; None without a teacher."""
+    def teacher_logits(
+        self, rollout: GradientInput, positions: Sequence[int]
+    ) -> TeacherLogits | None:
+        """The teacher's logits at these positions of a response, block by block; None without a
+        teacher."""
         if self.teacher is None:
             return None
         teacher = self.teacher
         prompt = rollout.prompt if rollout.teacher_prompt is None else rollout.teacher_prompt
         tokens, at = read_tokens(prompt, rollout.response, positions, teacher.device)
-        hidden = hidden_states(teacher.model, tokens[None])[0, at]
+        hidden = last_hidden_states(teacher.model, tokens[None])[0, at]
 
         def logits(rows: slice) -> Tensor:
             with torch.no_grad():
@@ -90,7 +95,8 @@ class Pair:
 def read_tokens(
     prompt: Sequence[int], response: Sequence[int], positions: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The tokens [T] that a model reads, and where [R] the outputs are that predict `positions` of the response.
+    """The tokens [T] that a model reads, and where [R] the outputs are that predict `positions` of
+    the response.
 
     The last response token predicts nothing that counts and is not read.
     """
@@ -106,7 +112,8 @@ class LossDirections:
     folds: dict[str, int]
     """The fold, 0 or 1, of each prompt."""
     stored: dict[tuple[str, int], StoredDirection]
-    """By loss (or `REWARD`) and fold; absent where a fold has no tokens, or no reward that differs within a prompt."""
+    """By loss (or `REWARD`) and fold; absent where a fold has no tokens, or no reward that differs
+    within a prompt."""
     weights: tuple[float, float]
     """Share of each fold in the plug-in: of its rollouts, or of its tokens."""
     counts: dict[str, list[int]]
@@ -119,8 +126,11 @@ class LossDirections:
 
 
 def prompt_folds(prompt_ids: Sequence[str], seed: int) -> dict[str, int]:
-    """Deal prompts to two folds of equal size (the first has one more if need be), whatever their order."""
-    order = sorted(set(prompt_ids), key=lambda prompt_id: (stable_hash("fold", seed, prompt_id), prompt_id))
+    """Deal prompts to two folds of equal size (the first has one more if need be), whatever their
+    order."""
+    order = sorted(
+        set(prompt_ids), key=lambda prompt_id: (stable_hash("fold", seed, prompt_id), prompt_id)
+    )
     half = (len(order) + 1) // 2
     return {prompt_id: int(index >= half) for index, prompt_id in enumerate(order)}
 
@@ -144,15 +154,20 @@ def loss_directions(
         losses: names of `divergence.LOSSES`.
         aggregation: of L over rollouts: `rollout` (mean of rollout means) or `token`.
         seed: of the folds.
-        folder: where gradients are kept, and found again by a later call with the same arguments; in memory by default.
+        folder: where gradients are kept, and found again by a later call with the same arguments;
+            in memory by default.
 
     Raises:
         OptionError: unknown aggregation.
     """
     if aggregation not in AGGREGATIONS:
-        raise OptionError(f"loss aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
+        raise OptionError(
+            f"loss aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}"
+        )
     folds = prompt_folds([rollout.prompt_id for rollout in rollouts], seed)
-    members = [[r for r in rollouts if r.num_tokens and folds[r.prompt_id] == fold] for fold in (0, 1)]
+    members = [
+        [r for r in rollouts if r.num_tokens and folds[r.prompt_id] == fold] for fold in (0, 1)
+    ]
     stored = {}
     for fold, inside in enumerate(members):
         for name in [*losses, REWARD]:
@@ -161,7 +176,10 @@ def loss_directions(
             place = None if folder is None else folder / f"{name}-{fold}"
             loss = Loss.NEGATIVE_LOGPROB if name == REWARD else name
             stored[name, fold] = _direction(pair, scope, inside, weights, loss, place)
-    sizes = [len(inside) if aggregation == "rollout" else sum(r.num_tokens for r in inside) for inside in members]
+    sizes = [
+        len(inside) if aggregation == "rollout" else sum(r.num_tokens for r in inside)
+        for inside in members
+    ]
     total = max(1, sum(sizes))
     counts = {
         "prompts": [len({r.prompt_id for r in inside}) for inside in members],
@@ -185,7 +203,9 @@ def _direction(
     return direction if place is None else direction.save(place)
 
 
-def _token_weights(rollouts: Sequence[GradientInput], name: str, aggregation: str) -> list[float] | None:
+def _token_weights(
+    rollouts: Sequence[GradientInput], name: str, aggregation: str
+) -> list[float] | None:
     """The weight of each token of each rollout in L or −J; None where there is nothing to weigh."""
     if name == REWARD:
         return _reward_weights(rollouts)
@@ -197,7 +217,8 @@ def _token_weights(rollouts: Sequence[GradientInput], name: str, aggregation: st
 
 
 def _reward_weights(rollouts: Sequence[GradientInput]) -> list[float] | None:
-    """Weights on −ln P_S(y_t) that make ∇J: −(r_i − b_i) / (n·prompts), with the leave-one-out baseline b_i."""
+    """Weights on −ln P_S(y_t) that make ∇J: −(r_i − b_i) / (n·prompts), with the leave-one-out
+    baseline b_i."""
     rewards: dict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
         if rollout.reward is not None:
@@ -217,24 +238,35 @@ def _reward_weights(rollouts: Sequence[GradientInput]) -> list[float] | None:
 
 
 def weighted_gradient(
-    pair: Pair, scope: ParameterScope, rollouts: Sequence[GradientInput], weights: Sequence[float], loss: str
+    pair: Pair,
+    scope: ParameterScope,
+    rollouts: Sequence[GradientInput],
+    weights: Sequence[float],
+    loss: str,
 ) -> dict[str, Tensor]:
     """Σ over rollouts of weight · Σ_t ∇ℓ_t, by parameter name, in float32 or better.
 
-    Tokens whose loss is infinite (the teacher rules out what the student allows) are left out: they count in the weights of
-    their rollout as tokens without a gradient.
+    Tokens whose loss is infinite (the teacher rules out what the student allows) are left out: they
+    count in the weights of their rollout as tokens without a gradient.
     """
     model = pair.student.model
     precise = torch.promote_types(pair.student.dtype, torch.float32)
-    total = {name: torch.zeros_like(p, dtype=precise, requires_grad=False) for name, p in scope.parameters.items()}
+    total = {
+        name: torch.zeros_like(p, dtype=precise, requires_grad=False)
+        for name, p in scope.parameters.items()
+    }
     with _accumulating(model, scope, total), track(f"∇ {loss}", total=len(rollouts)) as advance:
         for rollout, weight in zip(rollouts, weights, strict=True):
             if weight:
                 positions = rollout.positions
-                tokens, at = read_tokens(rollout.prompt, rollout.response, positions, pair.student.device)
-                targets = torch.tensor([rollout.response[t] for t in positions], device=tokens.device)
+                tokens, at = read_tokens(
+                    rollout.prompt, rollout.response, positions, pair.student.device
+                )
+                targets = torch.tensor(
+                    [rollout.response[t] for t in positions], device=tokens.device
+                )
                 teacher = pair.teacher_logits(rollout, positions)
-                hidden = hidden_states(model, tokens[None])[0, at]
+                hidden = last_hidden_states(model, tokens[None])[0, at]
                 gradient = _through_head(pair, hidden, teacher, targets, weight, loss)
                 if hidden.requires_grad:
                     hidden.backward(gradient)
@@ -243,9 +275,15 @@ def weighted_gradient(
 
 
 def _through_head(
-    pair: Pair, hidden: Tensor, teacher: TeacherLogits | None, targets: Tensor, weight: float, loss: str
+    pair: Pair,
+    hidden: Tensor,
+    teacher: TeacherLogits | None,
+    targets: Tensor,
+    weight: float,
+    loss: str,
 ) -> Tensor:
-    """Backward through the head, block by block (its own parameters collect their gradients); returns ∂/∂h [R, D]."""
+    """Backward through the head, block by block (its own parameters collect their gradients);
+    returns ∂/∂h [R, D]."""
     head = pair.student.head
     gradients, block = [], max(1, BLOCK_ELEMENTS // head.vocab_size)
     for start in range(0, hidden.shape[0], block):
@@ -256,7 +294,9 @@ def _through_head(
         keep = value.isfinite()
         if not keep.all():
             logits = head(states[keep])[:, : pair.vocab_size]
-            value = token_loss(loss, logits, None if teacher is None else teacher(rows)[keep], targets[rows][keep])
+            value = token_loss(
+                loss, logits, None if teacher is None else teacher(rows)[keep], targets[rows][keep]
+            )
         (value.sum() * weight).backward()
         gradients.append(torch.zeros_like(states) if states.grad is None else states.grad)
     return torch.cat(gradients)
@@ -264,7 +304,8 @@ def _through_head(
 
 @contextmanager
 def trainable(model: nn.Module, scope: ParameterScope) -> Iterator[None]:
-    """Let exactly the scope's parameters require gradients, in evaluation mode; both are put back afterwards."""
+    """Let exactly the scope's parameters require gradients, in evaluation mode; both are put back
+    afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training, inside = model.training, {id(parameter) for parameter in scope.parameters.values()}
     for parameter in flags:
@@ -280,7 +321,9 @@ def trainable(model: nn.Module, scope: ParameterScope) -> Iterator[None]:
 
 
 @contextmanager
-def _accumulating(model: nn.Module, scope: ParameterScope, total: dict[str, Tensor]) -> Iterator[None]:
+def _accumulating(
+    model: nn.Module, scope: ParameterScope, total: dict[str, Tensor]
+) -> Iterator[None]:
     """Add every gradient that a backward pass makes to `total`, and keep none of them."""
     own = {name: parameter.grad for name, parameter in scope.parameters.items()}
 
@@ -305,14 +348,20 @@ def _accumulating(model: nn.Module, scope: ParameterScope, total: dict[str, Tens
 
 
 def inner_product(
-    gradient: dict[str, Tensor], direction: Direction, scope: ParameterScope, looked_up: dict[str, Tensor]
+    gradient: dict[str, Tensor],
+    direction: Direction,
+    scope: ParameterScope,
+    looked_up: dict[str, Tensor],
 ) -> float:
-    """⟨gradient, direction⟩, over only the rows `looked_up` of an embedding, which alone are not 0."""
+    """⟨gradient, direction⟩, over only the rows `looked_up` of an embedding, which alone are not
+    0."""
     total = 0.0
     for name, tensor in gradient.items():
         parameter = scope.parameters[name]
         if (ids := looked_up.get(name)) is not None:
-            total += float((tensor[ids].double() * direction.rows(name, parameter, ids).double()).sum())
+            total += float(
+                (tensor[ids].double() * direction.rows(name, parameter, ids).double()).sum()
+            )
         else:
             total += float((tensor.double() * direction.tensor(name, parameter).double()).sum())
     return total

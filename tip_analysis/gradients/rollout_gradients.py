@@ -1,7 +1,8 @@
 """One rollout at a time: squared norms of its tokens' gradients, and their products with ∇L and ∇J.
 
-The student's primal pass and the teacher's logits are made once a rollout. Then every direction (stored gradients for φ_t and
-`reward_alignment`, Gaussian ones for M_t) is one row of a forward-mode pass, for all tokens and all losses.
+The student's primal pass and the teacher's logits are made once a rollout. Then every direction
+(stored gradients for φ_t and `reward_alignment`, Gaussian ones for M_t) is one row of a
+forward-mode pass, for all tokens and all losses.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from tip_analysis.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.gradients.directions import Direction, GaussianDirection, gaussian_directions, in_groups, stable_hash
+from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
+from tip_analysis.core.schema import Loss
+from tip_analysis.gradients.directions import (
+    Direction,
+    GaussianDirection,
+    gaussian_directions,
+    in_groups,
+    stable_hash,
+)
 from tip_analysis.gradients.forward_mode import ForwardMode
 from tip_analysis.gradients.loss_gradients import (
     REWARD,
@@ -27,16 +35,21 @@ from tip_analysis.gradients.loss_gradients import (
 )
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.gradients.token_losses import TokenLosses, token_losses
-from tip_analysis.models import hidden_states
-from tip_analysis.schema import Loss
+from tip_analysis.models.hidden_states import last_hidden_states
 
 METHODS = ("probe", "exact")
 BATCHED_BYTES = 1 << 28
 """Gradients that an exact pass holds at once, at most, where one token's are smaller."""
 ROWS_TIMES_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Probes × tokens in a pass beyond which a larger batch gains nothing."""
-FORWARD_MODE_TOLERANCE = {torch.bfloat16: 0.3, torch.float16: 0.1, torch.float32: 1e-2, torch.float64: 1e-4}
-"""How far forward and backward mode may be apart, relative to the gradient's norm; a parameter forgotten shows as its share."""
+FORWARD_MODE_TOLERANCE = {
+    torch.bfloat16: 0.3,
+    torch.float16: 0.1,
+    torch.float32: 1e-2,
+    torch.float64: 1e-4,
+}
+"""How far forward and backward mode may be apart, relative to the gradient's norm; a parameter
+forgotten shows as its share."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +69,33 @@ class GradientSettings:
     loss_aggregation: str = "rollout"
     """L over rollouts: `rollout` (mean of rollout means) or `token`."""
     tokens_per_rollout: int | None = None
-    """Measure only so many tokens of each rollout, one from each of as many equal stretches; all by default."""
+    """Measure only so many tokens of each rollout, one from each of as many equal stretches; all by
+    default."""
     probes_together: int | None = None
-    """Probes evaluated as one batch; by default what memory allows and short sequences gain from."""
+    """Probes evaluated as one batch; by default what memory allows and short sequences gain
+    from."""
 
     def __post_init__(self) -> None:
         for loss in self.losses:
             if loss not in list(Loss):
                 raise UnknownNameError("loss", loss, list(Loss))
         if self.method not in METHODS:
-            raise OptionError(f"gradient method {self.method!r}: expected one of {', '.join(METHODS)}")
-        if self.num_probes < 1 or (self.tokens_per_rollout or 1) < 1 or (self.probes_together or 1) < 1:
-            raise OptionError("num_probes, tokens_per_rollout and probes_together must be at least 1")
+            raise OptionError(
+                f"gradient method {self.method!r}: expected one of {', '.join(METHODS)}"
+            )
+        if (
+            self.num_probes < 1
+            or (self.tokens_per_rollout or 1) < 1
+            or (self.probes_together or 1) < 1
+        ):
+            raise OptionError(
+                "num_probes, tokens_per_rollout and probes_together must be at least 1"
+            )
         if not self.losses or len(set(self.losses)) < len(self.losses):
-            raise OptionError(f"losses: expected one or more different names, found {', '.join(self.losses) or 'none'}")
+            raise OptionError(
+                "losses: expected one or more different names, found"
+                f" {', '.join(self.losses) or 'none'}"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,7 +115,13 @@ class TokenGradients:
 class RolloutMeter:
     """Measures rollouts with one set-up of the student; a context manager."""
 
-    def __init__(self, pair: Pair, scope: ParameterScope, settings: GradientSettings, directions: LossDirections) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        scope: ParameterScope,
+        settings: GradientSettings,
+        directions: LossDirections,
+    ) -> None:
         self.pair = pair
         self.scope = scope
         self.settings = settings
@@ -115,7 +147,9 @@ class RolloutMeter:
         positions = self._positions(rollout)
         if not positions:
             return {}
-        tokens, at = read_tokens(rollout.prompt, rollout.response, positions, self.pair.student.device)
+        tokens, at = read_tokens(
+            rollout.prompt, rollout.response, positions, self.pair.student.device
+        )
         hidden = self._forward.primal(tokens)[at]
         stored = {loss: self._stored(loss, rollout.prompt_id) for loss in self.settings.losses}
         losses = token_losses(
@@ -133,16 +167,24 @@ class RolloutMeter:
             self._verify(rollout, positions, losses, tokens, at)
         products = self._products(losses, stored, len(tokens), at)
         if self.settings.method == "exact":
-            norms = {loss: (value, torch.zeros_like(value)) for loss, value in self._exact(losses, tokens, at).items()}
+            norms = {
+                loss: (value, torch.zeros_like(value))
+                for loss, value in self._exact(losses, tokens, at).items()
+            }
         else:
             norms = self._probed(losses, rollout.rollout_id, tokens, at)
-        return {loss: self._result(rollout, positions, losses[loss], norms[loss], products[loss]) for loss in losses}
+        return {
+            loss: self._result(rollout, positions, losses[loss], norms[loss], products[loss])
+            for loss in losses
+        }
 
     def _positions(self, rollout: GradientInput) -> list[int]:
         positions, wanted = rollout.positions, self.settings.tokens_per_rollout
         if wanted is None or wanted >= len(positions):
             return positions
-        chosen = stratified_positions(len(positions), wanted, seed=self.settings.seed, rollout_id=rollout.rollout_id)
+        chosen = stratified_positions(
+            len(positions), wanted, seed=self.settings.seed, rollout_id=rollout.rollout_id
+        )
         return [positions[index] for index in chosen]
 
     def _stored(self, loss: str, prompt_id: str) -> dict[str, Direction]:
@@ -159,14 +201,23 @@ class RolloutMeter:
         return self._forward.tangents(directions)[:, at]
 
     def _products(
-        self, losses: dict[str, TokenLosses], stored: dict[str, dict[str, Direction]], num_tokens: int, at: Tensor
+        self,
+        losses: dict[str, TokenLosses],
+        stored: dict[str, dict[str, Direction]],
+        num_tokens: int,
+        at: Tensor,
     ) -> dict[str, dict[str, Tensor]]:
-        """⟨∇L, g_t⟩ for ∇L from the other and from the own fold, and ⟨∇J, g_t⟩: float64 [R] each."""
+        """⟨∇L, g_t⟩ for ∇L from the other and from the own fold, and ⟨∇J, g_t⟩: float64 [R]
+        each."""
         tangents: dict[int, Tensor] = {}
         if self.scope.body:
-            unique = list({id(d): d for named in stored.values() for d in named.values()}.values())  # ∇J serves all losses
+            unique = list(
+                {id(d): d for named in stored.values() for d in named.values()}.values()
+            )  # ∇J serves all losses
             for start, group in in_groups(unique, self._together(num_tokens)):
-                tangents |= {id(unique[start + row]): t for row, t in enumerate(self._tangents(group, at))}
+                tangents |= {
+                    id(unique[start + row]): t for row, t in enumerate(self._tangents(group, at))
+                }
         products: dict[str, dict[str, Tensor]] = {}
         for loss, named in stored.items():
             products[loss] = {}
@@ -180,7 +231,8 @@ class RolloutMeter:
     def _probed(
         self, losses: dict[str, TokenLosses], rollout_id: str, tokens: Tensor, at: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """M̂_t = closed form + (1/K) Σ_k ⟨v_k, g_t⟩² and its standard error √(2/K) of the second term."""
+        """M̂_t = closed form + (1/K) Σ_k ⟨v_k, g_t⟩² and its standard error √(2/K) of the second
+        term."""
         count = self.settings.num_probes
         sums = {loss: torch.zeros_like(found.closed_form) for loss, found in losses.items()}
         if self.scope.body:
@@ -200,11 +252,16 @@ class RolloutMeter:
         }
 
     def _together(self, num_tokens: int) -> int:
-        """How many directions to evaluate as one batch: a row costs its activations in one block, and the largest weight."""
+        """How many directions to evaluate as one batch: a row costs its activations in one block,
+        and the largest weight."""
         if self.settings.probes_together is not None:
             return self.settings.probes_together
         device = self.pair.student.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            if device.type == "cuda"
+            else psutil.virtual_memory().available
+        )
         config = self.pair.student.model.config.get_text_config()
         widest = max(getattr(config, "intermediate_size", None) or 0, 4 * config.hidden_size)
         largest = max(parameter.numel() for parameter in self.scope.body.values())
@@ -212,32 +269,49 @@ class RolloutMeter:
         useful = ROWS_TIMES_TOKENS.get(device.type, 2048) // max(1, num_tokens)
         return max(1, min(32, useful, int(free // 4 // row_bytes)))
 
-    def _exact(self, losses: dict[str, TokenLosses], tokens: Tensor, at: Tensor) -> dict[str, Tensor]:
-        """‖g_t‖² by backward passes from the hidden states, several tokens at once where their gradients are small."""
+    def _exact(
+        self, losses: dict[str, TokenLosses], tokens: Tensor, at: Tensor
+    ) -> dict[str, Tensor]:
+        """‖g_t‖² by backward passes from the hidden states, several tokens at once where their
+        gradients are small."""
         totals = {loss: found.closed_form.clone() for loss, found in losses.items()}
         if not self.scope.body:
             return totals
         looked_up = torch.unique(tokens)
         together = max(1, min(32, BATCHED_BYTES // self.scope.num_bytes))
         with trainable(self.pair.student.model, self.scope):
-            hidden = hidden_states(self.pair.student.model, tokens[None])
+            hidden = last_hidden_states(self.pair.student.model, tokens[None])
             for loss, found in losses.items():
                 for start in range(0, len(at), together):
                     rows = slice(start, min(start + together, len(at)))
                     cotangents = hidden.new_zeros(rows.stop - start, *hidden.shape)
-                    cotangents[torch.arange(rows.stop - start), 0, at[rows]] = found.hidden_gradient[rows].to(hidden.dtype)
-                    totals[loss][rows] += self._squared_norms(hidden, cotangents, found, rows, looked_up)
+                    cotangents[torch.arange(rows.stop - start), 0, at[rows]] = (
+                        found.hidden_gradient[rows].to(hidden.dtype)
+                    )
+                    totals[loss][rows] += self._squared_norms(
+                        hidden, cotangents, found, rows, looked_up
+                    )
         return totals
 
-    def _squared_norms(self, hidden: Tensor, cotangents: Tensor, found: TokenLosses, rows: slice, looked_up: Tensor) -> Tensor:
-        """‖Σ cotangent · ∂hidden/∂θ‖² [n] over the body's parameters, a tied weight with its use in the head."""
+    def _squared_norms(
+        self, hidden: Tensor, cotangents: Tensor, found: TokenLosses, rows: slice, looked_up: Tensor
+    ) -> Tensor:
+        """‖Σ cotangent · ∂hidden/∂θ‖² [n] over the body's parameters, a tied weight with its use in
+        the head."""
         names, parameters = list(self.scope.body), list(self.scope.body.values())
         if len(cotangents) == 1:
-            single = torch.autograd.grad(hidden, parameters, cotangents[0], retain_graph=True, allow_unused=True)
+            single = torch.autograd.grad(
+                hidden, parameters, cotangents[0], retain_graph=True, allow_unused=True
+            )
             gradients = [None if gradient is None else gradient[None] for gradient in single]
         else:
             gradients = torch.autograd.grad(
-                hidden, parameters, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+                hidden,
+                parameters,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
             )
         total = cotangents.new_zeros(len(cotangents), dtype=torch.float64)
         for name, gradient in zip(names, gradients, strict=True):
@@ -246,13 +320,20 @@ class RolloutMeter:
                 gradient = both if gradient is None else both + gradient[:, looked_up]  # noqa: PLW2901
             if gradient is not None:
                 norm = torch.linalg.vector_norm(
-                    gradient.flatten(1), dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)
+                    gradient.flatten(1),
+                    dim=1,
+                    dtype=torch.promote_types(gradient.dtype, torch.float32),
                 )
                 total += norm.double().square()
         return total
 
     def _verify(
-        self, rollout: GradientInput, positions: list[int], losses: dict[str, TokenLosses], tokens: Tensor, at: Tensor
+        self,
+        rollout: GradientInput,
+        positions: list[int],
+        losses: dict[str, TokenLosses],
+        tokens: Tensor,
+        at: Tensor,
     ) -> None:
         """Compare Σ_t ⟨v, g_t⟩ by forward mode with ⟨v, ∇Σ_t ℓ_t⟩ by backward mode, once."""
         direction = GaussianDirection(self.settings.seed, "check of forward mode", 0)
@@ -264,7 +345,11 @@ class RolloutMeter:
         finite = found.value.isfinite()
         forward = float(found.derivative(self._tangents([direction], at)[0], shared)[finite].sum())
         body = ParameterScope(
-            self.scope.name, self.scope.body, self.scope.body, self.scope.head_weight if self.scope.tied else None, None
+            self.scope.name,
+            self.scope.body,
+            self.scope.body,
+            self.scope.head_weight if self.scope.tied else None,
+            None,
         )
         counted = set(positions)
         part = replace(rollout, loss_mask=[t in counted for t in range(len(rollout.response))])
@@ -273,9 +358,10 @@ class RolloutMeter:
         norm = float(sum(tensor.double().square().sum() for tensor in gradient.values()) ** 0.5)
         if abs(forward - backward) > FORWARD_MODE_TOLERANCE[self.pair.student.dtype] * norm:
             raise ModelError(
-                f"forward mode and backward mode differ for {type(self.pair.student.model).__name__}, scope "
-                f"{self.scope.name!r}: {forward:.6g} against {backward:.6g}, gradient norm {norm:.6g}. Some parameter is "
-                "probably used outside the module that owns it; choose another --params"
+                "forward mode and backward mode differ for"
+                f" {type(self.pair.student.model).__name__}, scope {self.scope.name!r}:"
+                f" {forward:.6g} against {backward:.6g}, gradient norm {norm:.6g}. Some parameter"
+                " is probably used outside the module that owns it; choose another --params"
             )
         self._verified = True
 
@@ -306,8 +392,11 @@ class RolloutMeter:
         )
 
 
-def stratified_positions(num_tokens: int, num_samples: int, *, seed: int, rollout_id: str) -> list[int]:
-    """`num_samples` of `num_tokens` positions, one from each of as many stretches of equal length, by a key alone."""
+def stratified_positions(
+    num_tokens: int, num_samples: int, *, seed: int, rollout_id: str
+) -> list[int]:
+    """`num_samples` of `num_tokens` positions, one from each of as many stretches of equal length,
+    by a key alone."""
     edges = [index * num_tokens // num_samples for index in range(num_samples + 1)]
     return [
         start + stable_hash("token", seed, rollout_id, index) % (stop - start)

@@ -1,13 +1,14 @@
 """Parameter scopes: which of the student's parameters θ stands for when a gradient is measured.
 
-A scope is a set of parameters, and a gradient is the total derivative over that set. A tied weight is *one* parameter, used
-twice: it belongs to `head`, not to `body`, and its gradient is the sum over both uses. So `all` is the disjoint union of
-`body` and `head`, and ‖g‖² of `all` is the sum of the two, tied or not.
+A scope is a set of parameters, and a gradient is the total derivative over that set. A tied weight
+is *one* parameter, used twice: it belongs to `head`, not to `body`, and its gradient is the sum
+over both uses. So `all` is the disjoint union of `body` and `head`, and ‖g‖² of `all` is the sum of
+the two, tied or not.
 
 | scope    | parameters |
 | -------- | ---------- |
 | `all`    | every parameter of the student, whether it would be trained or not |
-| `body`   | all but the output head's weight and bias: blocks, norms, and an untied input embedding |
+| `body`   | all but the head's weight and bias: blocks, norms, an untied input embedding |
 | `head`   | the output head's weight and bias; a tied weight with both of its uses |
 | `last:N` | the last N transformer blocks, without the final norm |
 | `lora`   | the adapters of a PEFT model (parameters named `lora_…`) |
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tip_analysis.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.models import OutputHead, model_body
+from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
+from tip_analysis.models.loading import OutputHead, model_body
 
 Parameters = dict[str, nn.Parameter]
 
@@ -32,7 +33,8 @@ class ParameterScope:
     name: str
     parameters: Mapping[str, nn.Parameter]
     body: Mapping[str, nn.Parameter]
-    """Those that the body uses, a tied embedding included: what a derivative of the hidden states can see."""
+    """Those that the body uses, a tied embedding included: what a derivative of the hidden states
+    can see."""
     head_weight: str | None
     """Name of the output head's weight where the scope holds it."""
     head_bias: str | None
@@ -45,7 +47,9 @@ class ParameterScope:
     @property
     def num_bytes(self) -> int:
         """Bytes of the scope's parameters."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters.values())
+        return sum(
+            parameter.numel() * parameter.element_size() for parameter in self.parameters.values()
+        )
 
 
 def parameter_scope(model: nn.Module, head: OutputHead, name: str) -> ParameterScope:
@@ -54,7 +58,8 @@ def parameter_scope(model: nn.Module, head: OutputHead, name: str) -> ParameterS
     Raises:
         UnknownNameError: no such scope.
         OptionError: `last:N` with N outside 1 … the number of blocks.
-        ModelError: the scope is empty, or holds a parameter that is used neither by the body nor as the head's weight.
+        ModelError: the scope is empty, or holds a parameter that is used neither by the body nor as
+            the head's weight.
     """
     select = SCOPES.get(name.split(":", maxsplit=1)[0])
     if select is None or (":" in name) != (select is _last):
@@ -63,14 +68,17 @@ def parameter_scope(model: nn.Module, head: OutputHead, name: str) -> ParameterS
     if not chosen:
         raise ModelError(f"{type(model).__name__} has no parameters in the scope {name!r}")
     if quantized := [key for key, parameter in chosen.items() if not parameter.is_floating_point()]:
-        raise ModelError(f"the scope {name!r} holds quantized weights ({quantized[0]}), which have no gradient; try lora")
+        raise ModelError(
+            f"the scope {name!r} holds quantized weights ({quantized[0]}), which have no gradient;"
+            " try lora"
+        )
     body_ids = {id(parameter) for parameter in model_body(model).parameters()}
     weight, bias = _head_names(chosen, head)
     body = {key: parameter for key, parameter in chosen.items() if id(parameter) in body_ids}
     if strange := [key for key in chosen if key not in body and key not in (weight, bias)]:
         raise ModelError(
-            f"the scope {name!r} holds {strange[0]}, which neither the body nor the plain output head uses; "
-            "adapters on the output head are not supported"
+            f"the scope {name!r} holds {strange[0]}, which neither the body nor the plain output"
+            " head uses; adapters on the output head are not supported"
         )
     return ParameterScope(name, chosen, body, weight, bias)
 
@@ -84,7 +92,9 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     lists = [module for module in model_body(model).modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(model).__name__}: found no list of transformer blocks")
-    return max(lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
+    return max(
+        lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters())
+    )
 
 
 def _all(model: nn.Module, head: OutputHead, name: str) -> Parameters:
@@ -93,7 +103,9 @@ def _all(model: nn.Module, head: OutputHead, name: str) -> Parameters:
 
 def _body(model: nn.Module, head: OutputHead, name: str) -> Parameters:
     own = {id(parameter) for parameter in _head_parameters(head)}
-    return {key: parameter for key, parameter in model.named_parameters() if id(parameter) not in own}
+    return {
+        key: parameter for key, parameter in model.named_parameters() if id(parameter) not in own
+    }
 
 
 def _head(model: nn.Module, head: OutputHead, name: str) -> Parameters:
@@ -105,8 +117,13 @@ def _last(model: nn.Module, head: OutputHead, name: str) -> Parameters:
     blocks = transformer_blocks(model)
     count = name.removeprefix("last:")
     if not count.isdigit() or not 1 <= int(count) <= len(blocks):
-        raise OptionError(f"--params {name!r}: expected last:N with N from 1 to {len(blocks)}, the number of blocks")
-    last = {id(parameter) for block in list(blocks)[-int(count) :] for parameter in block.parameters()}
+        raise OptionError(
+            f"--params {name!r}: expected last:N with N from 1 to {len(blocks)}, the number of"
+            " blocks"
+        )
+    last = {
+        id(parameter) for block in list(blocks)[-int(count) :] for parameter in block.parameters()
+    }
     return {key: parameter for key, parameter in model.named_parameters() if id(parameter) in last}
 
 
@@ -125,7 +142,11 @@ SCOPES: dict[str, Callable[[nn.Module, OutputHead, str], Parameters]] = {
 
 
 def _head_parameters(head: OutputHead) -> list[torch.Tensor]:
-    return [tensor for tensor in (head.linear.weight, getattr(head.linear, "bias", None)) if isinstance(tensor, torch.Tensor)]
+    return [
+        tensor
+        for tensor in (head.linear.weight, getattr(head.linear, "bias", None))
+        if isinstance(tensor, torch.Tensor)
+    ]
 
 
 def _head_names(chosen: Parameters, head: OutputHead) -> tuple[str | None, str | None]:

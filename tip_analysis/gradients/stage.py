@@ -1,7 +1,9 @@
-"""The `gradients` stage: rollouts in, `gradients/*.parquet` (`schema.GradientTable`) out, shard by shard and loss by loss.
+"""The `gradients` stage: rollouts in, `gradients/*.parquet` (`schema.GradientTable`) out, shard by
+shard and loss by loss.
 
-Each loss of a measurement has its own record, so that a later run with another loss adds to what is there. ∇L and ∇J are
-made anew when a stage goes on after an interruption; a rollout's numbers depend on neither shard nor batch.
+Each loss of a measurement has its own record, so that a later run with another loss adds to what is
+there. ∇L and ∇J are made anew when a stage goes on after an interruption; a rollout's numbers
+depend on neither shard nor batch.
 """
 
 from collections.abc import Sequence
@@ -12,14 +14,14 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.artifacts import Run, Stage
-from tip_analysis.errors import OptionError, RunError
-from tip_analysis.gradients import measure_gradients, model_pair
+from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.progress import track
+from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.gradients.loss_gradients import GradientInput
+from tip_analysis.gradients.measuring import measure_gradients, model_pair
 from tip_analysis.gradients.rollout_gradients import GradientSettings
-from tip_analysis.models import LanguageModel
-from tip_analysis.progress import track
-from tip_analysis.scoring.inputs import prepare_rollouts
+from tip_analysis.models.loading import LanguageModel
+from tip_analysis.rollouts.teacher_prompts import prepare_rollouts
 
 ROLLOUTS_PER_SHARD = 16
 
@@ -34,7 +36,8 @@ def measure_run(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Measure the gradient of every counted token of a run's rollouts; what is measured already is kept.
+    """Measure the gradient of every counted token of a run's rollouts; what is measured already is
+    kept.
 
     Args:
         run: a run folder with rollouts.
@@ -49,7 +52,8 @@ def measure_run(
         Counts of the rows, by loss.
 
     Raises:
-        ConfigurationMismatchError: the same measurement was made on other rollouts or another number of them.
+        ConfigurationMismatchError: the same measurement was made on other rollouts or another
+            number of them.
         OptionError: `limit` is below 1, or an option is not valid.
     """
     if limit is not None and limit < 1:
@@ -60,13 +64,30 @@ def measure_run(
     inputs = [rollout for rollout in inputs if rollout.num_tokens]
     if not inputs:
         raise RunError(f"{run.path}: no rollout has a token that counts")
-    shown = {"student": student.describe(), "teacher": teacher.describe(), "teacher_context": teacher_context, "limit": limit}
-    stages = {loss: _begin(run, loss, settings, shown, overwrite=overwrite) for loss in settings.losses}
-    shards = [inputs[start : start + ROLLOUTS_PER_SHARD] for start in range(0, len(inputs), ROLLOUTS_PER_SHARD)]
+    shown = {
+        "student": student.describe(),
+        "teacher": teacher.describe(),
+        "teacher_context": teacher_context,
+        "limit": limit,
+    }
+    stages = {
+        loss: _begin(run, loss, settings, shown, overwrite=overwrite) for loss in settings.losses
+    }
+    shards = [
+        inputs[start : start + ROLLOUTS_PER_SHARD]
+        for start in range(0, len(inputs), ROLLOUTS_PER_SHARD)
+    ]
     missing = {loss: stage.missing(len(shards)) for loss, stage in stages.items()}
     losses = tuple(loss for loss in settings.losses if missing[loss])
     if losses:
-        _measure(shards, inputs, stages, missing, model_pair(student, teacher), replace(settings, losses=losses))
+        _measure(
+            shards,
+            inputs,
+            stages,
+            missing,
+            model_pair(student, teacher),
+            replace(settings, losses=losses),
+        )
     return {loss: stage.finish(**_summary(stage, len(shards))) for loss, stage in stages.items()}
 
 
@@ -80,7 +101,11 @@ def _measure(
 ) -> None:
     """Measure the rollouts of every shard that some loss lacks."""
     wanted = sorted({index for loss in settings.losses for index in missing[loss]})
-    only = [index * ROLLOUTS_PER_SHARD + offset for index in wanted for offset in range(len(shards[index]))]
+    only = [
+        index * ROLLOUTS_PER_SHARD + offset
+        for index in wanted
+        for offset in range(len(shards[index]))
+    ]
     bar = track("gradients", len(inputs), done=len(inputs) - len(only))
     with TemporaryDirectory(prefix="tip-analysis-") as folder, bar as advance:
         frames = measure_gradients(pair, inputs, settings, folder=Path(folder), only=only)
@@ -95,7 +120,9 @@ def _measure(
                     stages[loss].write(index, rows.filter(pl.col("loss") == str(loss)))
 
 
-def _begin(run: Run, loss: str, settings: GradientSettings, shown: dict[str, Any], *, overwrite: bool) -> Stage:
+def _begin(
+    run: Run, loss: str, settings: GradientSettings, shown: dict[str, Any], *, overwrite: bool
+) -> Stage:
     """The record of one loss of a measurement; `shown` says which models saw what."""
     key = {
         "loss": str(loss),
@@ -104,9 +131,14 @@ def _begin(run: Run, loss: str, settings: GradientSettings, shown: dict[str, Any
         "num_probes": settings.num_probes if settings.method == "probe" else 0,
         "seed": settings.seed,
     }
-    token_set = {"loss_aggregation": settings.loss_aggregation, "tokens_per_rollout": settings.tokens_per_rollout}
+    token_set = {
+        "loss_aggregation": settings.loss_aggregation,
+        "tokens_per_rollout": settings.tokens_per_rollout,
+    }
     inputs = {"rollouts": run.table_hash("rollouts")}
-    return run.begin("gradients", key=key, config=key | shown | token_set, inputs=inputs, overwrite=overwrite)
+    return run.begin(
+        "gradients", key=key, config=key | shown | token_set, inputs=inputs, overwrite=overwrite
+    )
 
 
 def _input(row: dict[str, Any]) -> GradientInput:

@@ -1,9 +1,11 @@
-"""What each token's loss says about the hidden state that it is computed from, and about the output head.
+"""What each token's loss says about the hidden state that it is computed from, and about the output
+head.
 
-The loss ℓ_t depends on θ through the hidden state h_t [D] and the head's weight W [V, D]. With a_t = ∂ℓ_t/∂(W h_t) [V], the
-gradient over W's use in the head is the outer product a_t h_tᵀ, whose squared norm ‖a_t‖²‖h_t‖² needs no probe and no backward
-pass; ∂ℓ_t/∂h_t = Wᵀ a_t is all that the body needs to know. A tied W is looked up by the input embedding too: there, only the
-rows of the tokens in the sequence have a second term, and the closed form holds for all the others.
+The loss ℓ_t depends on θ through the hidden state h_t [D] and the head's weight W [V, D]. With a_t
+= ∂ℓ_t/∂(W h_t) [V], the gradient over W's use in the head is the outer product a_t h_tᵀ, whose
+squared norm ‖a_t‖²‖h_t‖² needs no probe and no backward pass; ∂ℓ_t/∂h_t = Wᵀ a_t is all that the
+body needs to know. A tied W is looked up by the input embedding too: there, only the rows of the
+tokens in the sequence have a second term, and the closed form holds for all the others.
 
 Logits exist for one block of tokens at a time.
 """
@@ -15,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tip_analysis.divergence import LOSSES
+from tip_analysis.core.schema import Loss
 from tip_analysis.gradients.directions import Direction
 from tip_analysis.gradients.scopes import ParameterScope
-from tip_analysis.models import OutputHead
-from tip_analysis.schema import Loss
+from tip_analysis.logits.row_statistics import LOSSES
+from tip_analysis.models.loading import OutputHead
 
 BLOCK_ELEMENTS = 1 << 21
-"""Tokens × |V| of the logits in a block, at most: in larger ones the C library keeps what a block has freed."""
+"""Tokens × |V| of the logits in a block, at most: in larger ones the C library keeps what a block
+has freed."""
 
 TeacherLogits = Callable[[slice], Tensor]
 """Rows of the teacher's logits [n, V] for a block of tokens."""
@@ -30,7 +33,8 @@ TeacherLogits = Callable[[slice], Tensor]
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """One loss at R tokens, and its derivatives; U is the number of distinct tokens in the sequence that the student reads."""
+    """One loss at R tokens, and its derivatives; U is the number of distinct tokens in the sequence
+    that the student reads."""
 
     value: Tensor
     """ℓ_t [R]."""
@@ -39,17 +43,25 @@ class TokenLosses:
     hidden_gradient: Tensor
     """∂ℓ_t/∂h_t [R, D]."""
     closed_form: Tensor
-    """‖∇ℓ_t‖² [R], float64, over the head's rows that nothing but the head uses, and its bias; 0 outside the scope."""
+    """‖∇ℓ_t‖² [R], float64, over the head's rows that nothing but the head uses, and its bias; 0
+    outside the scope."""
     shared_rows: Tensor | None
-    """a_t [R, U] at the rows of a tied weight that the embedding looks up too; None if nothing is tied."""
+    """a_t [R, U] at the rows of a tied weight that the embedding looks up too; None if nothing is
+    tied."""
     along_head: Tensor
-    """Derivatives [n, R], float64, of ℓ_t along the parts of n directions that belong to the head's weight and bias."""
+    """Derivatives [n, R], float64, of ℓ_t along the parts of n directions that belong to the head's
+    weight and bias."""
 
     def derivative(self, tangent: Tensor, shared: Tensor | None) -> Tensor:
-        """dℓ_t [R], float64, for the tangent [R, D] of h_t and the tangent [U, D] of the shared rows of the head's weight."""
-        change = (self.hidden_gradient * tangent.to(self.hidden_gradient.dtype)).sum(-1, dtype=torch.float64)
+        """dℓ_t [R], float64, for the tangent [R, D] of h_t and the tangent [U, D] of the shared
+        rows of the head's weight."""
+        change = (self.hidden_gradient * tangent.to(self.hidden_gradient.dtype)).sum(
+            -1, dtype=torch.float64
+        )
         if self.shared_rows is not None and shared is not None:
-            change += (self.shared_rows * (self.hidden @ shared.T.to(self.hidden.dtype))).sum(-1, dtype=torch.float64)
+            change += (self.shared_rows * (self.hidden @ shared.T.to(self.hidden.dtype))).sum(
+                -1, dtype=torch.float64
+            )
         return change
 
 
@@ -75,7 +87,8 @@ def token_losses(
         losses: names of `divergence.LOSSES`.
         scope: what θ stands for.
         looked_up: [U], the distinct tokens that the student reads.
-        directions: of each loss, the directions along which the head's part of the derivative is wanted.
+        directions: of each loss, the directions along which the head's part of the derivative is
+            wanted.
         vocab_size: |V|, the number of logits that student and teacher share.
     """
     vocab_size = vocab_size or head.vocab_size
@@ -89,9 +102,20 @@ def token_losses(
             teacher_logits = None if teacher is None else teacher(rows)[:, :vocab_size]
             for loss in losses:
                 value = token_loss(loss, logits[:, :vocab_size], teacher_logits, token_ids[rows])
-                at_hidden, at_logits = torch.autograd.grad(value.sum(), (states, linear), retain_graph=True)
+                at_hidden, at_logits = torch.autograd.grad(
+                    value.sum(), (states, linear), retain_graph=True
+                )
                 along = (directions or {}).get(loss, ())
-                found = _assemble(scope, head, value.detach(), states.detach(), at_hidden, at_logits, looked_up, along)
+                found = _assemble(
+                    scope,
+                    head,
+                    value.detach(),
+                    states.detach(),
+                    at_hidden,
+                    at_logits,
+                    looked_up,
+                    along,
+                )
                 parts[loss].append(found)
             del linear, logits, teacher_logits
     return {loss: _joined(blocks) for loss, blocks in parts.items()}
@@ -103,7 +127,8 @@ def token_loss(loss: str, student: Tensor, teacher: Tensor | None, token_ids: Te
 
 
 def _head_output(head: OutputHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of the head's linear layer and the logits made of it (capped or scaled), both [n, V]."""
+    """The output of the head's linear layer and the logits made of it (capped or scaled), both [n,
+    V]."""
     seen: list[Any] = []
     handle = head.linear.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
@@ -147,7 +172,8 @@ def _assemble(
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:
-    """Σ x² of each row, in float64; scaled, so that the squares of a float32 row do not underflow."""
+    """Σ x² of each row, in float64; scaled, so that the squares of a float32 row do not
+    underflow."""
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
     return (rows / largest).square().sum(-1).double() * largest.squeeze(-1).double().square()
 

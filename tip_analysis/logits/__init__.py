@@ -1,1 +1,10 @@
-"""What is computed of two rows of logits, and how: the equations, the pass on tensors, and the pass on the processor."""
+"""Two rows of logits in, numbers out: statistics, losses and their gradients. No input or output.
+
+In: student's and teacher's logits [N, V]. Out: the columns of a token, [N] each; losses with
+written-out gradients. `cpu_kernel` and `torch_kernel` are two ways through the same pass
+(`totals.RowTotals`). Read first: `row_statistics`, then `probabilities` (why float32 is enough).
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 
 class RowTotals(NamedTuple):
-    """Of N rows, [N] each but where said; x is a logit relative to its row's largest, `SCALE` that of `rows`."""
+    """Of N rows, [N] each but where said; x is a logit relative to its row's largest, `SCALE` that
+    of `rows`."""
 
     student_max: Tensor
-    """Largest logit; NaN or infinite in a row that is to be refused, of which nothing else is known."""
+    """Largest logit; NaN or infinite in a row that is to be refused, of which nothing else is
+    known."""
     teacher_max: Tensor
     student_values: Tensor
     """Logits of the student's most likely tokens, [N, k], by falling logit, then rising id."""
@@ -44,7 +46,8 @@ class RowTotals(NamedTuple):
 
     @classmethod
     def empty(cls, num_rows: int, num_student: int, num_teacher: int) -> "RowTotals":
-        """To be filled in: sums in float64 (NaN so far), `num_student` and `num_teacher` most likely tokens."""
+        """To be filled in: sums in float64 (NaN so far), `num_student` and `num_teacher` most
+        likely tokens."""
         sums = torch.full((len(cls._fields), num_rows), torch.nan, dtype=torch.float64)
         return cls(*sums)._replace(
             student_values=torch.zeros(num_rows, num_student),

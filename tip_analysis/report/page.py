@@ -1,8 +1,9 @@
 """The page: what a section is made of, and its HTML.
 
-A section is plain data; `render` puts a list of them into one self-contained file. Everything that comes from a run goes
-through jinja2's autoescape or into a JSON block whose `<`, `>` and `&` are escaped. A content-security policy names the hash
-of the page's one script, so that a browser would refuse any other, and forbids every request.
+A section is plain data; `render` puts a list of them into one self-contained file. Everything that
+comes from a run goes through jinja2's autoescape or into a JSON block whose `<`, `>` and `&` are
+escaped. A content-security policy names the hash of the page's one script, so that a browser would
+refuse any other, and forbids every request.
 """
 
 import base64
@@ -73,7 +74,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class TopToken:
-    """One of a model's most likely tokens: visible text, probability in [0, 1], and whether it was the sampled one."""
+    """One of a model's most likely tokens: visible text, probability in [0, 1], and whether it was
+    the sampled one."""
 
     text: str
     probability: float
@@ -163,10 +165,14 @@ class Section:
     @property
     def absent(self) -> bool:
         """Whether no run has anything to show yet."""
-        return bool(self.parts) and all(any(isinstance(block, Missing) for block in part.blocks) for part in self.parts)
+        return bool(self.parts) and all(
+            any(isinstance(block, Missing) for block in part.blocks) for part in self.parts
+        )
 
 
-def picture(draw: Callable[[float], Figure], *, key: str, caption: str, alt: str, kind: str = "") -> Picture:
+def picture(
+    draw: Callable[[float], Figure], *, key: str, caption: str, alt: str, kind: str = ""
+) -> Picture:
     """Draw a figure twice, for a page and for a phone.
 
     Args:
@@ -177,12 +183,17 @@ def picture(draw: Callable[[float], Figure], *, key: str, caption: str, alt: str
         kind: a class for the style sheet.
     """
     wide = inline_svg(draw(figures.PAGE_WIDTH), prefix=f"{key}-w", alt=alt)
-    narrow = inline_svg(draw(figures.COLUMN_WIDTH), prefix=f"{key}-n", alt=alt, full_width=figures.COLUMN_WIDTH)
+    narrow = inline_svg(
+        draw(figures.COLUMN_WIDTH), prefix=f"{key}-n", alt=alt, full_width=figures.COLUMN_WIDTH
+    )
     return Picture(wide, narrow, caption, alt, kind)
 
 
-def inline_svg(figure: Figure, *, prefix: str, alt: str, full_width: float = figures.PAGE_WIDTH) -> Markup:
-    """The figure as an `<svg>` element: ids made unique, colours those of the reader's theme, text kept as text."""
+def inline_svg(
+    figure: Figure, *, prefix: str, alt: str, full_width: float = figures.PAGE_WIDTH
+) -> Markup:
+    """The figure as an `<svg>` element: ids made unique, colours those of the reader's theme, text
+    kept as text."""
     buffer = io.StringIO()
     with figures.figure_style():
         figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
@@ -191,14 +202,21 @@ def inline_svg(figure: Figure, *, prefix: str, alt: str, full_width: float = fig
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     referenced = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", svg))
-    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in referenced else "", svg)
+    svg = re.sub(
+        r' id="([^"]+)"',
+        lambda found: f' id="{prefix}-{found[1]}"' if found[1] in referenced else "",
+        svg,
+    )
     svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{prefix}-", svg)
     for color, variable in _theme_colors().items():
         svg = svg.replace(color, f"var({variable})")
     view_box = re.search(r'viewBox="[^"]+"', svg)
     share = min(100.0, 100.0 * figure.get_figwidth() / full_width)
     box = view_box[0] if view_box else ""
-    head = f'<svg {box} style="max-width:{share:.0f}%" role="img" xmlns:xlink="http://www.w3.org/1999/xlink" aria-label="'
+    head = (
+        f'<svg {box} style="max-width:{share:.0f}%" role="img"'
+        ' xmlns:xlink="http://www.w3.org/1999/xlink" aria-label="'
+    )
     return Markup(head) + alt + Markup('"' + svg[svg.index(">", svg.index("<svg")) :])
 
 
@@ -214,7 +232,8 @@ def _theme_colors() -> dict[str, str]:
 
 
 def json_block(value: Any) -> Markup:
-    """JSON for a `<script type="application/json">`: no character in it can end the element or begin another."""
+    """JSON for a `<script type="application/json">`: no character in it can end the element or
+    begin another."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

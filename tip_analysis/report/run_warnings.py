@@ -1,9 +1,10 @@
-"""What a reader must know before trusting a run's numbers: counts of what is unusual, in sentences."""
+"""What a reader must know before trusting a run's numbers: counts of what is unusual, in
+sentences."""
 
 import polars as pl
 
-from tip_analysis.quadrants import warn_about_cuts
-from tip_analysis.report.reading import RunView
+from tip_analysis.analysis.quadrants import warn_about_cuts
+from tip_analysis.analysis.run_view import RunView
 from tip_analysis.report.words import count, listed, percent, plural, sentence, visible
 
 
@@ -25,29 +26,34 @@ def _table_warnings(view: RunView) -> list[str]:
     texts = []
     if altered := view.run.altered_shards():
         texts.append(
-            f"{plural(len(altered), 'shard')} changed since written ({visible(listed(altered[:5]), 300)}): numbers may not "
-            "belong to the recorded configuration. Run the stage again to make them anew."
+            f"{plural(len(altered), 'shard')} changed since written"
+            f" ({visible(listed(altered[:5]), 300)}): numbers may not belong to the recorded"
+            " configuration. Run the stage again to make them anew."
         )
     counted = view.population
     if counted.num_infinite_reverse or counted.num_infinite_forward:
         texts.append(
-            f"{count(counted.num_infinite_reverse)} reverse and {count(counted.num_infinite_forward)} forward divergences are "
-            "+∞ (a model rules a token out entirely): they count as high, and take no part in means, cuts and normalisation."
+            f"{count(counted.num_infinite_reverse)} reverse and"
+            f" {count(counted.num_infinite_forward)} forward divergences are +∞ (a model rules a"
+            " token out entirely): they count as high, and take no part in means, cuts and"
+            " normalisation."
         )
     if bounds := view.stages.get("score", {}).get("config", {}).get("lower_bounds"):
         texts.append(
-            f"The teacher was stored as its top tokens and the mass of the rest: {listed(bounds)} are lower bounds, and "
-            "columns without such a bound are empty."
+            f"The teacher was stored as its top tokens and the mass of the rest: {listed(bounds)}"
+            " are lower bounds, and columns without such a bound are empty."
         )
     if view.options.divergence_clip is not None:
         texts.append(
-            f"Divergence is clipped at its {view.options.divergence_clip:g} quantile before min-max (off in the paper): "
-            "Soft-OR then ranks the tokens below the clip more apart, and those above it equal."
+            f"Divergence is clipped at its {view.options.divergence_clip:g} quantile before min-max"
+            " (off in the paper): Soft-OR then ranks the tokens below the clip more apart, and"
+            " those above it equal."
         )
     unfinished = [key for key, stage in view.stages.items() if not stage.get("finished")]
     if unfinished:
         texts.append(
-            f"Not finished when this was made: {listed(unfinished)}. The numbers are those of the shards written so far."
+            f"Not finished when this was made: {listed(unfinished)}. The numbers are those of the"
+            " shards written so far."
         )
     return texts
 
@@ -58,18 +64,22 @@ def _rollout_warnings(view: RunView) -> list[str]:
     retokenized = rollouts.filter(pl.col("ids_origin") == "retokenized").height
     if retokenized:
         texts.append(
-            f"{count(retokenized)} of {plural(total, 'rollout')} were imported as text and tokenised again: their token ids "
-            "may differ from those that the author sampled."
+            f"{count(retokenized)} of {plural(total, 'rollout')} were imported as text and"
+            " tokenised again: their token ids may differ from those that the author sampled."
         )
     if reapplied := rollouts.filter(pl.col("template_origin") == "reapplied").height:
         texts.append(
-            f"{plural(reapplied, 'rollout')} had the chat template applied again: markers may differ from the author’s."
+            f"{plural(reapplied, 'rollout')} had the chat template applied again: markers may"
+            " differ from the author’s."
         )
-    tempered = rollouts.filter((pl.col("temperature") != 1.0) | (pl.col("top_p") < 1.0) | (pl.col("top_k") > 0)).height
+    tempered = rollouts.filter(
+        (pl.col("temperature") != 1.0) | (pl.col("top_p") < 1.0) | (pl.col("top_k") > 0)
+    ).height
     if tempered:
         texts.append(
-            f"{count(tempered)} of {plural(total, 'rollout')} were sampled at another temperature than 1 or from a truncated "
-            "distribution: statistics are those of temperature 1, and the tokens are not a sample from it."
+            f"{count(tempered)} of {plural(total, 'rollout')} were sampled at another temperature"
+            " than 1 or from a truncated distribution: statistics are those of temperature 1, and"
+            " the tokens are not a sample from it."
         )
     unknown = rollouts.filter(pl.col("temperature").is_null()).height
     if unknown:
@@ -77,9 +87,12 @@ def _rollout_warnings(view: RunView) -> list[str]:
     cut_off = rollouts.filter(pl.col("finish_reason").cast(pl.String) == "length").height
     if cut_off:
         texts.append(
-            f"{count(cut_off)} of {plural(total, 'rollout')} reached the token limit before they ended "
-            f"({percent(cut_off / total)})."
+            f"{count(cut_off)} of {plural(total, 'rollout')} reached the token limit before they"
+            f" ended ({percent(cut_off / total)})."
         )
     if empty := rollouts.filter(pl.col("num_tokens") == 0).height:
-        texts.append(f"{plural(empty, 'rollout')} {'has' if empty == 1 else 'have'} no response token, and no row below.")
+        texts.append(
+            f"{plural(empty, 'rollout')} {'has' if empty == 1 else 'have'} no response token, and"
+            " no row below."
+        )
     return texts

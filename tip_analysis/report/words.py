@@ -1,8 +1,8 @@
 """Numbers as words, and token texts that may be shown anywhere.
 
-A token can be half a character, markup, a line break, a control or a direction mark, or very long. `visible` makes of each a
-short string without control characters, so that a page, a terminal or an attribute can carry it; escaping is left to the
-template.
+A token can be half a character, markup, a line break, a control or a direction mark, or very long.
+`visible` makes of each a short string without control characters, so that a page, a terminal or an
+attribute can carry it; escaping is left to the template.
 """
 
 import math
@@ -15,19 +15,23 @@ MAX_TOKEN = 48
 _NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _JOINERS = {"\u200c", "\u200d"}
-"""Zero-width (non-)joiners belong to Persian, Indic scripts and emoji; alone they are shown by number."""
+"""Zero-width (non-)joiners belong to Persian, Indic scripts and emoji; alone they are shown by
+number."""
 _MAX_MARKS = 4
 
 
 def visible(text: str, limit: int = MAX_TOKEN) -> str:
-    """The text with line breaks, controls and direction marks spelled out, cut at `limit` characters with their number."""
+    """The text with line breaks, controls and direction marks spelled out, cut at `limit`
+    characters with their number."""
     kept = text if len(text) <= limit else text[:limit]
     shown, marks = [], 0
     for character in kept:
         marks = marks + 1 if unicodedata.combining(character) else 0
         if character in _NAMED:
             shown.append(_NAMED[character])
-        elif unicodedata.category(character) in _HIDDEN and not (character in _JOINERS and len(kept) > 1):
+        elif unicodedata.category(character) in _HIDDEN and not (
+            character in _JOINERS and len(kept) > 1
+        ):
             shown.append(f"⟨{ord(character):02X}⟩")
         elif marks <= _MAX_MARKS:
             shown.append(character)
@@ -52,7 +56,8 @@ def percent(share: float | None, decimals: int = 1) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, without an exponent where that reads well; ∞ and – are themselves."""
+    """Three significant digits, without an exponent where that reads well; ∞ and – are
+    themselves."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -60,7 +65,11 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     magnitude = abs(value)
-    text = f"{value:.{digits - 1}e}" if magnitude < 1e-3 or magnitude >= 1e6 else f"{value:,.{_decimals(magnitude, digits)}f}"
+    text = (
+        f"{value:.{digits - 1}e}"
+        if magnitude < 1e-3 or magnitude >= 1e6
+        else f"{value:,.{_decimals(magnitude, digits)}f}"
+    )
     return text.replace("-", "−")
 
 

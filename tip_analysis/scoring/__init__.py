@@ -1,1 +1,10 @@
-"""Scoring: two models over rollouts, in one process, in two phases, or over Ray actors."""
+"""Part one, dump: student and teacher over every token that was written.
+
+In: `rollouts/*.parquet` and two models (or the teacher's stored states).
+Out: `tokens/*.parquet`, one row per response token (`core.schema.TokenTable`).
+Read first: `scorer` (in memory), then `stage` (shard by shard) and `teacher_states` (two phases).
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

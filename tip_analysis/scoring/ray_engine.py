@@ -1,10 +1,11 @@
 """Scoring spread over Ray actors, on one machine or many that share the run folder.
 
-Every actor holds both models and turns shards of rollouts into shards of the token table, exactly as one process does. A
-worker that is lost costs the shard it was working on, which another one makes: Ray Data starts it anew and gives it its work
-again. Needs the optional extra `[ray]`.
+Every actor holds both models and turns shards of rollouts into shards of the token table, exactly
+as one process does. A worker that is lost costs the shard it was working on, which another one
+makes: Ray Data starts it anew and gives it its work again. Needs the optional extra `[ray]`.
 
-Ray is started in this process's name and stopped at the end, unless it runs here already or RAY_ADDRESS names a cluster.
+Ray is started in this process's name and stopped at the end, unless it runs here already or
+RAY_ADDRESS names a cluster.
 """
 
 import logging
@@ -22,17 +23,18 @@ from uuid import uuid4
 import polars as pl
 import torch
 
-from tip_analysis.artifacts import open_run
-from tip_analysis.batching import TokenBudget
-from tip_analysis.errors import InputError, OptionError
-from tip_analysis.models import load_model
-from tip_analysis.progress import track
-from tip_analysis.scoring.inputs import num_shards
+from tip_analysis.core.errors import InputError, OptionError
+from tip_analysis.core.progress import track
+from tip_analysis.core.run_folder import open_run
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.loading import load_model
+from tip_analysis.rollouts.teacher_prompts import num_shards
 from tip_analysis.scoring.scorer import Scorer
 from tip_analysis.scoring.stage import ScoringWork, begin_scoring, finish_scoring, score_shard
 
 STARTS = 3
-"""Attempts at starting Ray: it waits 15 s for its own helpers, which a busy machine may need longer to load the first time."""
+"""Attempts at starting Ray: it waits 15 s for its own helpers, which a busy machine may need longer
+to load the first time."""
 
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -63,7 +65,9 @@ class ScoringJob:
         """Load both models, and begin the stage or go on with it."""
         student = load_model(self.student, dtype=self.dtype, device=self.device)
         same = self.teacher == self.student
-        teacher = student if same else load_model(self.teacher, dtype=self.dtype, device=self.device)
+        teacher = (
+            student if same else load_model(self.teacher, dtype=self.dtype, device=self.device)
+        )
         scorer = Scorer(student, teacher, TokenBudget(self.token_budget), self.top_k)
         return begin_scoring(open_run(self.run), scorer, self.teacher_context, self.shard_size)
 
@@ -71,8 +75,8 @@ class ScoringJob:
 class _Worker:
     """An actor: both models, ready to score one shard after another.
 
-    An error of ours is an answer, not a failure: it must reach the user as it is. It also makes the file `stop`, at which all
-    workers have no more work, so that the pool ends by itself.
+    An error of ours is an answer, not a failure: it must reach the user as it is. It also makes the
+    file `stop`, at which all workers have no more work, so that the pool ends by itself.
     """
 
     def __init__(self, job: ScoringJob, num_threads: int, stop: Path) -> None:
@@ -92,7 +96,9 @@ class _Worker:
             for index in map(int, batch["index"]):
                 if self.stop.exists():
                     continue
-                if not self.work.stage.is_whole(index):  # it may be: made just before a failure, or by an earlier session
+                if not self.work.stage.is_whole(
+                    index
+                ):  # it may be: made just before a failure, or by an earlier session
                     tokens += score_shard(self.work, index)
                 rollouts += self.work.shard(index).height
         except InputError as error:
@@ -106,8 +112,9 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
 
     Args:
         job: models and options.
-        num_workers: actors; by default one for each GPU of the cluster, or one for each machine without GPUs. The
-            processors are shared out evenly: each actor computes with as many threads.
+        num_workers: actors; by default one for each GPU of the cluster, or one for each machine
+            without GPUs. The processors are shared out evenly: each actor computes with as many
+            threads.
 
     Returns:
         The stage's summary, as `run.json` has it.
@@ -123,7 +130,10 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
         num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         num_workers = num_workers or num_gpus or max(1, len(ray.nodes()))
         if not 1 <= num_workers <= num_cpus:
-            raise OptionError(f"--ray-workers must lie between 1 and the cluster's {num_cpus} processors, found {num_workers}")
+            raise OptionError(
+                f"--ray-workers must lie between 1 and the cluster's {num_cpus} processors, found"
+                f" {num_workers}"
+            )
         if job.overwrite:
             run.discard("score")
         threads = num_cpus // num_workers
@@ -134,7 +144,9 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
             _Worker,
             fn_constructor_args=(job, threads, stop),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(num_workers, max(1, count)), max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(num_workers, max(1, count)), max_tasks_in_flight_per_actor=1
+            ),
             num_cpus=threads,
             num_gpus=num_gpus / num_workers if num_gpus else None,
         )
@@ -193,8 +205,8 @@ def _start(ray: Any) -> None:
             if attempt == STARTS:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise InputError(
-                    f"Ray did not start in {STARTS} attempts: {reason} Start it with `ray start --head` and set "
-                    "RAY_ADDRESS=auto, or use --shard i/n"
+                    f"Ray did not start in {STARTS} attempts: {reason} Start it with `ray start"
+                    " --head` and set RAY_ADDRESS=auto, or use --shard i/n"
                 ) from error
 
 

@@ -1,10 +1,12 @@
 """Two models over rollouts in memory: every column of the token table; knows nothing of folders.
 
-Each model's body runs once over a batch; then, a block of rows at a time, both heads make the logits of that block and
-`divergence.token_statistics` reads everything off them, so that no more than two [block, V] arrays of logits ever exist.
+Each model's body runs once over a batch; then, a block of rows at a time, both heads make the
+logits of that block and `divergence.token_statistics` reads everything off them, so that no more
+than two [block, V] arrays of logits ever exist.
 
-Student and teacher are aligned by position in the response: the teacher may be shown another prompt. Its side may also come
-from a store (`tip_analysis.scoring.teacher_states`) instead of its body.
+Student and teacher are aligned by position in the response: the teacher may be shown another
+prompt. Its side may also come from a store (`tip_analysis.scoring.teacher_states`) instead of its
+body.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +17,13 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tip_analysis.batching import TokenBudget
-from tip_analysis.divergence import rows_per_block, token_statistics, worth_compiling
-from tip_analysis.errors import LogitsError, OptionError
-from tip_analysis.forward import response_hidden_states
-from tip_analysis.models import LanguageModel, OutputHead, shared_vocabulary, token_texts
-from tip_analysis.progress import Advance
-from tip_analysis.schema import TokenTable, polars_schema
+from tip_analysis.core.errors import LogitsError, OptionError
+from tip_analysis.core.progress import Advance
+from tip_analysis.core.schema import TokenTable, polars_schema
+from tip_analysis.logits.row_statistics import rows_per_block, token_statistics, worth_compiling
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.hidden_states import response_hidden_states
+from tip_analysis.models.loading import LanguageModel, OutputHead, shared_vocabulary, token_texts
 
 SHARING_PAYS_FROM = 0.2
 """Share of a batch's positions that running each distinct prompt once must save."""
@@ -31,7 +33,14 @@ Columns = dict[str, Tensor]
 Row = Mapping[str, Any]
 """What scoring reads of one rollout: `_READ`."""
 
-_READ = ("rollout_id", "prompt_id", "prompt_token_ids", "teacher_prompt_token_ids", "response_token_ids", "loss_mask")
+_READ = (
+    "rollout_id",
+    "prompt_id",
+    "prompt_token_ids",
+    "teacher_prompt_token_ids",
+    "response_token_ids",
+    "loss_mask",
+)
 
 
 class TeacherSide(Protocol):
@@ -79,9 +88,11 @@ class Scorer:
     budget: TokenBudget = field(default_factory=lambda: TokenBudget(16384))
     top_k: int = 5
     share_prompts: bool | None = None
-    """Run each distinct prompt of a batch once; None does so where it pays (`SHARING_PAYS_FROM`)."""
+    """Run each distinct prompt of a batch once; None does so where it pays
+    (`SHARING_PAYS_FROM`)."""
     compile: bool | None = None
-    """Whether the statistics are compiled; None leaves it to device and size of each table (`divergence.worth_compiling`)."""
+    """Whether the statistics are compiled; None leaves it to device and size of each table
+    (`divergence.worth_compiling`)."""
     vocab_size: int = field(init=False)
     _texts: dict[int, str] = field(init=False, repr=False, default_factory=dict)
 
@@ -91,9 +102,13 @@ class Scorer:
         object.__setattr__(self, "vocab_size", shared_vocabulary(self.student, self.teacher))
 
     def token_table(
-        self, rollouts: pl.DataFrame, advance: Advance | None = None, stored: StoredTeacher | None = None
+        self,
+        rollouts: pl.DataFrame,
+        advance: Advance | None = None,
+        stored: StoredTeacher | None = None,
     ) -> pl.DataFrame:
-        """Token rows (`schema.TokenTable`) of some rollouts (`schema.RolloutTable`), in their order.
+        """Token rows (`schema.TokenTable`) of some rollouts (`schema.RolloutTable`), in their
+        order.
 
         Args:
             rollouts: the rollouts.
@@ -104,7 +119,9 @@ class Scorer:
             LogitsError: a model answers NaN or +inf; names rollout and position.
         """
         compiled = self.compiles(rollouts)
-        columns = in_batches(rollouts, self.budget, lambda rows: self._score(rows, stored, compiled), advance)
+        columns = in_batches(
+            rollouts, self.budget, lambda rows: self._score(rows, stored, compiled), advance
+        )
         return _assemble(rollouts, columns, self.texts)
 
     def compiles(self, rollouts: pl.DataFrame) -> bool:
@@ -126,7 +143,9 @@ class Scorer:
         """Columns of one batch's counted tokens."""
         student = counted_states(self.student, rows, "prompt_token_ids", self.share_prompts)
         if stored is None:
-            hidden = counted_states(self.teacher, rows, "teacher_prompt_token_ids", self.share_prompts)
+            hidden = counted_states(
+                self.teacher, rows, "teacher_prompt_token_ids", self.share_prompts
+            )
             teacher: TeacherSide = HiddenSide(hidden, self.teacher.head)
         else:
             teacher = stored.side([row["rollout_id"] for row in rows])
@@ -135,12 +154,16 @@ class Scorer:
         except LogitsError as error:
             raise located(error, rows) from error
 
-    def _statistics(self, student: Tensor, teacher: TeacherSide, token_ids: Tensor, compiled: bool) -> Columns:
+    def _statistics(
+        self, student: Tensor, teacher: TeacherSide, token_ids: Tensor, compiled: bool
+    ) -> Columns:
         """Heads and statistics, a cache-sized block of rows at a time."""
 
         def block(rows: slice) -> Columns:
             student_logits = self.student.head(student[rows])[:, : self.vocab_size]
-            teacher_logits = teacher.logits(rows, student_logits)[:, : self.vocab_size].to(student_logits.device)
+            teacher_logits = teacher.logits(rows, student_logits)[:, : self.vocab_size].to(
+                student_logits.device
+            )
             return token_statistics(
                 student=student_logits,
                 teacher=teacher_logits,
@@ -149,22 +172,31 @@ class Scorer:
                 compile=compiled,
             )
 
-        columns = in_blocks(len(token_ids), rows_per_block(self.vocab_size, device=student.device), block)
+        columns = in_blocks(
+            len(token_ids), rows_per_block(self.vocab_size, device=student.device), block
+        )
         return teacher.settle({name: column.cpu() for name, column in columns.items()})
 
 
 def in_batches(
-    rollouts: pl.DataFrame, budget: TokenBudget, work: Callable[[Sequence[Row]], Columns], advance: Advance | None = None
+    rollouts: pl.DataFrame,
+    budget: TokenBudget,
+    work: Callable[[Sequence[Row]], Columns],
+    advance: Advance | None = None,
 ) -> Columns:
-    """Columns of the counted tokens of some rollouts, in their order; `work` makes those of one batch.
+    """Columns of the counted tokens of some rollouts, in their order; `work` makes those of one
+    batch.
 
-    Both phases of a scoring in two cut their batches here, so that each body sees what it would see in one pass.
+    Both phases of a scoring in two cut their batches here, so that each body sees what it would see
+    in one pass.
     """
     rows = [row for row in rollouts.select(_READ).iter_rows(named=True) if any(row["loss_mask"])]
     lengths = longer_lengths(rollouts.filter(pl.col("loss_mask").list.any())).to_list()
     groups = [row["prompt_id"] for row in rows]
     made, order = [], []
-    for batch, columns in budget.run(lengths, lambda batch: work([rows[index] for index in batch]), groups):
+    for batch, columns in budget.run(
+        lengths, lambda batch: work([rows[index] for index in batch]), groups
+    ):
         made.append(columns)
         order += batch
         if advance is not None:
@@ -174,13 +206,16 @@ def in_batches(
     if not made:
         return {}
     sizes = [sum(row["loss_mask"]) for row in rows]
-    pieces = dict(zip(order, torch.arange(sum(sizes)).split([sizes[index] for index in order]), strict=True))
+    pieces = dict(
+        zip(order, torch.arange(sum(sizes)).split([sizes[index] for index in order]), strict=True)
+    )
     places = torch.cat([pieces[index] for index in range(len(rows))])
     return {name: torch.cat([columns[name] for columns in made])[places] for name in made[0]}
 
 
 def in_blocks(num_rows: int, step: int, work: Callable[[slice], Columns]) -> Columns:
-    """Columns of `num_rows` rows, made by `work` for `step` rows at a time; an error names the row among all."""
+    """Columns of `num_rows` rows, made by `work` for `step` rows at a time; an error names the row
+    among all."""
     columns: Columns = {}
     for start in range(0, num_rows, step):
         try:
@@ -188,14 +223,23 @@ def in_blocks(num_rows: int, step: int, work: Callable[[slice], Columns]) -> Col
         except LogitsError as error:
             error.row = start + (error.row or 0)
             raise
-        if not columns:  # made once: small tensors left behind by every block would keep the blocks' memory in pieces
-            columns = {name: values.new_empty(num_rows, *values.shape[1:]) for name, values in block.items()}
+        if (
+            not columns
+            # made once: small tensors left behind by every block would keep the blocks' memory in
+            # pieces
+        ):
+            columns = {
+                name: values.new_empty(num_rows, *values.shape[1:])
+                for name, values in block.items()
+            }
         for name, values in block.items():
             columns[name][start : start + step] = values
     return columns
 
 
-def counted_states(model: LanguageModel, rows: Sequence[Row], prompt: str, share_prompts: bool | None = None) -> Tensor:
+def counted_states(
+    model: LanguageModel, rows: Sequence[Row], prompt: str, share_prompts: bool | None = None
+) -> Tensor:
     """Last hidden states [N, D] that predict the counted tokens of a batch.
 
     Args:
@@ -210,7 +254,11 @@ def counted_states(model: LanguageModel, rows: Sequence[Row], prompt: str, share
     states = response_hidden_states(model.model, prompts, responses, share_prompts=share)
     return torch.cat(
         [
-            each if all(row["loss_mask"]) else each[torch.tensor(row["loss_mask"], device=each.device)]
+            (
+                each
+                if all(row["loss_mask"])
+                else each[torch.tensor(row["loss_mask"], device=each.device)]
+            )
             for each, row in zip(states, rows, strict=True)
         ]
     )
@@ -219,22 +267,37 @@ def counted_states(model: LanguageModel, rows: Sequence[Row], prompt: str, share
 def counted_tokens(rows: Sequence[Row]) -> Tensor:
     """The counted tokens of a batch, [N]."""
     return torch.tensor(
-        [token for row in rows for token, counted in zip(row["response_token_ids"], row["loss_mask"], strict=True) if counted]
+        [
+            token
+            for row in rows
+            for token, counted in zip(row["response_token_ids"], row["loss_mask"], strict=True)
+            if counted
+        ]
     )
 
 
 def longer_lengths(rollouts: pl.DataFrame) -> pl.Series:
     """Tokens of each rollout as the longer of both models sees it."""
-    prompt, teacher_prompt = pl.col("prompt_token_ids").list.len(), pl.col("teacher_prompt_token_ids").list.len()
+    prompt, teacher_prompt = (
+        pl.col("prompt_token_ids").list.len(),
+        pl.col("teacher_prompt_token_ids").list.len(),
+    )
     longer = pl.max_horizontal(prompt, teacher_prompt) + pl.col("response_token_ids").list.len()
     return rollouts.select(longer.cast(pl.Int64)).to_series()
 
 
 def located(error: LogitsError, rows: Sequence[Row]) -> LogitsError:
     """The same error, saying which rollout and position it is."""
-    places = [(row["rollout_id"], position) for row in rows for position, counted in enumerate(row["loss_mask"]) if counted]
+    places = [
+        (row["rollout_id"], position)
+        for row in rows
+        for position, counted in enumerate(row["loss_mask"])
+        if counted
+    ]
     rollout_id, position = places[error.row or 0]
-    return LogitsError(f"rollout {rollout_id!r}, position {position}: {error}", model=error.model, row=error.row)
+    return LogitsError(
+        f"rollout {rollout_id!r}, position {position}: {error}", model=error.model, row=error.row
+    )
 
 
 def _sharing_pays(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> bool:
@@ -244,7 +307,9 @@ def _sharing_pays(prompts: Sequence[list[int]], responses: Sequence[list[int]]) 
     return saved >= SHARING_PAYS_FROM * alone
 
 
-def _assemble(rollouts: pl.DataFrame, columns: Columns, texts: Callable[[Iterable[int]], Mapping[int, str]]) -> pl.DataFrame:
+def _assemble(
+    rollouts: pl.DataFrame, columns: Columns, texts: Callable[[Iterable[int]], Mapping[int, str]]
+) -> pl.DataFrame:
     """The token table of some rollouts from the columns of their counted tokens."""
     labels = pl.lit(None, pl.String).repeat_by(pl.col("response_token_ids").list.len())
     base = (
@@ -255,7 +320,9 @@ def _assemble(rollouts: pl.DataFrame, columns: Columns, texts: Callable[[Iterabl
             "loss_mask",
             token_id="response_token_ids",
             position=pl.int_ranges(pl.col("response_token_ids").list.len(), dtype=pl.Int32),
-            planted_label=pl.coalesce("planted_labels", labels).cast(pl.List(TokenTable.planted_label.dtype)),
+            planted_label=pl.coalesce("planted_labels", labels).cast(
+                pl.List(TokenTable.planted_label.dtype)
+            ),
         )
         .filter(pl.col("position").list.len() > 0)
         .explode("loss_mask", "token_id", "position", "planted_label")
@@ -270,7 +337,8 @@ def _assemble(rollouts: pl.DataFrame, columns: Columns, texts: Callable[[Iterabl
         counted = base.filter("loss_mask").select("row").hstack(statistics)
         base = base.join(counted, on="row", how="left", maintain_order="left")
     return base.select(
-        pl.col(name) if name in base.columns else pl.lit(None, dtype).alias(name) for name, dtype in schema.items()
+        pl.col(name) if name in base.columns else pl.lit(None, dtype).alias(name)
+        for name, dtype in schema.items()
     )
 
 

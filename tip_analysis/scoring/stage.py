@@ -1,10 +1,12 @@
 """The `score` stage: rollouts in, token table out, shard by shard.
 
-Reads `rollouts/*.parquet`; writes `tokens/*.parquet` (`schema.TokenTable`), one shard for every `shard_size` rollouts, and
-`vocabulary.parquet`, the text of every shared token. How the numbers are made is told in `tip_analysis.scoring.scorer`.
+Reads `rollouts/*.parquet`; writes `tokens/*.parquet` (`schema.TokenTable`), one shard for every
+`shard_size` rollouts, and `vocabulary.parquet`, the text of every shared token. How the numbers are
+made is told in `tip_analysis.scoring.scorer`.
 
-Where student and teacher do not fit together, the teacher's phase comes first (`tip_analysis.scoring.teacher_states`), and its
-stored states take the place of the teacher's body here. The table is the same.
+Where student and teacher do not fit together, the teacher's phase comes first
+(`tip_analysis.scoring.teacher_states`), and its stored states take the place of the teacher's body
+here. The table is the same.
 """
 
 from dataclasses import dataclass, replace
@@ -12,15 +14,22 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.artifacts import Run, Stage
-from tip_analysis.atomic_files import write_atomically
-from tip_analysis.batching import padding_waste, plan_batches
-from tip_analysis.progress import Advance, track
-from tip_analysis.scoring.inputs import num_shards, prepare_rollouts, shards_of_part
+from tip_analysis.core.atomic_files import write_atomically
+from tip_analysis.core.progress import Advance, track
+from tip_analysis.core.run_folder import Run, Stage
+from tip_analysis.models.batching import padding_waste, plan_batches
+from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part
 from tip_analysis.scoring.scorer import Scorer, longer_lengths
 from tip_analysis.scoring.teacher_states import TeacherStore
 
-__all__ = ["Scorer", "ScoringWork", "begin_scoring", "finish_scoring", "score_rollouts", "score_shard"]
+__all__ = [
+    "Scorer",
+    "ScoringWork",
+    "begin_scoring",
+    "finish_scoring",
+    "score_rollouts",
+    "score_shard",
+]
 
 
 def score_rollouts(
@@ -38,12 +47,14 @@ def score_rollouts(
     Args:
         run: a run folder with rollouts.
         scorer: student and teacher.
-        teacher_context: `none` (the rollout's own prompt, or the teacher's where the rollout carries one) or `solution`
-            (the reference solution in the user's turn).
+        teacher_context: `none` (the rollout's own prompt, or the teacher's where the rollout
+            carries one) or `solution` (the reference solution in the user's turn).
         shard_size: rollouts a shard.
-        part: (i, n): make only every n-th shard, from the i-th on, as one of n processes that fill the run together.
+        part: (i, n): make only every n-th shard, from the i-th on, as one of n processes that fill
+            the run together.
         overwrite: start afresh.
-        stored: the teacher's states, where its phase came first; then only the head of `scorer.teacher` is used.
+        stored: the teacher's states, where its phase came first; then only the head of
+            `scorer.teacher` is used.
 
     Returns:
         The stage's summary, as `run.json` has it.
@@ -54,10 +65,14 @@ def score_rollouts(
         LogitsError: a model answers NaN or +inf; names rollout and position.
         ConfigurationMismatchError: the folder was scored with another configuration.
     """
-    work = begin_scoring(run, scorer, teacher_context, shard_size, part, overwrite=overwrite, stored=stored)
+    work = begin_scoring(
+        run, scorer, teacher_context, shard_size, part, overwrite=overwrite, stored=stored
+    )
     missing = [index for index in work.mine if not work.stage.is_whole(index)]
     total = sum(work.shard(index).height for index in work.mine)
-    with track("scoring", total, done=total - sum(work.shard(index).height for index in missing)) as advance:
+    with track(
+        "scoring", total, done=total - sum(work.shard(index).height for index in missing)
+    ) as advance:
         for index in missing:
             score_shard(work, index, advance)
     return finish_scoring(run, work.stage)
@@ -69,7 +84,8 @@ class ScoringWork:
 
     stage: Stage
     scorer: Scorer
-    """Compiles its statistics or not by the size of the whole run, so that all shards are made alike, whoever makes them."""
+    """Compiles its statistics or not by the size of the whole run, so that all shards are made
+    alike, whoever makes them."""
     rollouts: pl.DataFrame
     shard_size: int
     mine: range
@@ -85,7 +101,9 @@ class ScoringWork:
 def score_shard(work: ScoringWork, index: int, advance: Advance | None = None) -> int:
     """Score one shard and write it; returns its number of token rows."""
     rollouts, scorer = work.shard(index), work.scorer
-    stored = None if work.stored is None else work.stored.shard(index, rollouts, scorer.teacher.head)
+    stored = (
+        None if work.stored is None else work.stored.shard(index, rollouts, scorer.teacher.head)
+    )
     table = scorer.token_table(rollouts, advance, stored)
     lengths = longer_lengths(rollouts).to_list()
     plan = plan_batches(lengths, scorer.budget.tokens, groups=rollouts["prompt_id"].to_list())
@@ -133,7 +151,8 @@ def begin_scoring(
 
 
 def write_vocabulary(run: Run, scorer: Scorer, *, overwrite: bool = False) -> None:
-    """Write `vocabulary.parquet` (token_id, token), so that a report can name tokens that were likely but not sampled."""
+    """Write `vocabulary.parquet` (token_id, token), so that a report can name tokens that were
+    likely but not sampled."""
     path = run.path / "vocabulary.parquet"
     if path.is_file() and not overwrite:
         return
@@ -160,11 +179,15 @@ def finish_scoring(run: Run, stage: Stage) -> dict[str, Any]:
 def summarize(run: Run) -> dict[str, Any]:
     """Counts of a run's token table, and where it needs care."""
     tokens = run.tokens()
-    return tokens.select(
-        num_tokens=pl.len(),
-        num_scored_tokens=pl.col("loss_mask").sum(),
-        num_infinite_reverse_kl=pl.col("reverse_kl").is_infinite().sum(),
-        num_infinite_forward_kl=pl.col("forward_kl").is_infinite().sum(),
-        mean_student_entropy=pl.col("student_entropy").mean(),
-        mean_reverse_kl=pl.col("reverse_kl").filter(pl.col("reverse_kl").is_finite()).mean(),
-    ).collect(engine="streaming").to_dicts()[0]  # fmt: skip
+    return (
+        tokens.select(
+            num_tokens=pl.len(),
+            num_scored_tokens=pl.col("loss_mask").sum(),
+            num_infinite_reverse_kl=pl.col("reverse_kl").is_infinite().sum(),
+            num_infinite_forward_kl=pl.col("forward_kl").is_infinite().sum(),
+            mean_student_entropy=pl.col("student_entropy").mean(),
+            mean_reverse_kl=pl.col("reverse_kl").filter(pl.col("reverse_kl").is_finite()).mean(),
+        )
+        .collect(engine="streaming")
+        .to_dicts()[0]
+    )

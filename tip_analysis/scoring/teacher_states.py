@@ -1,14 +1,17 @@
-"""The teacher's phase of a scoring in two, for pairs that do not fit together: its side of every counted token, stored.
+"""The teacher's phase of a scoring in two, for pairs that do not fit together: its side of every
+counted token, stored.
 
-Reads `rollouts/*.parquet`; writes `teacher_states/*.safetensors`, shard for shard as the token table, with their hashes and
-a signature (teacher, its head, context, rollouts, shard size, form) in `run.json`, which the student's phase checks.
+Reads `rollouts/*.parquet`; writes `teacher_states/*.safetensors`, shard for shard as the token
+table, with their hashes and a signature (teacher, its head, context, rollouts, shard size, form) in
+`run.json`, which the student's phase checks.
 
-- `hidden`: last hidden states [N, D] in the body's own dtype. The student's phase loads the teacher's head alone and rebuilds
-  the very logits: the table is that of one pass.
-- `topk`: the K most likely tokens with their log-probabilities, and the mass of the tail. What the teacher's row says on its
-  own (entropy, top-k, the sampled token's log-probability …) is kept beside and stays exact. A divergence takes the tail as one
-  token, which is the same as a tail shaped like the student's: by the data-processing inequality a *lower bound*
-  (`LOWER_BOUNDS`). Numbers without such a bound are null (`NOT_STORED`).
+- `hidden`: last hidden states [N, D] in the body's own dtype. The student's phase loads the
+  teacher's head alone and rebuilds the very logits: the table is that of one pass.
+- `topk`: the K most likely tokens with their log-probabilities, and the mass of the tail. What the
+  teacher's row says on its own (entropy, top-k, the sampled token's log-probability …) is kept
+  beside and stays exact. A divergence takes the tail as one token, which is the same as a tail
+  shaped like the student's: by the data-processing inequality a *lower bound* (`LOWER_BOUNDS`).
+  Numbers without such a bound are null (`NOT_STORED`).
 """
 
 import math
@@ -25,14 +28,35 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tip_analysis.artifacts import Run, Stage
-from tip_analysis.batching import TokenBudget
-from tip_analysis.divergence import rows_per_block, token_statistics
-from tip_analysis.errors import ConfigurationMismatchError, LogitsError, ModelError, OptionError, RunError, UnknownNameError
-from tip_analysis.models import HEAD_TOLERANCE, LanguageModel, OutputHead, weights_fingerprint
-from tip_analysis.progress import track
-from tip_analysis.scoring.inputs import num_shards, prepare_rollouts, shards_of_part
-from tip_analysis.scoring.scorer import Columns, HiddenSide, Row, counted_states, counted_tokens, in_batches, in_blocks, located
+from tip_analysis.core.errors import (
+    ConfigurationMismatchError,
+    LogitsError,
+    ModelError,
+    OptionError,
+    RunError,
+    UnknownNameError,
+)
+from tip_analysis.core.progress import track
+from tip_analysis.core.run_folder import Run, Stage
+from tip_analysis.logits.row_statistics import rows_per_block, token_statistics
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.loading import (
+    HEAD_TOLERANCE,
+    LanguageModel,
+    OutputHead,
+    weights_fingerprint,
+)
+from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part
+from tip_analysis.scoring.scorer import (
+    Columns,
+    HiddenSide,
+    Row,
+    counted_states,
+    counted_tokens,
+    in_batches,
+    in_blocks,
+    located,
+)
 
 if TYPE_CHECKING:
     from tip_analysis.scoring.scorer import Scorer
@@ -48,7 +72,13 @@ NOT_STORED = (
     "w_local",
 )
 """Columns that a stored top-k leaves null."""
-_OF_THE_TEACHER = ("teacher_topk_ids", "teacher_topk_logprobs", "teacher_entropy", "teacher_top1_prob", "teacher_logprob")
+_OF_THE_TEACHER = (
+    "teacher_topk_ids",
+    "teacher_topk_logprobs",
+    "teacher_entropy",
+    "teacher_top1_prob",
+    "teacher_logprob",
+)
 """Columns that the teacher's row gives on its own: exact in either form."""
 _NUM_CHECKED = 256
 
@@ -66,14 +96,17 @@ def store_teacher_states(
     part: tuple[int, int] = (0, 1),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Store the teacher's side of every counted token of `run`; shards that are whole already are left alone.
+    """Store the teacher's side of every counted token of `run`; shards that are whole already are
+    left alone.
 
     Args:
         run: a run folder with rollouts.
         teacher: the teacher.
-        form: `hidden` (exact) or `topk` (smaller where K is far below D; divergences become lower bounds).
+        form: `hidden` (exact) or `topk` (smaller where K is far below D; divergences become lower
+            bounds).
         store_k: K of `topk`.
-        vocab_size: |V| that student and teacher share; `topk` needs it where the student's head has fewer rows.
+        vocab_size: |V| that student and teacher share; `topk` needs it where the student's head has
+            fewer rows.
         teacher_context: as for `scoring.score_rollouts`.
         shard_size: rollouts a shard; the student's phase takes the same.
         budget: tokens a batch. The same in both phases gives the table of one pass to the last bit.
@@ -113,9 +146,13 @@ def store_teacher_states(
     missing = [index for index in mine if not stage.is_whole(index)]
     shards = {index: rollouts[index * shard_size : (index + 1) * shard_size] for index in mine}
     total = sum(shard.height for shard in shards.values())
-    with track("teacher's pass", total, done=total - sum(shards[index].height for index in missing)) as advance:
+    with track(
+        "teacher's pass", total, done=total - sum(shards[index].height for index in missing)
+    ) as advance:
         for index in missing:
-            columns = in_batches(shards[index], budget, lambda rows: _side(teacher, rows, top_k), advance)
+            columns = in_batches(
+                shards[index], budget, lambda rows: _side(teacher, rows, top_k), advance
+            )
             _write(stage, index, columns, teacher.head)
     return _finish(run, stage, shard_size)
 
@@ -140,7 +177,8 @@ def _side(teacher: LanguageModel, rows: Sequence[Row], top_k: dict[str, int]) ->
 
 
 def _summary(logits: Tensor, token_ids: Tensor, k: int) -> Columns:
-    """The teacher's own columns with its k most likely tokens, and ln of the mass of all others, `log_tail_mass` [N]."""
+    """The teacher's own columns with its k most likely tokens, and ln of the mass of all others,
+    `log_tail_mass` [N]."""
     try:
         # Against itself, so that the numbers are those which the same function reads in one pass.
         columns = token_statistics(student=logits, teacher=logits, token_ids=token_ids, top_k=k)
@@ -165,7 +203,9 @@ def _write(stage: Stage, index: int, columns: Columns, head: OutputHead) -> None
 
     def write(part: Path) -> None:
         save_file(tensors, part)
-        part.chmod(stage.run.record_path.stat().st_mode)  # safetensors lets none but the owner read it
+        part.chmod(
+            stage.run.record_path.stat().st_mode
+        )  # safetensors lets none but the owner read it
 
     stage.write_file(index, write, num_rows=num_rows, **facts)
 
@@ -182,7 +222,9 @@ def _finish(run: Run, stage: Stage, shard_size: int) -> dict[str, Any]:
         "num_bytes": sum(stage.path(index).stat().st_size for index in range(total)),
     }
     if num_tokens and any("tail_mass" in shard for shard in shards):
-        summary["mean_tail_mass"] = sum(shard.get("tail_mass", 0.0) for shard in shards) / num_tokens
+        summary["mean_tail_mass"] = (
+            sum(shard.get("tail_mass", 0.0) for shard in shards) / num_tokens
+        )
     return stage.finish(**summary)
 
 
@@ -193,8 +235,8 @@ class TeacherStore:
         record = run.stages().get("teacher")
         if record is None:
             raise RunError(
-                f"{run.path} holds no teacher's states: `tip-analysis score {run.path} --teacher MODEL --phase teacher` "
-                "stores them"
+                f"{run.path} holds no teacher's states: `tip-analysis score {run.path} --teacher"
+                " MODEL --phase teacher` stores them"
             )
         self.stage = run.stage("teacher")
         self.run = run
@@ -227,36 +269,44 @@ class TeacherStore:
         """
         found = self.config | {"teacher": self.teacher["name"]}
         differing = [
-            f"{name}: {found[name]!r} → {value!r}" for name, value in expected.items() if found[name] != value
-        ]  # fmt: skip
+            f"{name}: {found[name]!r} → {value!r}"
+            for name, value in expected.items()
+            if found[name] != value
+        ]
         if self.rollouts_hash != self.run.table_hash("rollouts"):
             differing.append("the rollouts have changed since")
         if differing:
             raise ConfigurationMismatchError(
-                f"{self.run.path}: the teacher's states were stored with another configuration: {'; '.join(differing)}. "
-                "Use the same options, or store them again with --phase teacher --overwrite"
+                f"{self.run.path}: the teacher's states were stored with another configuration:"
+                f" {'; '.join(differing)}. Use the same options, or store them again with --phase"
+                " teacher --overwrite"
             )
 
     def check(self, scorer: "Scorer") -> None:
-        """Refuse a head that is not the stored teacher's, and a vocabulary or top-k that the states cannot serve.
+        """Refuse a head that is not the stored teacher's, and a vocabulary or top-k that the states
+        cannot serve.
 
         Raises:
             ModelError, RunError, OptionError: says what differs.
         """
         if weights_fingerprint(scorer.teacher.head.linear) != self.config["head_fingerprint"]:
             raise ModelError(
-                f"the output head of {scorer.teacher.name} is not that of the teacher whose states are stored: "
-                "store them again with --phase teacher --overwrite"
+                f"the output head of {scorer.teacher.name} is not that of the teacher whose states"
+                " are stored: store them again with --phase teacher --overwrite"
             )
         if self.config["form"] == "hidden":
             return
         if self.config["shared_vocabulary"] != scorer.vocab_size:
             raise RunError(
-                f"the stored top-k is over {self.config['shared_vocabulary']} tokens, but student and teacher share "
-                f"{scorer.vocab_size}: store it again with --phase teacher --student {scorer.student.name} --overwrite"
+                f"the stored top-k is over {self.config['shared_vocabulary']} tokens, but student"
+                f" and teacher share {scorer.vocab_size}: store it again with --phase teacher"
+                f" --student {scorer.student.name} --overwrite"
             )
         if scorer.top_k > self.config["store_k"]:
-            raise OptionError(f"--top-k {scorer.top_k} is more than the {self.config['store_k']} tokens that are stored")
+            raise OptionError(
+                f"--top-k {scorer.top_k} is more than the {self.config['store_k']} tokens that are"
+                " stored"
+            )
 
     def shard(self, index: int, rollouts: pl.DataFrame, head: OutputHead) -> "ShardStates":
         """The states of one shard's rollouts.
@@ -267,7 +317,8 @@ class TeacherStore:
         """
         if not self.stage.is_whole(index):
             raise RunError(
-                f"{self.stage.path(index)} is missing or altered: run `score` with --phase teacher again, which makes it anew"
+                f"{self.stage.path(index)} is missing or altered: run `score` with --phase teacher"
+                " again, which makes it anew"
             )
         return ShardStates(self, index, rollouts, head)
 
@@ -282,7 +333,9 @@ class TeacherStore:
 class ShardStates:
     """The stored states of one shard; rows are read as they are asked for."""
 
-    def __init__(self, store: TeacherStore, index: int, rollouts: pl.DataFrame, head: OutputHead) -> None:
+    def __init__(
+        self, store: TeacherStore, index: int, rollouts: pl.DataFrame, head: OutputHead
+    ) -> None:
         self._path = store.stage.path(index)
         self._head = head
         counts = rollouts["loss_mask"].list.sum().to_list()
@@ -300,9 +353,13 @@ class ShardStates:
     @torch.no_grad()
     def _check(self, num_rows: int) -> None:
         names = set(self._file.keys())
-        stored = next((self._file.get_slice(name).get_shape()[0] for name in names - {"checked_logits"}), 0)
+        stored = next(
+            (self._file.get_slice(name).get_shape()[0] for name in names - {"checked_logits"}), 0
+        )
         if stored != num_rows:
-            raise RunError(f"{self._path} holds {stored} rows, but its rollouts have {num_rows} counted tokens")
+            raise RunError(
+                f"{self._path} holds {stored} rows, but its rollouts have {num_rows} counted tokens"
+            )
         if "checked_logits" not in names:
             return
         expected = self._file.get_tensor("checked_logits")
@@ -310,7 +367,10 @@ class ShardStates:
         scale = expected.abs().max().clamp(min=1e-6)
         dtype = self._head.linear.weight.dtype
         if not bool((found - expected).abs().max() / scale <= HEAD_TOLERANCE[dtype]):  # pyright: ignore[reportArgumentType]
-            raise ModelError("the teacher's head does not give the logits that the teacher gave when its states were stored")
+            raise ModelError(
+                "the teacher's head does not give the logits that the teacher gave when its states"
+                " were stored"
+            )
 
     def side(self, rollout_ids: Sequence[str]) -> "HiddenSide | TopKSide":
         """The teacher's side of the counted tokens of these rollouts, one after another."""
@@ -320,17 +380,21 @@ class ShardStates:
             for name in self._file.keys()  # noqa: SIM118 - not a dictionary
             if name != "checked_logits"
         }
-        return HiddenSide(columns["hidden"], self._head) if "hidden" in columns else TopKSide(columns)
+        return (
+            HiddenSide(columns["hidden"], self._head) if "hidden" in columns else TopKSide(columns)
+        )
 
 
 @dataclass(frozen=True)
 class TopKSide:
-    """The teacher's side as its K most likely tokens, the mass of the tail, and what its row gave on its own."""
+    """The teacher's side as its K most likely tokens, the mass of the tail, and what its row gave
+    on its own."""
 
     columns: Columns
 
     def logits(self, rows: slice, student_logits: Tensor) -> Tensor:
-        """ln of a distribution [n, V] that has the stored top-k and tail mass, its tail shaped like the student's."""
+        """ln of a distribution [n, V] that has the stored top-k and tail mass, its tail shaped like
+        the student's."""
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
         ids, logprobs, log_tail_mass = (
             self.columns[name][rows].to(student_logits.device)
@@ -340,7 +404,9 @@ class TopKSide:
         mass = rest.logsumexp(-1, keepdim=True)
         uniform = -math.log(max(1, rest.shape[1] - ids.shape[1]))  # where the student has no tail
         shape = torch.where(mass.isfinite(), rest - mass, uniform)
-        return (shape + log_tail_mass.to(dtype).unsqueeze(1)).scatter(1, ids.long(), logprobs.to(dtype))
+        return (shape + log_tail_mass.to(dtype).unsqueeze(1)).scatter(
+            1, ids.long(), logprobs.to(dtype)
+        )
 
     def settle(self, columns: Columns) -> Columns:
         """The columns with the teacher's own put in, and without those that are not stored."""

@@ -1,6 +1,8 @@
-"""Checkpoints of a training, from which it goes on exactly: trainable weights, optimizer state, masks, history.
+"""Checkpoints of a training, from which it goes on exactly: trainable weights, optimizer state,
+masks, history.
 
-A checkpoint is a folder, whole or absent: it is written beside its place, then renamed. Nothing in it is unpickled but tensors.
+A checkpoint is a folder, whole or absent: it is written beside its place, then renamed. Nothing in
+it is unpickled but tensors.
 """
 
 import json
@@ -13,13 +15,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tip_analysis.errors import ConfigurationMismatchError, RunError
+from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.training.data import FixedRollouts
 from tip_analysis.training.trainer import StepRecord, Trainer
 
 
 def write_checkpoint(trainer: Trainer, folder: Path, extra: Any = None) -> None:
-    """Write a checkpoint: trainable weights, optimizer, history, fixed masks, and `extra` (anything that JSON holds).
+    """Write a checkpoint: trainable weights, optimizer, history, fixed masks, and `extra` (anything
+    that JSON holds).
 
     The folder is whole or absent.
     """
@@ -30,7 +33,9 @@ def write_checkpoint(trainer: Trainer, folder: Path, extra: Any = None) -> None:
     save_file(weights, part / "weights.safetensors")
     torch.save(trainer.optimizer.state_dict(), part / "optimizer.pt")
     if isinstance(trainer.source, FixedRollouts):
-        masks = {name: torch.from_numpy(np.packbits(mask)) for name, mask in trainer.source.masks.items()}
+        masks = {
+            name: torch.from_numpy(np.packbits(mask)) for name, mask in trainer.source.masks.items()
+        }
         torch.save(masks, part / "masks.pt")
     state = {
         "step": trainer.step,
@@ -60,7 +65,9 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> Any:
         raise RunError(f"{folder} is no whole checkpoint: {error}") from error
     mine = json.loads(json.dumps(trainer.options.identity()))
     if different := sorted(name for name in mine if mine[name] != state["options"].get(name)):
-        raise ConfigurationMismatchError(f"{folder} was written under other options: {', '.join(different)} differ")
+        raise ConfigurationMismatchError(
+            f"{folder} was written under other options: {', '.join(different)} differ"
+        )
     if weights.keys() != trainer.parameters.keys():
         raise RunError(f"{folder} holds other parameters than the student trains")
     with torch.no_grad():
@@ -70,8 +77,13 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> Any:
     trainer.step = state["step"]
     trainer.history = [StepRecord(**record) for record in state["history"]]
     if isinstance(trainer.source, FixedRollouts):
-        lengths = {rollout.rollout_id: len(rollout.response) for rollout in trainer.source.all_rollouts()}
-        unpacked = {name: np.unpackbits(bits.numpy(), count=lengths[name]).astype(bool) for name, bits in masks.items()}
+        lengths = {
+            rollout.rollout_id: len(rollout.response) for rollout in trainer.source.all_rollouts()
+        }
+        unpacked = {
+            name: np.unpackbits(bits.numpy(), count=lengths[name]).astype(bool)
+            for name, bits in masks.items()
+        }
         trainer.source = replace(trainer.source, masks=unpacked)
     return state["extra"]
 

@@ -1,10 +1,12 @@
-"""Where the rollouts of a training step come from: the current student (`OnPolicyRollouts`) or a run folder (`FixedRollouts`).
+"""Where the rollouts of a training step come from: the current student (`OnPolicyRollouts`) or a
+run folder (`FixedRollouts`).
 
-Which prompts a step takes, and every random number of their rollouts, is a pure function of (seed, step, prompt, sample). Arms
-of an ablation that share a seed therefore see the same prompts and common random numbers, and a resumed training goes on as
-an uninterrupted one would.
+Which prompts a step takes, and every random number of their rollouts, is a pure function of (seed,
+step, prompt, sample). Arms of an ablation that share a seed therefore see the same prompts and
+common random numbers, and a resumed training goes on as an uninterrupted one would.
 
-Reads `rollouts/*.parquet` and `masks/*.parquet` (or `tokens/*.parquet`, from which a mask is made where none was stored).
+Reads `rollouts/*.parquet` and `masks/*.parquet` (or `tokens/*.parquet`, from which a mask is made
+where none was stored).
 """
 
 import json
@@ -16,15 +18,21 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tip_analysis.artifacts import Run
-from tip_analysis.batching import TokenBudget
-from tip_analysis.errors import ModelError, OptionError, PromptFileError, RunError, VocabularyMismatchError
-from tip_analysis.generation import Sampling, generate, uniforms
-from tip_analysis.importance import add_scores
-from tip_analysis.models import LanguageModel, tokenizer_fingerprint
-from tip_analysis.prompts import Prompt, render, student_messages, teacher_messages
-from tip_analysis.selection import rule as rule_of
-from tip_analysis.selection import select_tokens
+from tip_analysis.analysis.scores import add_scores
+from tip_analysis.analysis.selection import rule as rule_of
+from tip_analysis.analysis.selection import select_tokens
+from tip_analysis.core.errors import (
+    ModelError,
+    OptionError,
+    PromptFileError,
+    RunError,
+    VocabularyMismatchError,
+)
+from tip_analysis.core.run_folder import Run
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
+from tip_analysis.rollouts.prompts import Prompt, render, student_messages, teacher_messages
+from tip_analysis.rollouts.sampling import Sampling, generate, uniforms
 
 logger = logging.getLogger(__name__)
 
@@ -84,25 +92,37 @@ def encode_prompts(
     encoded = []
     for prompt in prompts:
         messages = student_messages(prompt, template)
-        token_ids = render(student.tokenizer, messages, chat_template_kwargs=chat_template_kwargs).token_ids
+        token_ids = render(
+            student.tokenizer, messages, chat_template_kwargs=chat_template_kwargs
+        ).token_ids
         teacher_ids = token_ids
         if teacher_context == "solution":
             if prompt.solution is None:
-                raise PromptFileError(f"prompt {prompt.id!r} has no solution, which the teacher is to be shown")
+                raise PromptFileError(
+                    f"prompt {prompt.id!r} has no solution, which the teacher is to be shown"
+                )
             shown = teacher_messages(messages, prompt.solution)
-            teacher_ids = render(teacher.tokenizer, shown, chat_template_kwargs=chat_template_kwargs).token_ids
+            teacher_ids = render(
+                teacher.tokenizer, shown, chat_template_kwargs=chat_template_kwargs
+            ).token_ids
         encoded.append(TrainingPrompt(prompt.id, token_ids, teacher_ids, prompt.answer))
     return encoded
 
 
-def prompts_of_step(prompt_ids: Sequence[str], step: int, prompts_per_step: int, seed: int) -> list[int]:
-    """Indices of the prompts that a step takes: each epoch is a new order, and a remainder that fills no step is left out.
+def prompts_of_step(
+    prompt_ids: Sequence[str], step: int, prompts_per_step: int, seed: int
+) -> list[int]:
+    """Indices of the prompts that a step takes: each epoch is a new order, and a remainder that
+    fills no step is left out.
 
     Raises:
         OptionError: there are fewer prompts than a step takes.
     """
     if len(prompt_ids) < prompts_per_step:
-        raise OptionError(f"a step takes {prompts_per_step} prompts, but there are {len(prompt_ids)}: lower prompts_per_step")
+        raise OptionError(
+            f"a step takes {prompts_per_step} prompts, but there are {len(prompt_ids)}: lower"
+            " prompts_per_step"
+        )
     steps_per_epoch = len(prompt_ids) // prompts_per_step
     epoch, index = divmod(step, steps_per_epoch)
     order = np.argsort(uniforms(seed, f"order of epoch {epoch}", len(prompt_ids)), kind="stable")
@@ -122,14 +142,25 @@ class OnPolicyRollouts:
 
     def rollouts(self, step: int, student: LanguageModel) -> list[TrainingRollout]:
         """The rollouts of one step: prompts × samples, named `step/prompt_id/sample_index`."""
-        chosen = prompts_of_step([p.id for p in self.prompts], step, self.prompts_per_step, self.sampling.seed)
-        jobs = [(self.prompts[index], sample) for index in chosen for sample in range(self.rollouts_per_prompt)]
+        chosen = prompts_of_step(
+            [p.id for p in self.prompts], step, self.prompts_per_step, self.sampling.seed
+        )
+        jobs = [
+            (self.prompts[index], sample)
+            for index in chosen
+            for sample in range(self.rollouts_per_prompt)
+        ]
         names = [f"{step}/{prompt.id}/{sample}" for prompt, sample in jobs]
         lengths = [len(prompt.token_ids) + self.sampling.max_new_tokens for prompt, _ in jobs]
         made: dict[int, TrainingRollout] = {}
         for rows, generations in self.budget.run(
             lengths,
-            lambda rows: generate(student, [jobs[r][0].token_ids for r in rows], [names[r] for r in rows], self.sampling),
+            lambda rows: generate(
+                student,
+                [jobs[r][0].token_ids for r in rows],
+                [names[r] for r in rows],
+                self.sampling,
+            ),
         ):
             for row, generation in zip(rows, generations, strict=True):
                 prompt = jobs[row][0]
@@ -147,7 +178,8 @@ class OnPolicyRollouts:
 
 @dataclass(frozen=True)
 class FixedRollouts:
-    """The rollouts of a run folder, the same ones epoch after epoch: off-policy from the second step on."""
+    """The rollouts of a run folder, the same ones epoch after epoch: off-policy from the second
+    step on."""
 
     by_prompt: Mapping[str, list[TrainingRollout]]
     prompts_per_step: int
@@ -189,7 +221,8 @@ def fixed_rollouts(
 ) -> FixedRollouts:
     """The rollouts of a run and one of its masks.
 
-    The mask is that of `masks/` where the run has it, else made from `tokens/` by the same function. `all` needs neither.
+    The mask is that of `masks/` where the run has it, else made from `tokens/` by the same
+    function. `all` needs neither.
 
     Raises:
         RunError: the run has no rollouts, or no tokens where a mask must be made.
@@ -199,20 +232,31 @@ def fixed_rollouts(
     ours = tokenizer_fingerprint(student.tokenizer)
     if foreign := table.filter(pl.col("tokenizer_fingerprint") != ours)["rollout_id"].to_list():
         raise VocabularyMismatchError(
-            f"rollout {foreign[0]!r} holds token ids of another tokenizer than that of {student.name}"
+            f"rollout {foreign[0]!r} holds token ids of another tokenizer than that of"
+            f" {student.name}"
         )
     by_prompt: dict[str, list[TrainingRollout]] = {}
     for row in table.iter_rows(named=True):
         if any(row["loss_mask"]):
             by_prompt.setdefault(row["prompt_id"], []).append(_rollout(row))
     if not by_prompt:
-        raise RunError(f"{run.path}: no rollout has a token that the student wrote; there is nothing to train on")
+        raise RunError(
+            f"{run.path}: no rollout has a token that the student wrote; there is nothing to"
+            " train on"
+        )
     every = [rollout for rollouts in by_prompt.values() for rollout in rollouts]
     if rule == "all":
         masks = {rollout.rollout_id: rollout.written for rollout in every}
     else:
-        key = {"rule": rule, "retention_ratio": retention_ratio, "selection_scope": selection_scope, "seed": mask_seed}
-        masks = _masks_by_rollout(_selected_positions(run, key, normalization_scope, divergence_clip), every)
+        key = {
+            "rule": rule,
+            "retention_ratio": retention_ratio,
+            "selection_scope": selection_scope,
+            "seed": mask_seed,
+        }
+        masks = _masks_by_rollout(
+            _selected_positions(run, key, normalization_scope, divergence_clip), every
+        )
     return FixedRollouts(by_prompt, prompts_per_step, seed, masks)
 
 
@@ -235,7 +279,11 @@ def _selected_positions(
 ) -> pl.DataFrame:
     """(rollout_id, position) of a mask: the stored one, else one made from the token table."""
     if run.has("masks"):
-        names = ["rule", "selection_scope", *(["seed"] if rule_of(key["rule"]).sampled else [])]  # others have one mask
+        names = [
+            "rule",
+            "selection_scope",
+            *(["seed"] if rule_of(key["rule"]).sampled else []),
+        ]  # others have one mask
         same = [pl.col(name).cast(pl.String) == str(key[name]) for name in names]
         close = (pl.col("retention_ratio") - key["retention_ratio"]).abs() < 1e-12
         stored = run.masks().filter(*same, close).select("rollout_id", "position").collect()
@@ -243,15 +291,23 @@ def _selected_positions(
             return stored
     if not run.has("tokens"):
         raise RunError(
-            f"{run.path} has neither the mask {json.dumps(dict(key))} nor a token table to make it from: "
-            f"`tip-analysis score {run.path} …` makes one"
+            f"{run.path} has neither the mask {json.dumps(dict(key))} nor a token table to make it"
+            f" from: `tip-analysis score {run.path} …` makes one"
         )
-    logger.info("%s holds no mask %s: it is made from the token table", run.path, json.dumps(dict(key)))
-    scored = add_scores(run.tokens(), normalization_scope=normalization_scope, divergence_clip=divergence_clip)
-    return select_tokens(scored, **key).filter("selected").select("rollout_id", "position").collect()
+    logger.info(
+        "%s holds no mask %s: it is made from the token table", run.path, json.dumps(dict(key))
+    )
+    scored = add_scores(
+        run.tokens(), normalization_scope=normalization_scope, divergence_clip=divergence_clip
+    )
+    return (
+        select_tokens(scored, **key).filter("selected").select("rollout_id", "position").collect()
+    )
 
 
-def _masks_by_rollout(positions: pl.DataFrame, rollouts: Sequence[TrainingRollout]) -> dict[str, np.ndarray]:
+def _masks_by_rollout(
+    positions: pl.DataFrame, rollouts: Sequence[TrainingRollout]
+) -> dict[str, np.ndarray]:
     lengths = {rollout.rollout_id: len(rollout.response) for rollout in rollouts}
     masks = {}
     for (rollout_id,), group in positions.group_by("rollout_id"):
@@ -262,7 +318,9 @@ def _masks_by_rollout(positions: pl.DataFrame, rollouts: Sequence[TrainingRollou
     return masks
 
 
-def check_trainable(student: LanguageModel, prompts: Sequence[TrainingPrompt], max_new_tokens: int) -> None:
+def check_trainable(
+    student: LanguageModel, prompts: Sequence[TrainingPrompt], max_new_tokens: int
+) -> None:
     """Refuse prompts that leave no room for a response.
 
     Raises:
@@ -272,6 +330,7 @@ def check_trainable(student: LanguageModel, prompts: Sequence[TrainingPrompt], m
     for prompt in prompts:
         if limit is not None and len(prompt.token_ids) + max_new_tokens > limit:
             raise ModelError(
-                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens and responses may have {max_new_tokens}, but the "
-                f"context of {student.name} ends at {limit}: lower max_new_tokens or shorten the prompts"
+                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens and responses may have"
+                f" {max_new_tokens}, but the context of {student.name} ends at {limit}: lower"
+                " max_new_tokens or shorten the prompts"
             )

@@ -1,4 +1,5 @@
-"""How far a student has moved from the author of its rollouts: what offline training must be read against."""
+"""How far a student has moved from the author of its rollouts: what offline training must be read
+against."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tip_analysis.divergence import negative_logprob, reverse_kl, rows_per_block
-from tip_analysis.models import LanguageModel
+from tip_analysis.logits.row_statistics import negative_logprob, reverse_kl, rows_per_block
+from tip_analysis.models.loading import LanguageModel
 from tip_analysis.training.data import TrainingRollout
 from tip_analysis.training.trainer import Trainer
 
@@ -17,14 +18,18 @@ class Drift:
     """The student now against the rollouts' author, on the author's rollouts."""
 
     reverse_kl: float
-    """Mean over rollouts of the mean over tokens of KL(student ‖ author), nats, over the full vocabulary."""
+    """Mean over rollouts of the mean over tokens of KL(student ‖ author), nats, over the full
+    vocabulary."""
     effective_sample_size: float | None
-    """(Σ w)² / (B Σ w²) with w = P_student(rollout) / P_author(rollout), in (0, 1]: share of the B rollouts that importance
-    weights would leave. From the author's own log-probabilities; None where these are not known."""
+    """(Σ w)² / (B Σ w²) with w = P_student(rollout) / P_author(rollout), in (0, 1]: share of the B
+    rollouts that importance weights would leave. From the author's own log-probabilities; None
+    where these are not known."""
 
 
 @torch.no_grad()
-def measure_drift(trainer: Trainer, author: LanguageModel, rollouts: Sequence[TrainingRollout]) -> Drift:
+def measure_drift(
+    trainer: Trainer, author: LanguageModel, rollouts: Sequence[TrainingRollout]
+) -> Drift:
     """Compare the student as it is with the model that wrote `rollouts`.
 
     Args:
@@ -36,20 +41,28 @@ def measure_drift(trainer: Trainer, author: LanguageModel, rollouts: Sequence[Tr
     with trainer.precision():
         student = trainer.hidden(trainer.student, rollouts, written)
         theirs = trainer.hidden(author, rollouts, written)
-        tokens = torch.from_numpy(np.concatenate([np.array(r.response)[r.written] for r in rollouts])).to(student.device)
+        tokens = torch.from_numpy(
+            np.concatenate([np.array(r.response)[r.written] for r in rollouts])
+        ).to(student.device)
         divergences, logprobs = [], []
         block = rows_per_block(trainer.vocab_size, device=student.device)
         for start in range(0, len(tokens), block):
             rows = slice(start, start + block)
             logits = trainer.student.head(student[rows])
-            divergences.append(reverse_kl(student=logits, teacher=author.head(theirs[rows]).to(logits.device)))
+            divergences.append(
+                reverse_kl(student=logits, teacher=author.head(theirs[rows]).to(logits.device))
+            )
             logprobs.append(-negative_logprob(logits, tokens[rows]))
     index = np.repeat(np.arange(len(rollouts)), [int(mask.sum()) for mask in written])
-    per_rollout = np.bincount(index, weights=torch.cat(divergences).double().cpu().numpy()) / np.bincount(index)
+    per_rollout = np.bincount(
+        index, weights=torch.cat(divergences).double().cpu().numpy()
+    ) / np.bincount(index)
     known = [rollout.logprobs for rollout in rollouts]
     if any(logprobs is None for logprobs in known):
         return Drift(float(per_rollout.mean()), None)
-    before = np.concatenate([np.array(values)[mask] for values, mask in zip(known, written, strict=True)])
+    before = np.concatenate(
+        [np.array(values)[mask] for values, mask in zip(known, written, strict=True)]
+    )
     log_weights = np.bincount(index, weights=torch.cat(logprobs).double().cpu().numpy() - before)
     return Drift(float(per_rollout.mean()), effective_sample_size(log_weights))
 

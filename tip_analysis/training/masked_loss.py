@@ -1,11 +1,14 @@
-"""The loss of masked distillation (Eq. 9): a weighted sum of divergences at selected positions, with few logits at a time.
+"""The loss of masked distillation (Eq. 9): a weighted sum of divergences at selected positions,
+with few logits at a time.
 
-Hidden states are gathered before the output head, so that logits exist for selected tokens only; head and loss then go in
-chunks, each of which leaves its gradient behind before the next one begins. Of logits and their gradients there is never
-more than one chunk, [chunk, V]: that is where the memory of Table 3 goes. The gradient of the head's weight adds up.
+Hidden states are gathered before the output head, so that logits exist for selected tokens only;
+head and loss then go in chunks, each of which leaves its gradient behind before the next one
+begins. Of logits and their gradients there is never more than one chunk, [chunk, V]: that is where
+the memory of Table 3 goes. The gradient of the head's weight adds up.
 
-Which tokens the sum is divided by (`loss_normalizer`) and how rollouts of unequal length are weighed (`loss_aggregation`)
-become one weight a token. Weights are set for the whole optimizer step at once, so gradient accumulation is exact.
+Which tokens the sum is divided by (`loss_normalizer`) and how rollouts of unequal length are
+weighed (`loss_aggregation`) become one weight a token. Weights are set for the whole optimizer step
+at once, so gradient accumulation is exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tip_analysis.divergence import LOSSES
-from tip_analysis.errors import OptionError
-from tip_analysis.models import OutputHead
-from tip_analysis.schema import Loss
+from tip_analysis.core.errors import OptionError
+from tip_analysis.core.schema import Loss
+from tip_analysis.logits.row_statistics import LOSSES
+from tip_analysis.models.loading import OutputHead
 
 LossNormalizer = Literal["selected", "all"]
-"""Whether the loss is divided by the number of selected tokens, or of all that the student wrote."""
+"""Whether the loss is divided by the number of selected tokens, or of all that the student
+wrote."""
 
 LossAggregation = Literal["rollout", "token"]
 """Mean of rollout means (Eq. 1), or mean over tokens, in which long rollouts weigh more."""
@@ -30,12 +34,16 @@ TRAINABLE_LOSSES = (Loss.REVERSE_KL, Loss.FORWARD_KL, Loss.JSD)
 
 
 def token_weights(
-    selected: np.ndarray, rollout_of_token: np.ndarray, *, loss_normalizer: str, loss_aggregation: str
+    selected: np.ndarray,
+    rollout_of_token: np.ndarray,
+    *,
+    loss_normalizer: str,
+    loss_aggregation: str,
 ) -> np.ndarray:
     """What each token's divergence is multiplied by, so that the plain sum is the loss.
 
-    With n_b tokens selected of the m_b that the student wrote in rollout b, and sums over the B rollouts with a
-    token in the denominator's set:
+    With n_b tokens selected of the m_b that the student wrote in rollout b, and sums over the B
+    rollouts with a token in the denominator's set:
 
     | normalizer | aggregation `rollout` | aggregation `token` |
     | ---------- | --------------------- | ------------------- |
@@ -49,7 +57,8 @@ def token_weights(
         loss_aggregation: `rollout` or `token`.
 
     Returns:
-        [N] float64, 0 where not selected; with `selected` they sum to 1, with `all` to the share that is selected.
+        [N] float64, 0 where not selected; with `selected` they sum to 1, with `all` to the share
+        that is selected.
     """
     if loss_normalizer not in ("selected", "all"):
         raise OptionError(f"loss_normalizer must be selected or all; found {loss_normalizer!r}")
@@ -76,10 +85,12 @@ def weighted_divergence(
     loss: Loss = Loss.REVERSE_KL,
     chunk_size: int = 512,
 ) -> Tensor:
-    """Σ_t w_t ℓ_t in nats, differentiable in the hidden states and in the trainable parameters of the student's head.
+    """Σ_t w_t ℓ_t in nats, differentiable in the hidden states and in the trainable parameters of
+    the student's head.
 
     Naive equivalent, with all logits at once:
-    `(weights * LOSSES[loss](student=student_head(hidden), teacher=teacher_head(teacher_hidden))).sum()`.
+    `(weights * LOSSES[loss](student=student_head(hidden),
+    teacher=teacher_head(teacher_hidden))).sum()`.
 
     Args:
         hidden: the student's last hidden states at the selected positions, [N, D].
@@ -92,10 +103,14 @@ def weighted_divergence(
         chunk_size: rows of logits at a time.
     """
     if loss not in TRAINABLE_LOSSES:
-        raise OptionError(f"the loss of a training must be one of {', '.join(TRAINABLE_LOSSES)}; found {loss!r}")
+        raise OptionError(
+            f"the loss of a training must be one of {', '.join(TRAINABLE_LOSSES)}; found {loss!r}"
+        )
     if chunk_size < 1:
         raise OptionError(f"chunk_size must be at least 1, found {chunk_size}")
-    parameters = [parameter for parameter in student_head.linear.parameters() if parameter.requires_grad]
+    parameters = [
+        parameter for parameter in student_head.linear.parameters() if parameter.requires_grad
+    ]
 
     def chunk_loss(rows: slice, states: Tensor) -> Tensor:
         student = student_head(states)[:, :vocab_size]
@@ -108,15 +123,24 @@ def weighted_divergence(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """A sum over chunks of rows whose gradients are taken chunk by chunk in the forward pass; the backward pass scales them."""
+    """A sum over chunks of rows whose gradients are taken chunk by chunk in the forward pass; the
+    backward pass scales them."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, chunk_loss: Callable[[slice, Tensor], Tensor], chunk_size: int, hidden: Tensor, *parameters: nn.Parameter
+        ctx: Any,
+        chunk_loss: Callable[[slice, Tensor], Tensor],
+        chunk_size: int,
+        hidden: Tensor,
+        *parameters: nn.Parameter,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        total = torch.zeros(
+            (), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+        )
         hidden_grad = torch.empty_like(hidden)
-        parameter_grads: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
+        parameter_grads: Sequence[Tensor] = [
+            torch.zeros_like(parameter) for parameter in parameters
+        ]
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             with torch.enable_grad():
@@ -136,7 +160,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """The gradient times a scalar; itself where that is 1, as it is when the loss itself is differentiated."""
+    """The gradient times a scalar; itself where that is 1, as it is when the loss itself is
+    differentiated."""
     return gradient if scale.item() == 1.0 else gradient * scale.to(gradient.dtype)
 
 

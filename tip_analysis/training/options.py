@@ -1,11 +1,12 @@
-"""Options of a training: how rollouts are made, which tokens carry loss, and how the optimizer goes. No torch here."""
+"""Options of a training: how rollouts are made, which tokens carry loss, and how the optimizer
+goes. No torch here."""
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tip_analysis.errors import OptionError
-from tip_analysis.schema import Loss
+from tip_analysis.core.errors import OptionError
+from tip_analysis.core.schema import Loss
 
 PRECISIONS = ("float32", "bfloat16", "float64")
 PIECES = ("micro_batch_size", "token_budget", "chunk_size", "gradient_checkpointing")
@@ -29,7 +30,8 @@ class TrainingOptions:
     loss: Loss = Loss.REVERSE_KL
     """Per-token loss: reverse_kl, forward_kl or jsd."""
     loss_normalizer: str = "selected"
-    """Tokens that the loss is divided by: selected, or all; this changes the effective learning rate between arms."""
+    """Tokens that the loss is divided by: selected, or all; this changes the effective learning
+    rate between arms."""
     loss_aggregation: str = "rollout"
     """Mean of rollout means, or mean over tokens (`token`), in which long rollouts weigh more."""
     num_steps: int = 100
@@ -49,9 +51,11 @@ class TrainingOptions:
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; none to leave them as they are."""
     seed: int = 0
-    """Seed of prompt order, sampling and selection: arms that share it see the same prompts and random numbers."""
+    """Seed of prompt order, sampling and selection: arms that share it see the same prompts and
+    random numbers."""
     rescore_every: int = 0
-    """Offline: make the masks anew with the student as it is, every so many steps; 0 keeps them as they were."""
+    """Offline: make the masks anew with the student as it is, every so many steps; 0 keeps them as
+    they were."""
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers but the head; 0 trains all weights."""
     lora_alpha: float = 32.0
@@ -59,7 +63,8 @@ class TrainingOptions:
     precision: str = "float32"
     """float32, or bfloat16 (autocast; trainable weights stay in float32); float64 for checks."""
     micro_batch_size: int | None = None
-    """Rollouts a backward pass; fewer take less memory and give the same numbers. By default all of a step at once."""
+    """Rollouts a backward pass; fewer take less memory and give the same numbers. By default all of
+    a step at once."""
     token_budget: int = 65_536
     """Tokens a forward pass, padding included."""
     chunk_size: int = 512
@@ -68,14 +73,34 @@ class TrainingOptions:
     """Compute activations again in the backward pass instead of keeping them."""
 
     def __post_init__(self) -> None:
-        _require(self.schedule in ("cosine", "constant"), f"schedule must be cosine or constant; found {self.schedule!r}")
-        _require(self.precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}; found {self.precision!r}")
-        _require(0 <= self.warmup_steps <= self.num_steps, f"warmup_steps must lie in [0, {self.num_steps}]")
-        _require(0.0 < self.retention_ratio <= 1.0, f"retention_ratio must lie in (0, 1]; found {self.retention_ratio}")
+        _require(
+            self.schedule in ("cosine", "constant"),
+            f"schedule must be cosine or constant; found {self.schedule!r}",
+        )
+        _require(
+            self.precision in PRECISIONS,
+            f"precision must be one of {', '.join(PRECISIONS)}; found {self.precision!r}",
+        )
+        _require(
+            0 <= self.warmup_steps <= self.num_steps,
+            f"warmup_steps must lie in [0, {self.num_steps}]",
+        )
+        _require(
+            0.0 < self.retention_ratio <= 1.0,
+            f"retention_ratio must lie in (0, 1]; found {self.retention_ratio}",
+        )
         for name in ("prompts_per_step", "rollouts_per_prompt", "token_budget", "chunk_size"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}")
-        _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size must be at least 1")
-        _require(self.num_steps >= 0 and self.lora_rank >= 0, "num_steps and lora_rank must not be negative")
+            _require(
+                getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}"
+            )
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            "micro_batch_size must be at least 1",
+        )
+        _require(
+            self.num_steps >= 0 and self.lora_rank >= 0,
+            "num_steps and lora_rank must not be negative",
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: all but how the work is cut into pieces."""
@@ -83,7 +108,8 @@ class TrainingOptions:
 
 
 def learning_rate_at(options: TrainingOptions, step: int) -> float:
-    """Learning rate of a step, from 0: linear warm-up to the peak, then constant or half a cosine down to 0."""
+    """Learning rate of a step, from 0: linear warm-up to the peak, then constant or half a cosine
+    down to 0."""
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     if options.schedule == "constant":

@@ -1,7 +1,9 @@
-"""Peak memory of a stretch of work: of the device on a GPU, of the process's resident set elsewhere.
+"""Peak memory of a stretch of work: of the device on a GPU, of the process's resident set
+elsewhere.
 
-The resident set's peak is that of the operating system, which Linux can begin anew (`/proc/self/clear_refs`), so that one
-process can measure one arm after another. Where it cannot, the peak is that of the process's whole life.
+The resident set's peak is that of the operating system, which Linux can begin anew
+(`/proc/self/clear_refs`), so that one process can measure one arm after another. Where it cannot,
+the peak is that of the process's whole life.
 """
 
 import resource
@@ -26,7 +28,8 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory since `reset_peak_memory`: allocated on the device, or resident in the process."""
+    """Largest memory since `reset_peak_memory`: allocated on the device, or resident in the
+    process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if (found := _from_status("VmHWM")) is not None:

@@ -1,4 +1,5 @@
-"""Students that can be trained: weights in their training precision, gradients on, LoRA adapters where asked for."""
+"""Students that can be trained: weights in their training precision, gradients on, LoRA adapters
+where asked for."""
 
 import copy
 from typing import Any
@@ -6,12 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tip_analysis.models import LanguageModel, OutputHead
+from tip_analysis.models.loading import LanguageModel, OutputHead
 from tip_analysis.training.options import TrainingOptions
 
 
-def prepare_student(model: LanguageModel, options: TrainingOptions, *, copy_weights: bool = True) -> LanguageModel:
-    """A student that can be trained: weights in their training precision, gradients on, LoRA adapters where asked for.
+def prepare_student(
+    model: LanguageModel, options: TrainingOptions, *, copy_weights: bool = True
+) -> LanguageModel:
+    """A student that can be trained: weights in their training precision, gradients on, LoRA
+    adapters where asked for.
 
     Args:
         model: as `load_model` gives it.
@@ -36,7 +40,8 @@ def prepare_student(model: LanguageModel, options: TrainingOptions, *, copy_weig
 
 
 def _with_adapters(network: Any, options: TrainingOptions, name: str) -> Any:
-    """LoRA adapters whose first weights belong to the seed; a network that has adapters already keeps and trains those."""
+    """LoRA adapters whose first weights belong to the seed; a network that has adapters already
+    keeps and trains those."""
     from peft import LoraConfig, PeftModel, get_peft_model  # slow to import, seldom needed
 
     if isinstance(network, PeftModel):

@@ -1,17 +1,22 @@
-"""Masked on-policy distillation: sample from the student, score, select, and descend on the divergence of what was selected.
+"""Masked on-policy distillation: sample from the student, score, select, and descend on the
+divergence of what was selected.
 
-One step (Section 7): the student as it is writes `prompts_per_step × rollouts_per_prompt` rollouts; both models' last hidden
-states at their tokens give the statistics that the rule reads; ρ of the tokens are selected; the loss is the mean divergence
-over these only (Eq. 9), whatever the ranking signal was. Offline, rollouts and masks are fixed and a step begins at the loss.
+One step (Section 7): the student as it is writes `prompts_per_step × rollouts_per_prompt` rollouts;
+both models' last hidden states at their tokens give the statistics that the rule reads; ρ of the
+tokens are selected; the loss is the mean divergence over these only (Eq. 9), whatever the ranking
+signal was. Offline, rollouts and masks are fixed and a step begins at the loss.
 
-Precision: trainable weights, their gradients and the optimizer's moments are float32. With `bfloat16`, forward passes run
-under autocast and frozen weights (the teacher, the base under LoRA) are bfloat16, so that an update far below a weight's
-bfloat16 spacing (the usual case at 1e-6) is not rounded away. Softmaxes and losses are in float32 in either case.
+Precision: trainable weights, their gradients and the optimizer's moments are float32. With
+`bfloat16`, forward passes run under autocast and frozen weights (the teacher, the base under LoRA)
+are bfloat16, so that an update far below a weight's bfloat16 spacing (the usual case at 1e-6) is
+not rounded away. Softmaxes and losses are in float32 in either case.
 
-Dropout is off: the distribution that is trained is the one that was scored. Nothing in a step draws from a generator with
-state, so a training that is resumed from a checkpoint ends with the weights of an uninterrupted one.
+Dropout is off: the distribution that is trained is the one that was scored. Nothing in a step draws
+from a generator with state, so a training that is resumed from a checkpoint ends with the weights
+of an uninterrupted one.
 
-Deviations from the paper: the cosine schedule ends at 0; weight decay is 0; neither is stated there.
+Deviations from the paper: the cosine schedule ends at 0; weight decay is 0; neither is stated
+there.
 """
 
 import logging
@@ -26,14 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tip_analysis.batching import pad_sequences, plan_batches
-from tip_analysis.errors import LogitsError, OptionError
-from tip_analysis.forward import predicting_positions
-from tip_analysis.models import LanguageModel, hidden_states, shared_vocabulary
+from tip_analysis.core.errors import LogitsError, OptionError
+from tip_analysis.models.batching import pad_sequences, plan_batches
+from tip_analysis.models.hidden_states import last_hidden_states, predicting_positions
+from tip_analysis.models.loading import LanguageModel, shared_vocabulary
 from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, TrainingRollout
 from tip_analysis.training.masked_loss import token_weights, weighted_divergence
 from tip_analysis.training.options import TrainingOptions, learning_rate_at
-from tip_analysis.training.selection import needed_statistics, select_step, step_statistics
+from tip_analysis.training.step_selection import needed_statistics, select_step, step_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,8 @@ class StepRecord:
 
     step: int
     loss: float
-    """Mean divergence over the selected tokens in nats (as normalised); 0 where nothing was selected."""
+    """Mean divergence over the selected tokens in nats (as normalised); 0 where nothing was
+    selected."""
     learning_rate: float
     grad_norm: float
     """Norm of the gradient before clipping."""
@@ -62,7 +68,8 @@ class StepRecord:
 
 
 class Trainer:
-    """One training: a student, its teacher, where its rollouts come from, and the steps done so far."""
+    """One training: a student, its teacher, where its rollouts come from, and the steps done so
+    far."""
 
     def __init__(
         self,
@@ -91,10 +98,16 @@ class Trainer:
         self.vocab_size = shared_vocabulary(student, teacher)
         self.step = 0
         self.history: list[StepRecord] = []
-        self.columns = needed_statistics(options.rule) if isinstance(source, OnPolicyRollouts) else frozenset()
-        self.parameters = {name: value for name, value in student.model.named_parameters() if value.requires_grad}
+        self.columns = (
+            needed_statistics(options.rule) if isinstance(source, OnPolicyRollouts) else frozenset()
+        )
+        self.parameters = {
+            name: value for name, value in student.model.named_parameters() if value.requires_grad
+        }
         if not self.parameters:
-            raise OptionError("the student has no trainable parameter: prepare it with prepare_student")
+            raise OptionError(
+                "the student has no trainable parameter: prepare it with prepare_student"
+            )
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=options.learning_rate,
@@ -121,17 +134,37 @@ class Trainer:
         """One optimizer step on given rollouts, each with a token that the student wrote."""
         options = self.options
         micro_batches = _micro_batches(rollouts, options.micro_batch_size)
-        kept = self._score(rollouts, micro_batches) if self.columns else _Scored({}, [None] * len(micro_batches))
+        kept = (
+            self._score(rollouts, micro_batches)
+            if self.columns
+            else _Scored({}, [None] * len(micro_batches))
+        )
         selected = self.select(rollouts, kept.statistics)
         learning_rate = learning_rate_at(options, self.step)
-        record = StepRecord(self.step, 0.0, learning_rate, 0.0, len(rollouts), len(selected), int(selected.sum()), False, 0.0)
+        record = StepRecord(
+            self.step,
+            0.0,
+            learning_rate,
+            0.0,
+            len(rollouts),
+            len(selected),
+            int(selected.sum()),
+            False,
+            0.0,
+        )
         if not selected.any():
-            logger.warning("step %d: no token is selected, so nothing is trained and the weights stay as they are", self.step)
+            logger.warning(
+                "step %d: no token is selected, so nothing is trained and the weights stay as"
+                " they are",
+                self.step,
+            )
             return record
         weights = _per_rollout(
             token_weights(
                 selected,
-                np.repeat(np.arange(len(rollouts)), [int(rollout.written.sum()) for rollout in rollouts]),
+                np.repeat(
+                    np.arange(len(rollouts)), [int(rollout.written.sum()) for rollout in rollouts]
+                ),
                 loss_normalizer=options.loss_normalizer,
                 loss_aggregation=options.loss_aggregation,
             ),
@@ -143,20 +176,30 @@ class Trainer:
             for batch, states in zip(micro_batches, kept.states, strict=True)
         )
         if not math.isfinite(loss):
-            raise LogitsError(f"the loss of step {self.step} is {loss}: training has diverged, or a model masks tokens by -inf")
+            raise LogitsError(
+                f"the loss of step {self.step} is {loss}: training has diverged, or a model masks"
+                " tokens by -inf"
+            )
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         return replace(record, loss=loss, grad_norm=float(norm), updated=True)
 
-    def select(self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]) -> np.ndarray:
-        """[N] bool over the tokens that the student wrote: by the rule, or as the fixed masks say."""
+    def select(
+        self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        """[N] bool over the tokens that the student wrote: by the rule, or as the fixed masks
+        say."""
         if isinstance(self.source, FixedRollouts):
-            return np.concatenate([self.source.mask(r)[r.written] for r in rollouts] or [np.zeros(0, dtype=bool)])
+            return np.concatenate(
+                [self.source.mask(r)[r.written] for r in rollouts] or [np.zeros(0, dtype=bool)]
+            )
         return self._by_rule(rollouts, statistics)
 
-    def _by_rule(self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]) -> np.ndarray:
+    def _by_rule(
+        self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]
+    ) -> np.ndarray:
         options = self.options
         return select_step(
             rollouts,
@@ -170,28 +213,39 @@ class Trainer:
             seed=options.seed,
         )
 
-    def _score(self, rollouts: Sequence[TrainingRollout], micro_batches: list[list[int]]) -> "_Scored":
+    def _score(
+        self, rollouts: Sequence[TrainingRollout], micro_batches: list[list[int]]
+    ) -> "_Scored":
         """Statistics of every written token, and the hidden states that the loss can use again.
 
-        The teacher's are kept, on the host where there are several micro-batches; the student's, with their graph, where there
-        is one.
+        The teacher's are kept, on the host where there are several micro-batches; the student's,
+        with their graph, where there is one.
         """
         single = len(micro_batches) == 1
         kept = _Scored({}, [])
         parts: dict[str, list[np.ndarray]] = {}
         for batch in micro_batches:
-            statistics, student, teacher = self._statistics([rollouts[i] for i in batch], self.columns, keep_graph=single)
+            statistics, student, teacher = self._statistics(
+                [rollouts[i] for i in batch], self.columns, keep_graph=single
+            )
             kept.states.append((student if single else None, teacher if single else teacher.cpu()))
             for name, values in statistics.items():
                 parts.setdefault(name, []).append(values)
         order = _token_order(rollouts, micro_batches)
-        kept.statistics.update({name: np.concatenate(values)[order] for name, values in parts.items()})
+        kept.statistics.update(
+            {name: np.concatenate(values)[order] for name, values in parts.items()}
+        )
         return kept
 
     def _statistics(
-        self, rollouts: Sequence[TrainingRollout], columns: frozenset[str], *, keep_graph: bool = False
+        self,
+        rollouts: Sequence[TrainingRollout],
+        columns: frozenset[str],
+        *,
+        keep_graph: bool = False,
     ) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
-        """Statistics of the written tokens of some rollouts, and both models' hidden states that they come from."""
+        """Statistics of the written tokens of some rollouts, and both models' hidden states that
+        they come from."""
         written = [rollout.written for rollout in rollouts]
         with self.precision():
             with torch.set_grad_enabled(keep_graph):
@@ -209,13 +263,18 @@ class Trainer:
         return statistics, student, teacher
 
     def _backward(
-        self, rollouts: list[TrainingRollout], weights: list[np.ndarray], states: "tuple[Tensor | None, Tensor] | None"
+        self,
+        rollouts: list[TrainingRollout],
+        weights: list[np.ndarray],
+        states: "tuple[Tensor | None, Tensor] | None",
     ) -> float:
         """Add the gradient of one micro-batch's share of the loss; returns that share."""
         carried = [weight != 0.0 for weight in weights]
         if not any(mask.any() for mask in carried):
             return 0.0
-        chosen = [_scatter(rollout.written, mask) for rollout, mask in zip(rollouts, carried, strict=True)]
+        chosen = [
+            _scatter(rollout.written, mask) for rollout, mask in zip(rollouts, carried, strict=True)
+        ]
         rows = torch.from_numpy(np.flatnonzero(np.concatenate(carried)))
         student, teacher = states or (None, None)
         with self.precision():
@@ -244,9 +303,15 @@ class Trainer:
         return float(loss.detach())
 
     def hidden(
-        self, model: LanguageModel, rollouts: Sequence[TrainingRollout], chosen: Sequence[np.ndarray], *, teacher: bool = False
+        self,
+        model: LanguageModel,
+        rollouts: Sequence[TrainingRollout],
+        chosen: Sequence[np.ndarray],
+        *,
+        teacher: bool = False,
     ) -> Tensor:
-        """Last hidden states that predict the chosen response tokens, [N, D], in the order of rollouts and positions.
+        """Last hidden states that predict the chosen response tokens, [N, D], in the order of
+        rollouts and positions.
 
         Args:
             model: student or teacher.
@@ -255,20 +320,35 @@ class Trainer:
             teacher: whether the teacher's prompts are shown.
         """
         prompts = [r.teacher_prompt if teacher else r.prompt for r in rollouts]
-        lengths = [len(prompt) + len(r.response) - 1 for prompt, r in zip(prompts, rollouts, strict=True)]
-        checkpointed = self.options.gradient_checkpointing and torch.is_grad_enabled() and not teacher
+        lengths = [
+            len(prompt) + len(r.response) - 1 for prompt, r in zip(prompts, rollouts, strict=True)
+        ]
+        checkpointed = (
+            self.options.gradient_checkpointing and torch.is_grad_enabled() and not teacher
+        )
         if checkpointed:
             model.model.train()  # transformers checkpoints in training mode only; dropout is off
         parts, order = [], []
         for batch in plan_batches(lengths, self.options.token_budget):
-            padded = pad_sequences([[*prompts[i], *rollouts[i].response[:-1]] for i in batch], device=model.device)
-            states = hidden_states(model.model, padded.input_ids, padded.attention_mask, padded.position_ids)
+            padded = pad_sequences(
+                [[*prompts[i], *rollouts[i].response[:-1]] for i in batch], device=model.device
+            )
+            states = last_hidden_states(
+                model.model, padded.input_ids, padded.attention_mask, padded.position_ids
+            )
             width = padded.input_ids.shape[1]
             rows = []
             for row, i in enumerate(batch):
-                first = row * width + predicting_positions(len(prompts[i]), len(rollouts[i].response)).start
+                first = (
+                    row * width
+                    + predicting_positions(len(prompts[i]), len(rollouts[i].response)).start
+                )
                 rows.append(first + np.flatnonzero(chosen[i]))
-            parts.append(states.flatten(0, 1).index_select(0, torch.from_numpy(np.concatenate(rows)).to(states.device)))
+            parts.append(
+                states.flatten(0, 1).index_select(
+                    0, torch.from_numpy(np.concatenate(rows)).to(states.device)
+                )
+            )
             order += batch
         if checkpointed:
             model.model.eval()
@@ -276,7 +356,9 @@ class Trainer:
         if order == sorted(order):
             return states
         counts = [int(mask.sum()) for mask in chosen]
-        return states.index_select(0, torch.from_numpy(_restoring_order(order, counts)).to(states.device))
+        return states.index_select(
+            0, torch.from_numpy(_restoring_order(order, counts)).to(states.device)
+        )
 
     def precision(self) -> Any:
         """The context in which models run: autocast with `bfloat16`, none otherwise."""
@@ -291,21 +373,33 @@ class Trainer:
             OptionError: rollouts are not fixed.
         """
         if not isinstance(self.source, FixedRollouts):
-            raise OptionError("only fixed rollouts are scored again; on-policy rollouts are scored at every step")
+            raise OptionError(
+                "only fixed rollouts are scored again; on-policy rollouts are scored at every step"
+            )
         rollouts = self.source.all_rollouts()
         columns = needed_statistics(self.options.rule)
         parts: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(rollouts) if columns else 0, RESCORED_TOGETHER):
-            for name, values in self._statistics(rollouts[start : start + RESCORED_TOGETHER], columns)[0].items():
+            for name, values in self._statistics(
+                rollouts[start : start + RESCORED_TOGETHER], columns
+            )[0].items():
                 parts.setdefault(name, []).append(values)
-        selected = self._by_rule(rollouts, {name: np.concatenate(values) for name, values in parts.items()})
-        masks = [_scatter(r.written, mask) for r, mask in zip(rollouts, _per_rollout(selected, rollouts), strict=True)]
-        self.source = replace(self.source, masks={r.rollout_id: mask for r, mask in zip(rollouts, masks, strict=True)})
+        selected = self._by_rule(
+            rollouts, {name: np.concatenate(values) for name, values in parts.items()}
+        )
+        masks = [
+            _scatter(r.written, mask)
+            for r, mask in zip(rollouts, _per_rollout(selected, rollouts), strict=True)
+        ]
+        self.source = replace(
+            self.source, masks={r.rollout_id: mask for r, mask in zip(rollouts, masks, strict=True)}
+        )
 
 
 @dataclass
 class _Scored:
-    """Statistics of a step's written tokens, and for each micro-batch the (student, teacher) hidden states that were kept."""
+    """Statistics of a step's written tokens, and for each micro-batch the (student, teacher) hidden
+    states that were kept."""
 
     statistics: dict[str, np.ndarray]
     states: "list[tuple[Tensor | None, Tensor] | None]"
@@ -315,7 +409,10 @@ def _micro_batches(rollouts: Sequence[TrainingRollout], size: int | None) -> lis
     """Indices of the rollouts of each backward pass, those of like length together."""
     if size is None or size >= len(rollouts):
         return [list(range(len(rollouts)))] if rollouts else []
-    order = sorted(range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt) - len(rollouts[i].response), i))
+    order = sorted(
+        range(len(rollouts)),
+        key=lambda i: (-len(rollouts[i].prompt) - len(rollouts[i].response), i),
+    )
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -325,7 +422,8 @@ def _token_order(rollouts: Sequence[TrainingRollout], micro_batches: list[list[i
 
 
 def _restoring_order(order: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """For groups of `counts[i]` rows that lie in the order `order`: the index that puts them in the order 0, 1, 2 …"""
+    """For groups of `counts[i]` rows that lie in the order `order`: the index that puts them in the
+    order 0, 1, 2 …"""
     starts, total = {}, 0
     for i in order:
         starts[i] = total
@@ -346,6 +444,7 @@ def _scatter(written: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def trained(trainer: Trainer, until: int | None = None) -> Iterator[StepRecord]:
-    """Train up to `until` steps in all (by default the options' number), yielding each step's record."""
+    """Train up to `until` steps in all (by default the options' number), yielding each step's
+    record."""
     while trainer.step < (trainer.options.num_steps if until is None else until):
         yield trainer.train_step()

@@ -1,0 +1,104 @@
+import polars as pl
+import pytest
+
+from tip_analysis.analysis.arms import (
+    PAPER_ARMS,
+    Arm,
+    arm_results,
+    arms_of,
+    parse_arms,
+    problem_rows,
+)
+from tip_analysis.core.errors import OptionError, UnknownNameError
+
+
+def test_rules_times_ratios_with_own_ratios_and_all_once():
+    arms = parse_arms(["all", "entropy", "q3:0.2", "soft_or:0.5:0.1", "all", "entropy"], [0.5, 0.1])
+    assert arms == [
+        Arm("all"),
+        Arm("entropy", 0.5),
+        Arm("entropy", 0.1),
+        Arm("q3", 0.2),
+        Arm("soft_or", 0.5),
+        Arm("soft_or", 0.1),
+    ]
+    assert [str(arm) for arm in arms[:2]] == ["all", "entropy 0.5"]
+    assert len(parse_arms(PAPER_ARMS, [])) == 11
+
+
+def test_arms_that_make_no_sense_are_refused():
+    with pytest.raises(UnknownNameError, match="soft_or"):
+        parse_arms(["softor"], [0.5])
+    with pytest.raises(OptionError, match="needs a retention ratio"):
+        parse_arms(["entropy"], [])
+    with pytest.raises(OptionError, match=r"\(0, 1\]"):
+        parse_arms(["entropy:1.5"], [])
+    with pytest.raises(OptionError, match="expected retention ratios"):
+        parse_arms(["entropy:half"], [])
+    with pytest.raises(OptionError, match="at least one rule"):
+        parse_arms([], [0.5])
+
+
+def rows():
+    def row(rule, ratio, seed, step, accuracy, **extra):
+        return {
+            "rule": rule,
+            "retention_ratio": ratio,
+            "mode": "on_policy",
+            "seed": seed,
+            "step": step,
+            "accuracy": accuracy,
+            "accuracy_se": 0.03 if seed else 0.04,
+            "best_at_k": 1.0,
+            "heldout_reverse_kl": 0.1 * (1 + seed),
+            "tokens_trained": 10,
+            "tokens_seen": 40,
+            "train_loss": 0.5,
+            "step_time_s": 1.0,
+            "peak_memory_bytes": 100 + seed,
+            "problem_ids": ["p", "q"],
+            "problem_accuracy": [accuracy, 0.0],
+            "problem_best": [1.0, 0.0],
+        } | extra
+
+    return pl.DataFrame(
+        [
+            row("q3", 0.1, 0, 5, 0.1),
+            row("q3", 0.1, 0, 10, 0.6),
+            row("q3", 0.1, 1, 10, 0.8),
+            row("all", 1.0, 0, 10, 0.9),
+            row(
+                "untrained",
+                1.0,
+                0,
+                0,
+                0.95,
+                tokens_trained=0,
+                tokens_seen=0,
+                train_loss=None,
+                step_time_s=None,
+            ),
+        ]
+    )
+
+
+def test_results_by_hand():
+    table = arm_results(rows())
+    assert table["rule"].to_list() == ["untrained", "all", "q3"]
+    q3 = table.row(2, named=True)
+    assert q3["accuracy"] == pytest.approx(0.7)
+    assert q3["accuracy_std"] == pytest.approx(0.2 / 2**0.5)
+    assert q3["accuracy_se"] == pytest.approx((0.0025 / 2) ** 0.5)
+    assert (q3["num_seeds"], q3["step"], q3["token_share"]) == (2, 10, 0.25)
+    assert q3["heldout_reverse_kl"] == pytest.approx(0.15)
+    assert q3["peak_memory_bytes"] == 101
+    assert table.row(1, named=True)["accuracy_std"] is None
+    assert table.row(0, named=True)["token_share"] is None
+    assert arm_results(rows(), step=5)["accuracy"].to_list() == [0.1]
+
+
+def test_problem_rows_and_arms():
+    found = problem_rows(rows())
+    assert found.height == 10
+    assert found.filter(rule="q3", seed=1)["mean_reward"].to_list() == [0.8, 0.0]
+    assert set(arms_of(rows())) == {Arm("q3", 0.1), Arm("all")}

@@ -1,0 +1,109 @@
+import numpy as np
+import polars as pl
+import pytest
+from tiny_models import tiny_language_model
+
+from tip_analysis.analysis.accuracy import compare_models
+from tip_analysis.core.errors import ContextLengthError, OptionError, PromptFileError
+from tip_analysis.core.run_folder import create_run
+from tip_analysis.core.schema import EvaluationTable, validate
+from tip_analysis.demo.arithmetic.language import extract_answer, problems
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.rollouts.prompts import Prompt
+from tip_analysis.rollouts.sampling import Sampling
+from tip_analysis.training.evaluation import (
+    encode_problems,
+    evaluate_model,
+    evaluation_rows,
+    sample_problems,
+)
+
+PROMPTS = [Prompt(row["id"], problem=row["problem"], answer=row["answer"]) for row in problems(5)]
+SAMPLING = Sampling(max_new_tokens=12, seed=3)
+
+
+def model(seed=0):
+    return tiny_language_model(seed=seed, sharpness=8.0, name=f"tiny-{seed}")
+
+
+def length_parity(response, answer):
+    """A grader of one's own: whether the response has an even number of characters."""
+    return len(response) % 2 == 0
+
+
+def samples_of(budget=10_000, count=3, grader=f"{__name__}:length_parity"):
+    student = model()
+    return sample_problems(
+        student,
+        encode_problems(student, PROMPTS),
+        num_samples=count,
+        sampling=SAMPLING,
+        grader=grader,
+        budget=TokenBudget(budget),
+    )
+
+
+def test_samples_do_not_depend_on_batches_or_on_how_many_there_are():
+    one, other, more = samples_of(), samples_of(budget=1), samples_of(count=5)
+    assert [g.token_ids for g in one.generations] == [g.token_ids for g in other.generations]
+    assert [g.token_ids for g in one.generations[:3]] == [g.token_ids for g in more.generations[:3]]
+    np.testing.assert_array_equal(one.rewards, more.rewards[:, :3])
+    assert one.rewards.shape == (5, 3)
+    assert len({tuple(g.token_ids) for g in one.generations}) > 5
+
+
+def test_rewards_are_the_graders(tmp_path):
+    samples = samples_of(grader="exact")
+    rows = validate(evaluation_rows(samples, model="m", seed=3), EvaluationTable)
+    answers = {prompt.id: prompt.answer for prompt in PROMPTS}
+    expected = [
+        float(extract_answer(row["response_text"]) == answers[row["problem_id"]])
+        for row in rows.iter_rows(named=True)
+    ]
+    assert rows["reward"].to_list() == expected
+    assert rows["num_tokens"].to_list() == [len(g.token_ids) for g in samples.generations]
+
+
+def test_the_stage_adds_models_and_goes_on_where_it_was_left(tmp_path, monkeypatch):
+    from tip_analysis.training import evaluation
+
+    monkeypatch.setattr(evaluation, "PROBLEMS_PER_SHARD", 2)
+    run = create_run(tmp_path / "run")
+    options = {
+        "prompts": PROMPTS,
+        "num_samples": 4,
+        "sampling": SAMPLING,
+        "grader": f"{__name__}:length_parity",
+    }
+    summary = evaluate_model(run, model=model(0), **options)
+    table = run.evaluations().collect()
+    assert table.height == 20
+    assert summary["accuracy"] == pytest.approx(table["reward"].mean())
+    assert summary["num_problems"] == 5
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "run" / "evaluations").iterdir()}
+    lost = sorted(whole)[1]
+    (tmp_path / "run" / "evaluations" / lost).unlink()
+    evaluate_model(run, model=model(0), **options)
+    again = {path.name: path.read_bytes() for path in (tmp_path / "run" / "evaluations").iterdir()}
+    assert again == whole
+    evaluate_model(run, model=model(1), **options)
+    both = run.evaluations().collect()
+    assert both.height == 40
+    assert compare_models(both, model="tiny-0", baseline="tiny-1").num_problems == 5
+
+
+def test_what_cannot_be_evaluated_is_refused(tmp_path):
+    student = model()
+    with pytest.raises(PromptFileError, match="no answer"):
+        encode_problems(student, [Prompt("a", problem="12+34+56=")])
+    with pytest.raises(PromptFileError, match="no verdict"):
+        samples_of(grader="none")
+    with pytest.raises(OptionError, match="num-samples"):
+        samples_of(count=0)
+    with pytest.raises(ContextLengthError):
+        evaluate_model(create_run(tmp_path / "run"), model=student, prompts=PROMPTS, grader="exact")
+
+
+def test_a_hand_made_table_is_read_like_the_stages_own():
+    rows = evaluation_rows(samples_of(), model="m", seed=3)
+    assert rows.group_by("problem_id").agg(pl.len())["len"].to_list() == [3] * 5

@@ -1,0 +1,242 @@
+"""The quadrants Q1–Q4 that two cuts make (Table 1): which token lies in which, how many do, and how
+that moves with the cuts.
+
+Reads the token table; writes nothing. The cuts themselves, and how each is measured:
+`tip_analysis.analysis.cuts`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from tip_analysis.analysis.cuts import (
+    PAPER_RANGES,
+    Axis,
+    Cuts,
+    Floats,
+    measure_cut,
+    parse_cut,
+    resolve_cuts,
+)
+from tip_analysis.core.errors import OptionError, SchemaError
+from tip_analysis.core.schema import Quadrant, require_columns
+
+CONFIDENT_TOP1 = 0.95
+"""A token whose likeliest continuation has more than this is not uncertain by any reading."""
+
+
+@dataclass(frozen=True)
+class CutWarning:
+    """An entropy cut that calls tokens uncertain whose top-1 probability is above
+    `CONFIDENT_TOP1`."""
+
+    num_tokens: int
+    """Such tokens."""
+    share_of_uncertain: float
+    """Among all tokens above the entropy cut."""
+    entropy_cut: str
+    message: str
+
+
+def assign_quadrants(
+    tokens: pl.LazyFrame | pl.DataFrame,
+    *,
+    entropy_cut: str | float = "median",
+    divergence_cut: str | float = "mean",
+    cut_scope: str = "run",
+    cuts: Cuts | None = None,
+) -> pl.LazyFrame:
+    """Add `quadrant`: Q1 high entropy and high divergence, Q2 high and low, Q3 low and high, Q4 low
+    and low.
+
+    High is strictly above the cut. The cuts are measured when this is called (`resolve_cuts`
+    explains the options), or given as `cuts`; what is returned is lazy.
+
+    Returns:
+        The rows in their order with `quadrant` (Enum of `Quadrant`); null where `loss_mask` is
+        false.
+
+    Raises:
+        OptionError: a cut or the scope is none of the valid forms.
+        SchemaError: a column is missing.
+    """
+    tokens = tokens.lazy()
+    if cuts is None:
+        cuts = resolve_cuts(
+            tokens, entropy_cut=entropy_cut, divergence_cut=divergence_cut, cut_scope=cut_scope
+        )
+    return tokens.with_columns(pl.when("loss_mask").then(cuts.quadrant()).alias("quadrant"))
+
+
+def quadrant_shares(quadrants: pl.LazyFrame | pl.DataFrame) -> pl.DataFrame:
+    """How many tokens each quadrant has: one row per quadrant, empty ones included.
+
+    Returns:
+        quadrant, num_tokens, num_rollouts, num_prompts (with at least one such token), share (of
+        all tokens that the student wrote, in [0, 1]; null where there is none).
+    """
+    quadrants = quadrants.lazy()
+    require_columns(quadrants, ["quadrant", "rollout_id", "prompt_id"], "quadrant_shares")
+    counted = (
+        quadrants.filter(pl.col("quadrant").is_not_null())
+        .group_by("quadrant")
+        .agg(
+            pl.len().cast(pl.Int64).alias("num_tokens"),
+            pl.col("rollout_id").n_unique().cast(pl.Int64).alias("num_rollouts"),
+            pl.col("prompt_id").n_unique().cast(pl.Int64).alias("num_prompts"),
+        )
+        .collect(engine="streaming")
+    )
+    every = pl.DataFrame({"quadrant": list(Quadrant)}, schema={"quadrant": pl.Enum(Quadrant)})
+    filled = every.join(counted, on="quadrant", how="left", maintain_order="left").with_columns(
+        pl.col("num_tokens", "num_rollouts", "num_prompts").fill_null(0)
+    )
+    total = int(filled["num_tokens"].sum())
+    share = pl.col("num_tokens") / total if total else pl.lit(None, pl.Float64)
+    return filled.with_columns(share.alias("share"))
+
+
+def warn_about_cuts(tokens: pl.LazyFrame | pl.DataFrame, cuts: Cuts) -> CutWarning | None:
+    """A record of the tokens that the entropy cut calls uncertain though their top-1 probability is
+    above 0.95, or None.
+
+    A quantile is about ranks, not confidence: where most tokens are nearly certain, so are many of
+    the upper half.
+    """
+    tokens = tokens.lazy()
+    require_columns(
+        tokens, ["loss_mask", "student_entropy", "student_top1_prob"], "warn_about_cuts"
+    )
+    confident = pl.col("student_top1_prob") > CONFIDENT_TOP1
+    counted = (
+        tokens.filter("loss_mask", cuts.entropy.is_high())
+        .select(pl.len().alias("uncertain"), confident.sum().alias("confident"))
+        .collect(engine="streaming")
+    )
+    num_uncertain, num_confident = int(counted["uncertain"][0]), int(counted["confident"][0])
+    if num_confident == 0:
+        return None
+    share = num_confident / num_uncertain
+    named = (
+        cuts.entropy.spec
+        if cuts.entropy.value is None
+        else f"{cuts.entropy.spec} ({cuts.entropy.value:.4g} nats)"
+    )
+    return CutWarning(
+        num_confident,
+        share,
+        cuts.entropy.spec,
+        f"the entropy cut {named} calls {num_confident} tokens uncertain ({share:.1%} of those"
+        f" above it) whose most likely token has a probability above {CONFIDENT_TOP1}: a cut in"
+        " nats, or `otsu`, separates by confidence and not by rank",
+    )
+
+
+DEFAULT_GRID = tuple(f"q{step / 20:g}" for step in range(1, 20))
+"""Quantiles 0.05, 0.10 … 0.95."""
+
+
+def cut_sensitivity(
+    tokens: pl.LazyFrame | pl.DataFrame,
+    *,
+    entropy_cuts: Sequence[str | float] = DEFAULT_GRID,
+    divergence_cuts: Sequence[str | float] = DEFAULT_GRID,
+) -> pl.DataFrame:
+    """How the shares move with both cuts (scope `run`), and where the paper's ranges hold.
+
+    Returns:
+        One row per pair: entropy_spec, divergence_spec (as asked for), entropy_cut, divergence_cut
+        (nats), Q1 … Q4 (shares in [0, 1]), num_tokens, q4_in_range, q1_q2_in_range, q3_in_range,
+        in_paper_ranges (all three).
+
+    Raises:
+        OptionError: a cut has no valid form, or is `paper`, which is about both axes at once.
+        SchemaError: a column is missing, or no token has statistics.
+    """
+    tokens = tokens.lazy()
+    require_columns(tokens, ["loss_mask", "student_entropy", "reverse_kl"], "cut_sensitivity")
+    frame = (
+        tokens.filter("loss_mask")
+        .select("student_entropy", "reverse_kl")
+        .drop_nulls()
+        .collect(engine="streaming")
+    )
+    if frame.height == 0:
+        raise SchemaError(
+            "cut_sensitivity needs at least one token that the student wrote; the table has none"
+        )
+    entropy = frame["student_entropy"].cast(pl.Float64).to_numpy()
+    divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
+    entropy_axis = _measured_grid(entropy, entropy_cuts, "entropy")
+    divergence_axis = _measured_grid(divergence, divergence_cuts, "divergence")
+    above = _counts_above(
+        entropy, divergence, [cut for _, cut in entropy_axis], [cut for _, cut in divergence_axis]
+    )
+    rows = []
+    for i, (entropy_spec, entropy_value) in enumerate(entropy_axis):
+        for j, (divergence_spec, divergence_value) in enumerate(divergence_axis):
+            rows.append(
+                (entropy_spec, divergence_spec, entropy_value, divergence_value, *above[:, i, j])
+            )
+    names = ["entropy_spec", "divergence_spec", "entropy_cut", "divergence_cut", *Quadrant]
+    table = pl.DataFrame(rows, schema=names, orient="row")
+    uncertain = pl.col("Q1") + pl.col("Q2")
+    return table.with_columns(
+        pl.lit(frame.height).alias("num_tokens"),
+        _in_range(pl.col("Q4"), "Q4").alias("q4_in_range"),
+        _in_range(uncertain, "Q1+Q2").alias("q1_q2_in_range"),
+        _in_range(pl.col("Q3"), "Q3").alias("q3_in_range"),
+    ).with_columns(
+        pl.all_horizontal("q4_in_range", "q1_q2_in_range", "q3_in_range").alias("in_paper_ranges")
+    )
+
+
+def _in_range(share: pl.Expr, name: str) -> pl.Expr:
+    low, high = PAPER_RANGES[name]
+    return share.is_between(low - 1e-12, high + 1e-12)
+
+
+def _measured_grid(
+    values: Floats, cuts: Sequence[str | float], axis: Axis
+) -> list[tuple[str, float]]:
+    specs = [parse_cut(cut, axis) for cut in cuts]
+    if any(spec.kind == "paper" for spec in specs):
+        raise OptionError("`paper` is about both axes at once and cannot be one point of a grid")
+    ordered = np.sort(values)
+    measured = ((str(spec), measure_cut(ordered, spec)) for spec in specs)
+    return [(name, math.inf if cut is None else cut) for name, cut in measured]
+
+
+def _counts_above(
+    entropy: Floats, divergence: Floats, entropy_cuts: list[float], divergence_cuts: list[float]
+) -> np.ndarray:
+    """[4, E, D] shares of Q1 … Q4 for every pair of cuts, from one joint histogram over the cells
+    between cuts."""
+    rows, columns = np.unique(entropy_cuts), np.unique(divergence_cuts)
+    finite_columns = columns[np.isfinite(columns)]
+    cell = np.searchsorted(rows, entropy, side="left") * (columns.size + 1)
+    cell += np.where(
+        np.isinf(divergence), columns.size, np.searchsorted(finite_columns, divergence, side="left")
+    )
+    counts = np.bincount(cell, minlength=(rows.size + 1) * (columns.size + 1)).reshape(
+        rows.size + 1, columns.size + 1
+    )
+    above = counts[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
+    i = np.searchsorted(rows, entropy_cuts) + 1
+    j = np.searchsorted(columns, divergence_cuts) + 1
+    both, high_entropy, high_divergence = (
+        above[np.ix_(i, j)],
+        above[i, 0][:, None],
+        above[0, j][None, :],
+    )
+    total = entropy.size
+    parts = [
+        both,
+        high_entropy - both,
+        high_divergence - both,
+        total - high_entropy - high_divergence + both,
+    ]
+    return np.stack(np.broadcast_arrays(*parts)) / total

@@ -1,0 +1,350 @@
+"""One run, read for the report: its tables with scores and quadrants, its cuts, counts, texts and
+warnings.
+
+Reads a run folder (`artifacts.open_run`) and `vocabulary.parquet` in it (token_id, token) for the
+texts of tokens that were likely but not sampled; where that file is missing, texts come from the
+sampled tokens, and other ids show as `#123`. Tables stay lazy: only aggregates, and the rows that
+are shown, are collected.
+
+The prompt bootstrap of `statistics` costs time in proportion to tokens × resamples. Beyond
+`ReportOptions.resampled_tokens` a random sample of p of the P prompts is resampled instead, and
+half-widths are scaled by √(p/P), since the width of an interval shrinks with the square root of the
+number of prompts (the m-out-of-n bootstrap). Values are those of the whole run.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from tip_analysis.analysis.cuts import Cuts, resolve_cuts
+from tip_analysis.analysis.quadrant_tables import quadrant_statistics
+from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
+from tip_analysis.analysis.scores import Normalization, add_scores, resolve_normalization
+from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.run_folder import Run, open_run
+
+Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]
+"""(tokens, number of resamples) -> a result table."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How scores and quadrants are made, and how much is shown."""
+
+    entropy_cut: str = "median"
+    divergence_cut: str = "mean"
+    normalization_scope: str = "run"
+    divergence_clip: float | None = None
+    cut_scope: str = "run"
+    num_strong: int = 6
+    """Tokens in each list of the strongest."""
+    browser_tokens: int = 12_000
+    """Tokens in the browser, over all runs."""
+    num_resamples: int = 300
+    """Resamples of prompts behind each interval."""
+    resampled_tokens: int = 60_000
+    """Tokens that intervals are resampled from; a longer run lends a sample of its prompts, and
+    intervals are scaled."""
+
+    def arguments(self) -> str:
+        """The options as they are typed."""
+        clip = (
+            "" if self.divergence_clip is None else f" --divergence-clip {self.divergence_clip:g}"
+        )
+        return (
+            f"--entropy-cut {self.entropy_cut} --divergence-cut {self.divergence_cut} "
+            f"--normalization-scope {self.normalization_scope}{clip} --cut-scope {self.cut_scope}"
+        )
+
+
+@dataclass(frozen=True)
+class Population:
+    """What numbers are over."""
+
+    num_tokens: int
+    num_rollouts: int
+    num_prompts: int
+    num_masked: int
+    """Tokens that the student did not write; they take no part."""
+    num_infinite_reverse: int
+    num_infinite_forward: int
+
+
+class RunView:
+    """A run folder with scores and quadrants under given options."""
+
+    def __init__(self, path: str | Path, options: ReportOptions, name: str | None = None) -> None:
+        self.run: Run = open_run(path)
+        self.name = name or Path(path).resolve().name
+        self.options = options
+        if not self.run.has("tokens"):
+            raise RunError(
+                f"{path} has no scored tokens yet; `tip-analysis score {path} --teacher MODEL`"
+                " makes them"
+            )
+        self.raw = self.run.tokens()
+
+    @cached_property
+    def stages(self) -> dict[str, Any]:
+        """The records of `run.json`."""
+        return self.run.stages()
+
+    @cached_property
+    def normalization(self) -> Normalization:
+        """The bounds of ĥ and δ̂."""
+        return resolve_normalization(
+            self.raw,
+            normalization_scope=self.options.normalization_scope,
+            divergence_clip=self.options.divergence_clip,
+        )
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Both cuts as measured."""
+        return resolve_cuts(
+            self.raw,
+            entropy_cut=self.options.entropy_cut,
+            divergence_cut=self.options.divergence_cut,
+            cut_scope=self.options.cut_scope,
+        )
+
+    @cached_property
+    def tokens(self) -> pl.LazyFrame:
+        """The token table with scores and `quadrant`."""
+        return assign_quadrants(
+            add_scores(self.raw, normalization=self.normalization), cuts=self.cuts
+        )
+
+    @cached_property
+    def rollouts(self) -> pl.DataFrame:
+        """What is known of each rollout, without the token lists."""
+        wanted = [
+            "rollout_id",
+            "prompt_id",
+            "prompt_text",
+            "finish_reason",
+            "temperature",
+            "top_p",
+            "top_k",
+            "reward",
+        ]
+        wanted += ["ground_truth", "ids_origin", "template_origin", "source"]
+        lengths = pl.col("response_token_ids").list.len().alias("num_tokens")
+        return (
+            self.run.rollouts().select(*wanted, lengths).collect()
+            if self.run.has("rollouts")
+            else _no_rollouts()
+        )
+
+    def taxonomy(self) -> dict[str, Any]:
+        """The cuts, as the functions of `statistics` and `effects` take them."""
+        options = self.options
+        return {
+            "entropy_cut": options.entropy_cut,
+            "divergence_cut": options.divergence_cut,
+            "cut_scope": options.cut_scope,
+        }
+
+    @cached_property
+    def prompt_sample(self) -> pl.DataFrame | None:
+        """`prompt_id` of a sample of prompts with about `resampled_tokens` tokens; None where the
+        whole run is that small."""
+        if self.population.num_tokens <= self.options.resampled_tokens:
+            return None
+        sizes = (
+            self.raw.filter("loss_mask")
+            .group_by("prompt_id")
+            .len("size")
+            .collect(engine="streaming")
+        )
+        drawn = sizes.with_columns(pl.col("prompt_id").hash(seed=0).alias("draw")).sort(
+            "draw", "prompt_id"
+        )
+        kept = drawn.filter(
+            (pl.col("size").cum_sum() <= self.options.resampled_tokens)
+            | (pl.int_range(pl.len()) < 2)
+        )
+        return kept.select("prompt_id")
+
+    def sampled(self, tokens: pl.LazyFrame) -> pl.LazyFrame:
+        """The rows of the sampled prompts; all rows where there is no need to sample."""
+        if self.prompt_sample is None:
+            return tokens
+        return tokens.join(self.prompt_sample.lazy(), on="prompt_id", how="semi")
+
+    def with_intervals(
+        self, tokens: pl.LazyFrame, compute: Compute, *, keys: Sequence[str], names: Sequence[str]
+    ) -> pl.DataFrame:
+        """A result table of the whole run whose intervals are affordable (see the module's head).
+
+        Args:
+            tokens: what `compute` is given, with `prompt_id`.
+            compute: makes the table.
+            keys: columns that identify a row.
+            names: value columns; each has `NAME_low` and `NAME_high`, or `low` and `high` where the
+                name is `value`.
+        """
+        if self.prompt_sample is None:
+            return compute(tokens, self.options.num_resamples)
+        whole, part = compute(tokens, 2), compute(self.sampled(tokens), self.options.num_resamples)
+        scale = math.sqrt(self.prompt_sample.height / max(1, self.population.num_prompts))
+        ends = {
+            name: ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
+            for name in names
+        }
+        wanted = [*keys, *names, *(end for pair in ends.values() for end in pair)]
+        joined = whole.join(
+            part.select(wanted), on=list(keys), how="left", suffix="_part", maintain_order="left"
+        )
+        scaled = [
+            (pl.col(name) + scale * (pl.col(f"{end}_part") - pl.col(f"{name}_part"))).alias(end)
+            for name, pair in ends.items()
+            for end in pair
+        ]
+        return joined.with_columns(scaled).select(whole.columns)
+
+    def interval_words(self) -> str:
+        """What the intervals of the page are."""
+        drawn = (
+            ""
+            if self.prompt_sample is None
+            else f", from {self.prompt_sample.height:,} prompts drawn at random, scaled to all"
+        )
+        return (
+            f"Intervals are 95%, from {self.options.num_resamples} resamples of prompts with all"
+            f" their rollouts{drawn}; cuts are measured anew in each."
+        )
+
+    @cached_property
+    def quadrant_means(self) -> pl.DataFrame:
+        """`statistics.quadrant_statistics` of the token table."""
+
+        def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
+            return quadrant_statistics(tokens, num_resamples=num_resamples, **self.taxonomy())
+
+        return self.with_intervals(
+            self.raw, compute, keys=["quadrant", "statistic"], names=["value"]
+        )
+
+    @cached_property
+    def gradients(self) -> pl.LazyFrame:
+        """Norm and alignment of each token's own gradient: of the reverse KL, over the parameters
+        measured first."""
+        measured = self.run.gradients().filter(pl.col("loss") == "reverse_kl")
+        first = measured.select("param_scope", "method", "num_probes", "seed").head(1).collect()
+        if first.height:
+            measured = measured.filter(pl.col(name) == first[name][0] for name in first.columns)
+        return measured.select(
+            "rollout_id",
+            "position",
+            pl.col("grad_norm_sq").sqrt().alias("grad_norm"),
+            "grad_dot_loss",
+            "reward_alignment",
+        )
+
+    @cached_property
+    def shares(self) -> pl.DataFrame:
+        """Tokens, rollouts, prompts and share of each quadrant."""
+        return quadrant_shares(self.tokens)
+
+    @cached_property
+    def share_of(self) -> dict[str, float]:
+        """Share of each quadrant, in [0, 1]."""
+        return {
+            str(name): share or 0.0
+            for name, share in self.shares.select("quadrant", "share").iter_rows()
+        }
+
+    @cached_property
+    def population(self) -> Population:
+        """Counts of tokens, rollouts and prompts with statistics."""
+        written = pl.col("loss_mask")
+        counts = self.raw.select(
+            num_tokens=written.sum(),
+            num_rollouts=pl.col("rollout_id").filter(written).n_unique(),
+            num_prompts=pl.col("prompt_id").filter(written).n_unique(),
+            num_masked=(~written).sum(),
+            num_infinite_reverse=pl.col("reverse_kl").is_infinite().sum(),
+            num_infinite_forward=pl.col("forward_kl").is_infinite().sum(),
+        ).collect(engine="streaming")
+        return Population(**{name: int(value) for name, value in counts.row(0, named=True).items()})
+
+    @cached_property
+    def has_planted_labels(self) -> bool:
+        """Whether true labels are known (the arithmetic pair)."""
+        return bool(
+            self.raw.select((pl.col("planted_label") == "planted_error").any()).collect().item()
+        )
+
+    def model_names(self) -> tuple[str, str]:
+        """Student and teacher, as they were named."""
+        config = self.stages.get("score", {}).get("config", {})
+        rollout = self.stages.get("rollout", {}).get("config", {})
+        return _name_of(config.get("student") or rollout.get("student")), _name_of(
+            config.get("teacher")
+        )
+
+    def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """The text of each token id."""
+        wanted = pl.LazyFrame({"token_id": pl.Series(sorted(set(ids)), dtype=pl.Int32)})
+        path = self.run.path / "vocabulary.parquet"
+        if path.is_file():
+            texts = pl.scan_parquet(path).select(pl.col("token_id").cast(pl.Int32), "token")
+        else:
+            texts = (
+                self.raw.select("token_id", "token")
+                .group_by("token_id")
+                .agg(pl.col("token").first())
+            )
+        found = wanted.join(texts, on="token_id", how="left").collect(engine="streaming")
+        return {index: f"#{index}" if text is None else text for index, text in found.iter_rows()}
+
+
+def open_views(paths: Sequence[str | Path], options: ReportOptions) -> list[RunView]:
+    """Open several runs under one set of options; folders of one name are told apart by their
+    parents.
+
+    Raises:
+        OptionError: no run is named, or one is named twice.
+        RunError: there is no run at a path, or it has no scored tokens.
+    """
+    if not paths:
+        raise OptionError("name at least one run folder")
+    resolved = [Path(path).resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise OptionError("a run folder is named twice")
+    names = [path.name for path in resolved]
+    if len(set(names)) < len(names):
+        names = ["/".join(path.parts[-2:]) for path in resolved]
+    return [RunView(path, options, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("name") or value.get("model") or value.get("id")
+    return "unnamed model" if value is None else str(value)
+
+
+def _no_rollouts() -> pl.DataFrame:
+    return pl.DataFrame(
+        schema={
+            "rollout_id": pl.String,
+            "prompt_id": pl.String,
+            "prompt_text": pl.String,
+            "finish_reason": pl.String,
+            "temperature": pl.Float32,
+            "top_p": pl.Float32,
+            "top_k": pl.Int32,
+            "reward": pl.Float32,
+            "ground_truth": pl.String,
+            "ids_origin": pl.String,
+            "template_origin": pl.String,
+            "source": pl.String,
+            "num_tokens": pl.UInt32,
+        }
+    )

@@ -1,0 +1,70 @@
+"""What a run folder holds, and which commands can come next. Reads `run.json` and the tables' sizes
+only."""
+
+import polars as pl
+
+from tip_analysis.core.run_folder import TABLE_OF_STAGE, Run
+
+
+def stage_table(run: Run) -> pl.DataFrame:
+    """One row per stage that was begun: how far it is, how many rows it holds, how long it took."""
+    rows = []
+    for stage in TABLE_OF_STAGE:
+        records = [
+            record for key, record in run.stages().items() if key.split("-", maxsplit=1)[0] == stage
+        ]
+        if not records:
+            continue
+        finished = [record["finished"] for record in records]
+        rows.append(
+            {
+                "stage": stage,
+                "state": "done" if all(finished) else "unfinished",
+                "configurations": len(records),
+                "shards": sum(len(record["shards"]) for record in records),
+                "rows": sum(
+                    shard["num_rows"] for record in records for shard in record["shards"].values()
+                ),
+                "seconds": round(sum(record["wall_time_s"] for record in records), 1),
+                "finished": max((time for time in finished if time), default=None),
+            }
+        )
+    schema = {
+        "stage": pl.String,
+        "state": pl.String,
+        "configurations": pl.Int64,
+        "shards": pl.Int64,
+    }
+    return pl.DataFrame(
+        rows, schema=schema | {"rows": pl.Int64, "seconds": pl.Float64, "finished": pl.String}
+    )
+
+
+def next_steps(run: Run) -> list[str]:
+    """Commands that make sense now, the most natural first."""
+    path = run.path
+    done = dict(stage_table(run).select("stage", "state").iter_rows())
+    if not run.has("rollouts"):
+        return [
+            f"tip-analysis rollout {path} --student MODEL --prompts FILE",
+            f"tip-analysis import {path} --from FORMAT …",
+        ]
+    if unfinished := [stage for stage, state in done.items() if state == "unfinished"]:
+        commands = {"teacher": "score --phase teacher"}
+        return [
+            f"run `{commands.get(stage, stage)}` again with the same options: it goes on where it"
+            " stopped"
+            for stage in unfinished
+        ]
+    if not run.has("tokens") and "teacher" in done:
+        return [f"tip-analysis score {path} --teacher MODEL --phase student"]
+    if not run.has("tokens"):
+        return [f"tip-analysis score {path} --teacher MODEL"]
+    steps = [f"tip-analysis report {path} -o reports/{path.name}.html"]
+    if not run.has("gradients"):
+        steps.append(f"tip-analysis gradients {path}")
+    if not run.has("masks"):
+        steps.append(f"tip-analysis select {path} --rules soft_or q3 --ratios 0.1 0.5")
+    if not run.has("ablations"):
+        steps.append(f"tip-analysis ablate {path} --rules all soft_or q3 --ratios 0.1 0.5")
+    return steps

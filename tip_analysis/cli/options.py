@@ -1,0 +1,434 @@
+"""The commands' options: a frozen dataclass for each command, whose field docstrings are its
+`--help`.
+
+Nothing is imported but tyro's markers, so that help is quick. Groups of options that several
+commands share are dataclasses of their own; their fields carry no prefix on the command line.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+
+Flag = FlagCreatePairsOff[bool]
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Wherever a model is loaded."""
+
+    dtype: str = "auto"
+    """Dtype of the weights: auto (bfloat16 where the device computes in it natively, else float32)
+    or its name."""
+    device: str = "auto"
+    """Where models run: auto (a GPU if there is one; over several, a model is spread), cpu, cuda,
+    cuda:1, mps."""
+    token_budget: int | None = None
+    """Tokens a batch, padding included; halves itself when memory runs out. By default 16,384, and
+    65,536 in `ablate`."""
+
+    def tokens_a_batch(self, default: int = 16384) -> int:
+        """The budget that was named, or the default."""
+        return default if self.token_budget is None else self.token_budget
+
+
+@dataclass(frozen=True)
+class TaxonomyOptions:
+    """Wherever scores and quadrants are computed."""
+
+    entropy_cut: str = "median"
+    """Cut on the student's entropy: median, mean, otsu, paper, a quantile such as q0.8, or a number
+    in nats."""
+    divergence_cut: str = "mean"
+    """Cut on the reverse KL: likewise."""
+    cut_scope: Literal["run", "batch"] = "run"
+    """Whose tokens a cut is measured on: all of the run's, or those of one optimizer step."""
+    normalization_scope: Literal["run", "batch"] = "run"
+    """Whose tokens share one min-max normalization."""
+    divergence_clip: float | None = None
+    """Quantile at which the divergence is clipped before its min-max, such as 0.98; not clipped by
+    default, as in the paper."""
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Every command has these."""
+
+    debug: Flag = False
+    """Show the traceback of an error."""
+
+
+Models = OmitArgPrefixes[ModelOptions]
+Taxonomy = OmitArgPrefixes[TaxonomyOptions]
+Common = OmitArgPrefixes[CommonOptions]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run everything on the embedded arithmetic pair, and write a report: a few minutes on a
+    laptop."""
+
+    out: Path = Path("runs/demo")
+    """Run folder to write."""
+    report: Path | None = None
+    """Report to write; by default reports/NAME.html, NAME being the run folder's."""
+    num_prompts: int = 192
+    """Problems to solve."""
+    num_rollouts: int = 4
+    """Rollouts of each problem."""
+    seed: int = 0
+    """Seed of the sampling."""
+    overwrite: Flag = False
+    """Start afresh, whatever the folder holds."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sample rollouts of the student for every prompt."""
+
+    run: RunFolder
+    """Run folder; made if it does not exist."""
+    student: str
+    """The student: hub id (id@revision), local folder (a LoRA adapter's too), .gguf file, or a
+    built-in name."""
+    prompts: str
+    """JSONL or Parquet file with problem, prompt or messages (and id, answer, solution), or a hub
+    dataset (name:split)."""
+    num_rollouts: int = 4
+    """Rollouts of each prompt."""
+    max_new_tokens: int = 512
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: sample from the most likely tokens that hold this much probability."""
+    top_k: int = 0
+    """Sample from the k most likely tokens only; 0 is off."""
+    seed: int = 0
+    """Seed of the sampling: a rollout depends on it, on its prompt's id and on its index, not on
+    its batch."""
+    limit: int | None = None
+    """Use the first N prompts only."""
+    template: str = "plain"
+    """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
+    chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
+    """Switches for the chat template, such as enable_thinking=false."""
+    grader: str | None = None
+    """math, exact, none, module:function or file.py:function; by default math where prompts have
+    answers."""
+    prompts_per_batch: int = 8
+    """Prompts whose rollouts make one optimizer step (column batch_id)."""
+    overwrite: Flag = False
+    """Start afresh: removes the run's rollouts and what was built on them."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Import:
+    """Bring in rollouts that another tool wrote, or text that is given."""
+
+    run: RunFolder
+    """Run folder; made if it does not exist."""
+    from_: Annotated[str, arg(name="from", metavar="FORMAT")]
+    """Who wrote them: native, text, chat, verl, trl, lighteval, lm-eval, openai, vllm."""
+    files: Annotated[tuple[Path, ...], arg(metavar="FILE [FILE ...]")]
+    """Files to read, or folders of them."""
+    student: str
+    """The model that wrote them, or is to be analysed on them: its tokenizer gives the token
+    ids."""
+    prompts: str | None = None
+    """The prompts that they answer, as for `rollout`: chat markers and answers that the files lost
+    come back from them."""
+    template: str = "plain"
+    """What stands around a problem in the prompts: plain, boxed, or a text of your own that
+    contains {problem}."""
+    chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
+    """Switches for the chat template, such as enable_thinking=false."""
+    reward_key: str | None = None
+    """Field that holds the reward, where a format has several."""
+    filter_name: str | None = None
+    """Filter of lm-evaluation-harness whose rows to read."""
+    all_turns: Flag = False
+    """Analyse every turn of the assistant, not only the last."""
+    prompts_per_batch: int = 8
+    """Prompts whose rollouts make one optimizer step (column batch_id), where the files name no
+    step."""
+    limit: int | None = None
+    """Use the first N rollouts only."""
+    overwrite: Flag = False
+    """Start afresh: removes the run's rollouts and what was built on them."""
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score every response token with student and teacher: entropies, divergences, top-k, logit
+    gradients."""
+
+    run: RunFolder
+    """Run folder with rollouts."""
+    teacher: str
+    """The teacher: named as the student is."""
+    student: str | None = None
+    """The student; by default the one that wrote the rollouts."""
+    teacher_context: Literal["none", "solution"] = "none"
+    """What the teacher sees besides the prompt: nothing, or the reference solution in the user's
+    turn."""
+    top_k: int = 5
+    """How many of each model's most likely tokens are kept."""
+    shard_size: int = 64
+    """Rollouts a shard: what is done again after an interruption."""
+    shard: str = "0/1"
+    """i/n: make only every n-th shard, from the i-th on, as one of n array jobs."""
+    phase: Literal["both", "teacher", "student"] = "both"
+    """Both models at once; or, where they do not fit together, first the teacher, whose states are
+    stored, then the student."""
+    teacher_store: Literal["hidden", "topk"] = "hidden"
+    """What --phase teacher stores: hidden states (exact), or the top tokens (smaller; divergences
+    become lower bounds)."""
+    store_k: int = 64
+    """Tokens that --teacher-store topk keeps."""
+    discard_teacher_states: Flag = False
+    """With --phase student: delete the teacher's states once every token is scored."""
+    engine: Literal["local", "ray"] = "local"
+    """One process, or Ray actors that share the work."""
+    ray_workers: int | None = None
+    """Ray actors; by default one for each GPU, or one for each machine without GPUs."""
+    overwrite: Flag = False
+    """Start afresh: removes the run's token table and what was built on it."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Select:
+    """Select tokens by one or more rules, and write the masks."""
+
+    run: Annotated[Positional[Path | None], arg(metavar="RUN")] = None
+    """Run folder with scored tokens."""
+    rules: Names = ()
+    """Rules to select by; --list shows them."""
+    ratios: Annotated[tuple[float, ...], arg(metavar="RATIO [RATIO ...]")] = (0.1, 0.2, 0.5)
+    """Retention ratios in (0, 1]."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the sampling rules."""
+    selection_scope: Literal["rollout", "batch", "run"] = "rollout"
+    """Within what tokens compete."""
+    list: Flag = False
+    """Show every rule with what it does, and stop."""
+    overwrite: Flag = False
+    """Make masks again that are there already."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Show which stages of a run are done, what they hold, and what can come next."""
+
+    run: RunFolder
+    """Run folder."""
+    verify: Flag = False
+    """Check every shard's hash as well."""
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Set two runs side by side: quadrant shares, divergences, and tokens that change their
+    quadrant."""
+
+    run_a: Annotated[Positional[Path], arg(metavar="RUN_A")]
+    """First run folder."""
+    run_b: Annotated[Positional[Path], arg(metavar="RUN_B")]
+    """Second run folder."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write tokens with their scores, quadrants and masks as flat Parquet files."""
+
+    run: RunFolder
+    """Run folder with scored tokens."""
+    to: Path
+    """Folder to write."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    overwrite: Flag = False
+    """Replace what the folder holds."""
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make one self-contained HTML page from one or more runs."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
+    """Run folders with scored tokens; several are compared side by side."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    """Where the page is written; by default reports/NAME.html, NAME being the first run's."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Measure the gradient norm of every token's own loss, and where it points (Proposition 1)."""
+
+    run: RunFolder
+    """Run folder with scored tokens; student, teacher and teacher context are those of `score`."""
+    loss: Annotated[tuple[str, ...], arg(metavar="LOSS [LOSS ...]")] = ("reverse_kl", "forward_kl")
+    """Per-token losses: reverse_kl, forward_kl, jsd, negative_logprob."""
+    method: Literal["probe", "exact"] = "probe"
+    """Random probes (a cost that does not grow with the number of tokens), or one backward pass a
+    token."""
+    num_probes: int = 32
+    """Probes a rollout: the relative standard error of a squared norm is √(2/K)."""
+    params: str = "all"
+    """Parameters that count: all, body, head, last:N, lora."""
+    loss_aggregation: Literal["rollout", "token"] = "rollout"
+    """The loss L whose descent is meant: the mean of rollout means, or the mean over tokens."""
+    seed: int = 0
+    """Seed of the probes and of the two folds of prompts."""
+    limit: int | None = None
+    """Use the first N rollouts only."""
+    overwrite: Flag = False
+    """Measure again what this configuration has measured."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Sample answers to problems, grade them, and report mean@k and Best@k with standard errors."""
+
+    run: RunFolder
+    """Run folder that the rows go to; made if it does not exist."""
+    model: str
+    """The model: named as a student is."""
+    prompts: str
+    """Problems with answers, as for `rollout`."""
+    num_samples: int = 16
+    """k, samples of each problem."""
+    max_new_tokens: int = 512
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus."""
+    seed: int = 0
+    """Seed of the sampling."""
+    limit: int | None = None
+    """Use the first N problems only."""
+    template: str = "plain"
+    """What stands around a problem."""
+    chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
+    """Switches for the chat template."""
+    grader: str | None = None
+    """math, exact, module:function or file.py:function; by default math, or exact for the
+    arithmetic pair."""
+    overwrite: Flag = False
+    """Make the rows of this configuration afresh."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Train a student on the tokens that each rule selects, under several seeds, and judge the
+    paper's claims on the outcome.
+
+    An arm is a rule at a retention ratio. What is done already is kept; an arm that was interrupted
+    goes on from its last checkpoint. Options that are left out come from the preset.
+    """
+
+    run: RunFolder
+    """Run folder that results go to; made if it does not exist. Offline, the one that holds
+    rollouts and masks."""
+    rules: Names = ()
+    """Rules, each at every ratio, or with ratios of its own as in q3:0.1:0.2; by default the
+    preset's arms."""
+    ratios: Annotated[tuple[float, ...], arg(metavar="RATIO [RATIO ...]")] = ()
+    """Retention ratios in (0, 1]."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="SEED [SEED ...]")] = ()
+    """Seeds of every arm: prompts, sampling and selection; by default the preset's."""
+    preset: str | None = None
+    """arithmetic, qwen3-8b-4b, llama-70b-8b, qwen2.5-14b-1.5b, qwen3-14b-1.7b-agentic or
+    qwen3-32b-1.7b-agentic."""
+    mode: Literal["on_policy", "offline"] | None = None
+    """Fresh rollouts at every step, or the run's own rollouts and masks."""
+    student: str | None = None
+    """The student; by default the run's or the preset's."""
+    teacher: str | None = None
+    """The teacher; likewise."""
+    prompts: str | None = None
+    """What is trained on: a file or hub dataset as for `rollout`, or arithmetic:train:1024."""
+    evaluation_prompts: Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]")] = ()
+    """Held-out problems with answers."""
+    steps: int | None = None
+    """Optimizer steps."""
+    prompts_per_step: int | None = None
+    """Prompts a step."""
+    rollouts_per_prompt: int | None = None
+    """Rollouts of each."""
+    max_new_tokens: int | None = None
+    """Longest response, in tokens."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] | None = None
+    """Learning rate after the warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    max_grad_norm: float | None = None
+    """Gradients are clipped to this norm."""
+    loss: Literal["reverse_kl", "forward_kl", "jsd"] | None = None
+    """Per-token loss."""
+    loss_normalizer: Literal["selected", "all"] | None = None
+    """Tokens that the loss is divided by: this changes the effective learning rate between arms."""
+    loss_aggregation: Literal["rollout", "token"] | None = None
+    """The mean of rollout means, or the mean over tokens."""
+    selection_scope: Literal["rollout", "batch", "run"] | None = None
+    """Within what tokens compete."""
+    rescore_every: int | None = None
+    """Offline: make the masks anew with the student as it is, every so many steps."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank; 0 trains all weights."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Precision of the forward and backward pass; trainable weights stay in float32."""
+    micro_batch_size: int | None = None
+    """Rollouts a backward pass: fewer take less memory and give the same numbers."""
+    chunk_size: int | None = None
+    """Rows of logits that exist at a time."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass instead of keeping them."""
+    num_samples: int | None = None
+    """k, evaluation samples of each problem."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints."""
+    limit: int | None = None
+    """Use the first N prompts and the first N problems of each evaluation set only."""
+    template: str | None = None
+    """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
+    grader: str | None = None
+    """math, exact, module:function or file.py:function."""
+    teacher_context: Literal["none", "solution"] = "none"
+    """What the teacher sees besides the prompt."""
+    jobs: int = 1
+    """Arms trained at once, each in a process of its own."""
+    threads: int = 1
+    """Threads of each such process."""
+    margin: float = 0.02
+    """How far apart two arms may be and still count as equal (claims with ≈): a share."""
+    dry_run: Flag = False
+    """Show the plan with estimated memory, tokens and device hours, and stop; loads no model."""
+    models: Models = field(default_factory=ModelOptions)
+    common: Common = field(default_factory=CommonOptions)

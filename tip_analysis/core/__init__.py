@@ -1,0 +1,10 @@
+"""What every room needs and that needs no room: errors, table contracts, run folders.
+
+In: paths, and rows of tables. Out: validated Parquet shards and `run.json`, each complete or
+absent. Nothing here knows a model, a statistic or a page. Read first: `schema` (what a row means),
+then `run_folder` (how rows get to disk).
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

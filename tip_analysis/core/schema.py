@@ -1,0 +1,417 @@
+"""The tables: every column's dtype, range, unit and equation, as contracts that each write and read
+must keep.
+
+Equation, section and table numbers are those of TIP (arXiv 2604.14084). Entropies and divergences
+are in nats, of the temperature-1 distributions over the full shared vocabulary V. The README's
+column table is generated from this file.
+
+Rows whose `loss_mask` is false (tokens that the student did not write, such as tool output) are
+kept, with null statistics. A Kullback-Leibler divergence may be +inf where one model masks a token
+with a logit of -inf.
+"""
+
+from enum import StrEnum
+
+import dataframely as dy
+import polars as pl
+from dataframely.exc import SchemaError as MissingColumnError
+from dataframely.exc import ValidationError
+
+from tip_analysis.core.errors import SchemaError
+
+SCHEMA_VERSION = 1
+"""Raised by one whenever a column changes its meaning or leaves."""
+
+
+class Quadrant(StrEnum):
+    """Table 1 of the paper: student entropy h against divergence δ; high means strictly above the
+    cut."""
+
+    Q1 = "Q1"
+    """High entropy, high divergence: dense signal."""
+    Q2 = "Q2"
+    """High entropy, low divergence: stabilises."""
+    Q3 = "Q3"
+    """Low entropy, high divergence: overconfident and wrong."""
+    Q4 = "Q4"
+    """Low entropy, low divergence: solved."""
+
+
+class FinishReason(StrEnum):
+    """Why a rollout ends where it ends."""
+
+    STOP = "stop"
+    """The student wrote an end-of-sequence token, which is part of the response."""
+    LENGTH = "length"
+    """The token limit was reached."""
+    GIVEN = "given"
+    """The text was given; nothing is known about its end."""
+
+
+class Loss(StrEnum):
+    """Per-token losses whose gradients can be measured and that can be trained on."""
+
+    REVERSE_KL = "reverse_kl"
+    FORWARD_KL = "forward_kl"
+    JSD = "jsd"
+    NEGATIVE_LOGPROB = "negative_logprob"
+    """-ln P_S(y_t) of the sampled token."""
+
+
+class RolloutTable(dy.Schema):
+    """One row per rollout: what the student was shown, what it wrote, and what it was worth."""
+
+    rollout_id = dy.String(primary_key=True, min_length=1, description="`prompt_id/sample_index`")
+    prompt_id = dy.String(min_length=1, description="Identifier of the prompt, unique in its file")
+    sample_index = dy.Int32(min=0, description="Which of the rollouts of this prompt")
+    batch_id = dy.Int32(
+        min=0, description="The optimizer step that this rollout belongs or would belong to"
+    )
+    source = dy.String(
+        description="What wrote it: `sampled`, or the format that it was imported from"
+    )
+    step = dy.Int32(
+        nullable=True, min=0, description="Training step of the author, where the source says so"
+    )
+    messages = dy.String(
+        nullable=True,
+        description="Chat messages shown to the student, as JSON; null for a bare prompt",
+    )
+    prompt_text = dy.String(description="The text shown to the student, chat markers included")
+    prompt_token_ids = dy.List(dy.Int32(min=0), min_length=1, description="Token ids of the prompt")
+    teacher_prompt_token_ids = dy.List(
+        dy.Int32(min=0),
+        nullable=True,
+        min_length=1,
+        description="The teacher's prompt where it differs from the student's",
+    )
+    response_text = dy.String(description="The response, special tokens included")
+    response_token_ids = dy.List(
+        dy.Int32(min=0), description="Exact token ids of the response, end-of-sequence included"
+    )
+    loss_mask = dy.List(dy.Bool(), description="True where the student wrote the token")
+    sampled_logprobs = dy.List(
+        dy.Float32(nullable=True),
+        nullable=True,
+        description="ln P of each sampled token at temperature 1, as generation saw it",
+    )
+    finish_reason = dy.Enum(FinishReason, description="`stop`, `length` or `given`")
+    temperature = dy.Float32(
+        nullable=True, min=0, description="Sampling temperature; null if unknown"
+    )
+    top_p = dy.Float32(
+        nullable=True, min=0, max=1, description="Nucleus of the sampling; null if unknown"
+    )
+    top_k = dy.Int32(
+        nullable=True, min=0, description="Top-k of the sampling; 0 is none; null if unknown"
+    )
+    seed = dy.Int64(nullable=True, description="Seed of the sampling; null if unknown")
+    reward = dy.Float32(
+        nullable=True, description="The grader's verdict, or the source's; null if ungraded"
+    )
+    ground_truth = dy.String(nullable=True, description="Reference answer")
+    solution = dy.String(
+        nullable=True,
+        description="Reference solution: the privileged context of `--teacher-context solution`",
+    )
+    tokenizer_fingerprint = dy.String(
+        description="Hash of the token-to-id map that the ids belong to"
+    )
+    ids_origin = dy.Enum(
+        ["exact", "retokenized"], description="Whether the ids are the author's own"
+    )
+    template_origin = dy.Enum(
+        ["exact", "reapplied", "none"], description="Whether the chat template is the author's own"
+    )
+    planted_labels = dy.List(
+        dy.Enum(["planted_error", "fork", "plain"]),
+        nullable=True,
+        description="True label of each token; arithmetic pair only",
+    )
+
+    @dy.rule()
+    def mask_has_response_length(cls) -> pl.Expr:
+        return pl.col("loss_mask").list.len() == pl.col("response_token_ids").list.len()
+
+    @dy.rule()
+    def logprobs_have_response_length(cls) -> pl.Expr:
+        return pl.col("sampled_logprobs").list.len() == pl.col("response_token_ids").list.len()
+
+    @dy.rule()
+    def labels_have_response_length(cls) -> pl.Expr:
+        return pl.col("planted_labels").list.len() == pl.col("response_token_ids").list.len()
+
+
+_NATS = {"nullable": True, "min": 0.0}
+_NATS_OR_INF = {"nullable": True, "min": 0.0, "allow_inf": True}
+_UNIT_INTERVAL = {"nullable": True, "min": 0.0, "max": 1.0 + 1e-5}
+
+
+class TokenTable(dy.Schema):
+    """One row per response token: the two axes of the taxonomy and everything else that the scorer
+    reads off two logit rows."""
+
+    rollout_id = dy.String(primary_key=True, min_length=1, description="The rollout")
+    prompt_id = dy.String(min_length=1, description="The prompt")
+    position = dy.Int32(primary_key=True, min=0, description="Position in the response, from 0")
+    batch_id = dy.Int32(
+        min=0, description="The optimizer step that the rollout belongs or would belong to"
+    )
+    token_id = dy.Int32(min=0, description="The sampled token y_t")
+    token = dy.String(description="Its text; bytes that are no text on their own appear as U+FFFD")
+    loss_mask = dy.Bool(
+        description="True where the student wrote the token; elsewhere statistics are null"
+    )
+    student_entropy = dy.Float32(**_NATS, description="H(P_S), nats")
+    student_entropy_norm = dy.Float32(
+        **_UNIT_INTERVAL, description="h_t = H(P_S) / ln V, in [0, 1] (Eq. 2)"
+    )
+    teacher_entropy = dy.Float32(**_NATS, description="H(P_T), nats")
+    reverse_kl = dy.Float32(
+        **_NATS_OR_INF, description="δ_t = KL(P_S ‖ P_T), nats: the per-token training loss (Eq. 3)"
+    )
+    forward_kl = dy.Float32(
+        **_NATS_OR_INF, description="KL(P_T ‖ P_S), nats: the Q3 ranking signal (Section 7.3)"
+    )
+    jsd = dy.Float32(**_NATS, description="Jensen-Shannon divergence (β = 1/2), nats, at most ln 2")
+    hellinger = dy.Float32(**_UNIT_INTERVAL, description="√(½ Σ(√p − √q)²), in [0, 1]")
+    student_logprob = dy.Float32(nullable=True, max=0.0, allow_inf=True, description="ln P_S(y_t)")
+    teacher_logprob = dy.Float32(nullable=True, max=0.0, allow_inf=True, description="ln P_T(y_t)")
+    student_top1_prob = dy.Float32(**_UNIT_INTERVAL, description="max P_S")
+    teacher_top1_prob = dy.Float32(**_UNIT_INTERVAL, description="max P_T")
+    top1_agree = dy.Bool(nullable=True, description="Whether both models rank the same token first")
+    teacher_mass_on_student_topk = dy.Float32(
+        **_UNIT_INTERVAL,
+        description=(
+            "Σ P_T over the student's min(16, V) most likely tokens (after arXiv 2605.26844)"
+        ),
+    )
+    reverse_kl_logit_grad_norm = dy.Float32(
+        **_NATS_OR_INF, description="‖∂KL(P_S ‖ P_T)/∂z‖₂ over the student's logits z"
+    )
+    forward_kl_logit_grad_norm = dy.Float32(**_NATS, description="‖P_S − P_T‖₂ (Eq. 12)")
+    logit_curvature = dy.Float32(
+        **_NATS, description="gᵀHg, g = P_S − P_T, H = diag(P_S) − P_S P_Sᵀ (Eq. 13)"
+    )
+    w_local = dy.Float32(
+        **_NATS, description="‖g‖² / gᵀHg (Eq. 6 at η = 1); null where either underflows"
+    )
+    student_topk_ids = dy.List(
+        dy.Int32(min=0), nullable=True, description="The student's most likely tokens"
+    )
+    student_topk_logprobs = dy.List(
+        dy.Float32(max=0.0, allow_inf=True), nullable=True, description="Their ln P_S"
+    )
+    teacher_topk_ids = dy.List(
+        dy.Int32(min=0), nullable=True, description="The teacher's most likely tokens"
+    )
+    teacher_topk_logprobs = dy.List(
+        dy.Float32(max=0.0, allow_inf=True), nullable=True, description="Their ln P_T"
+    )
+    planted_label = dy.Enum(
+        ["planted_error", "fork", "plain"],
+        nullable=True,
+        description="True label of the token; arithmetic pair only",
+    )
+
+    @dy.rule()
+    def statistics_where_the_student_wrote(cls) -> pl.Expr:
+        return pl.col("student_entropy").is_not_null() == pl.col("loss_mask")
+
+
+class GradientTable(dy.Schema):
+    """One row per response token, loss and parameter scope: the size of its own gradient and where
+    it points."""
+
+    rollout_id = dy.String(primary_key=True, min_length=1, description="The rollout")
+    position = dy.Int32(primary_key=True, min=0, description="Position in the response, from 0")
+    loss = dy.Enum(Loss, primary_key=True, description="The per-token loss ℓ_t")
+    param_scope = dy.String(
+        primary_key=True, description="Parameters that θ stands for: all, body, head, last:N, lora"
+    )
+    method = dy.Enum(
+        ["probe", "exact"],
+        primary_key=True,
+        description="Random probes, or one backward pass a token",
+    )
+    num_probes = dy.Int32(
+        primary_key=True, min=0, description="K, the number of probes; 0 for exact"
+    )
+    seed = dy.Int64(primary_key=True, description="Seed of the probes")
+    grad_norm_sq = dy.Float64(min=0.0, description="M_t = ‖∇_θ ℓ_t‖², or its unbiased estimate")
+    grad_norm_sq_se = dy.Float64(
+        min=0.0, description="Its standard error, √(2/K) of what was probed; 0 for exact"
+    )
+    grad_dot_loss = dy.Float64(
+        nullable=True, description="φ_t = ⟨∇L, ∇ℓ_t⟩, ∇L from the other fold of prompts"
+    )
+    grad_dot_loss_plugin = dy.Float64(
+        description="φ_t with ∇L from all tokens, this one included: positive by construction"
+    )
+    reward_alignment = dy.Float64(
+        nullable=True,
+        description=(
+            "−⟨∇J, ∇ℓ_t⟩, J the expected reward over other prompts: positive raises the reward"
+        ),
+    )
+
+
+class MaskTable(dy.Schema):
+    """One row per selected token of a selection."""
+
+    rule = dy.String(primary_key=True, min_length=1, description="Selection rule")
+    retention_ratio = dy.Float64(
+        primary_key=True, min_exclusive=0.0, max=1.0, description="ρ in (0, 1]"
+    )
+    selection_scope = dy.Enum(
+        ["rollout", "batch", "run"], primary_key=True, description="Within what tokens compete"
+    )
+    seed = dy.Int64(primary_key=True, description="Seed of a sampling rule")
+    rollout_id = dy.String(primary_key=True, min_length=1, description="The rollout")
+    position = dy.Int32(primary_key=True, min=0, description="Position in the response, from 0")
+
+
+class EvaluationTable(dy.Schema):
+    """One row per graded sample."""
+
+    model = dy.String(primary_key=True, description="The model, as it was named")
+    problem_id = dy.String(primary_key=True, description="The problem")
+    sample_index = dy.Int32(
+        primary_key=True, min=0, description="Which of the samples of this problem"
+    )
+    reward = dy.Float32(description="The grader's verdict")
+    num_tokens = dy.Int32(min=0, description="Tokens of the response")
+    finish_reason = dy.Enum(FinishReason, description="`stop` or `length`")
+    response_text = dy.String(description="The response")
+    seed = dy.Int64(primary_key=True, description="Seed of the sampling")
+
+
+class AblationTable(dy.Schema):
+    """One row per evaluation of one arm (rule and retention ratio) under one seed; step 0 is the
+    student before training."""
+
+    arm_key = dy.String(
+        primary_key=True, description="Hash of everything that decides the arm's numbers"
+    )
+    rule = dy.String(
+        min_length=1, description="Selection rule; `untrained` for the student as it was"
+    )
+    retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
+    selection_scope = dy.Enum(["rollout", "batch", "run"], description="Within what tokens compete")
+    seed = dy.Int64(
+        description="Seed of prompt order, sampling, selection and evaluation: equal across arms"
+    )
+    mode = dy.Enum(
+        ["on_policy", "offline"], description="Fresh rollouts each step, or a fixed table of them"
+    )
+    loss = dy.Enum(
+        ["reverse_kl", "forward_kl", "jsd"], description="The per-token loss that was minimised"
+    )
+    loss_normalizer = dy.Enum(["selected", "all"], description="Tokens that the loss is divided by")
+    loss_aggregation = dy.Enum(
+        ["rollout", "token"], description="Mean of rollout means, or mean over tokens"
+    )
+    step = dy.Int32(
+        primary_key=True, min=0, description="Optimizer steps done when the student was evaluated"
+    )
+    num_steps = dy.Int32(min=0, description="Steps of the whole training")
+    accuracy = dy.Float64(description="mean@k: mean reward over samples and problems")
+    accuracy_se = dy.Float64(
+        nullable=True, min=0.0, description="Its standard error, over problems and samples"
+    )
+    best_at_k = dy.Float64(description="Best@k: mean over problems of the best of k samples")
+    num_problems = dy.Int32(min=1, description="Problems of the evaluation")
+    num_samples = dy.Int32(min=1, description="k, samples a problem")
+    heldout_reverse_kl = dy.Float64(
+        nullable=True,
+        min=0.0,
+        allow_inf=True,
+        description="Mean KL(P_S ‖ P_T) on the student's own held-out samples, nats a token",
+    )
+    tokens_trained = dy.Int64(min=0, description="Tokens that carried loss up to this step")
+    tokens_seen = dy.Int64(
+        min=0, description="Tokens that the student wrote in the rollouts up to this step"
+    )
+    train_loss = dy.Float64(
+        nullable=True,
+        allow_inf=True,
+        description="Mean loss of the steps since the evaluation before",
+    )
+    losses = dy.List(dy.Float64(allow_inf=True), description="Loss of each of these steps")
+    learning_rate = dy.Float64(min=0.0, description="Learning rate of the last step")
+    step_time_s = dy.Float64(
+        nullable=True,
+        min=0.0,
+        description="Median wall time of these steps, evaluation left out, s",
+    )
+    peak_memory_bytes = dy.Int64(
+        min=0, description="Peak of device memory, or of the resident set on a CPU"
+    )
+    drift_reverse_kl = dy.Float64(
+        nullable=True,
+        min=0.0,
+        allow_inf=True,
+        description="Offline: mean KL(student ‖ rollouts' author), nats a token",
+    )
+    effective_sample_size = dy.Float64(
+        nullable=True,
+        min=0.0,
+        max=1.0 + 1e-6,
+        description="Offline: share of rollouts that importance weights leave, in (0, 1]",
+    )
+    problem_ids = dy.List(dy.String(), description="The problems")
+    problem_accuracy = dy.List(
+        dy.Float64(), description="Mean reward over the k samples of each problem"
+    )
+    problem_best = dy.List(dy.Float64(), description="Best reward of the k samples of each problem")
+
+    @dy.rule()
+    def problems_have_results(cls) -> pl.Expr:
+        count = pl.col("problem_ids").list.len()
+        return (pl.col("problem_accuracy").list.len() == count) & (
+            pl.col("problem_best").list.len() == count
+        )
+
+
+TABLES: dict[str, type[dy.Schema]] = {
+    "rollouts": RolloutTable,
+    "tokens": TokenTable,
+    "gradients": GradientTable,
+    "masks": MaskTable,
+    "ablations": AblationTable,
+    "evaluations": EvaluationTable,
+}
+"""Name of the folder in a run, and the contract of the rows in it."""
+
+
+def polars_schema(schema: type[dy.Schema]) -> dict[str, pl.DataType]:
+    """Column names and dtypes of a contract, as polars takes them."""
+    return {name: column.dtype for name, column in schema.columns().items()}
+
+
+def validate(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
+    """Check a table against its contract; columns are put in the contract's order.
+
+    Raises:
+        SchemaError: a column is missing, has another dtype, or breaks a rule; the message says
+            which.
+    """
+    try:
+        return schema.validate(frame)
+    except (MissingColumnError, ValidationError) as error:
+        reason = str(error).split("\n\nResolved plan", maxsplit=1)[0]
+        raise SchemaError(f"{schema.__name__}: {reason}") from error
+
+
+def require_columns(frame: pl.LazyFrame, columns: list[str], purpose: str) -> None:
+    """Say which columns are missing, before a query fails deep inside.
+
+    Raises:
+        SchemaError: a column that `purpose` needs is not there.
+    """
+    present = frame.collect_schema().names()
+    if missing := [name for name in columns if name not in present]:
+        raise SchemaError(
+            f"{purpose} needs the column(s) {', '.join(missing)}; the table has"
+            f" {', '.join(present)}"
+        )

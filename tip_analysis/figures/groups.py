@@ -1,0 +1,73 @@
+"""Figures of groups of tokens: is a quadrant just the first tokens, the rare ones, or
+punctuation?"""
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from tip_analysis.figures.style import INK, PAGE_WIDTH, QUADRANT_COLORS, WIDE, figure_style, require
+
+GROUPING_NAMES = {
+    "position": "position in the response",
+    "frequency": "how common the token is",
+    "kind": "kind of token",
+}
+
+
+def group_shares(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
+    """Shares of the quadrants within each group of tokens, one panel for each grouping; bars are as
+    thick as any other.
+
+    Args:
+        table: `effects.group_effects` of one or more groupings: `grouping`, `group`, `quadrant`,
+            `share`, `num_tokens`.
+    """
+    require(table, ["grouping", "group", "quadrant", "share", "num_tokens"])
+    groupings = table["grouping"].unique(maintain_order=True).to_list()
+    groups = [table.filter(pl.col("grouping") == name)["group"].n_unique() for name in groupings]
+    wide = width >= WIDE
+    shape = (1, len(groupings)) if wide else (len(groupings), 1)
+    height = 0.8 + 0.26 * max(groups) if wide else 0.6 + sum(0.55 + 0.26 * size for size in groups)
+    ratios = None if wide else [0.55 + 0.26 * size for size in groups]
+    with figure_style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        panels = np.asarray(figure.subplots(*shape, squeeze=False, height_ratios=ratios)).flat
+        for axes, name in zip(panels, groupings, strict=True):
+            _group_bars(axes, table.filter(pl.col("grouping") == name))
+            axes.set_title(GROUPING_NAMES.get(name, name), fontsize=8.5)
+        handles = [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=1.2)
+    return figure
+
+
+def _group_bars(axes: Axes, part: pl.DataFrame) -> None:
+    groups = part["group"].unique(maintain_order=True).to_list()
+    totals = dict(part.group_by("group").agg(pl.col("num_tokens").sum()).iter_rows())
+    for place, group in enumerate(groups):
+        left = 0.0
+        shares = {
+            str(row["quadrant"]): row["share"] or 0.0
+            for row in part.filter(pl.col("group") == group).iter_rows(named=True)
+        }
+        for name, color in QUADRANT_COLORS.items():
+            axes.barh(place, shares.get(name, 0.0), left=left, height=0.74, color=color)
+            left += shares.get(name, 0.0)
+    axes.set_yticks(
+        range(len(groups)), [f"{group} ({_brief(totals[group])})" for group in groups], fontsize=7.5
+    )
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def _brief(count: int) -> str:
+    """1234 as 1.2k."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)

@@ -1,0 +1,10 @@
+"""The only rooms that load or run a model: body, head, hidden states, batches.
+
+In: a model's name (hub id, folder, adapter, GGUF file, built-in). Out: a `LanguageModel`, and the
+hidden states that predict a response. `hidden_states` owns the next-token shift; nobody else
+subtracts one. Read first: `loading`, then `hidden_states`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,2 @@
+from .build import build_report as build_report
+from .build import write_report as write_report

@@ -1,0 +1,102 @@
+"""One self-contained HTML page from one or more run folders. Never imports torch.
+
+Reads run folders (`artifacts`); writes the page. Statistics come from `quadrants`, `composition`,
+`statistics` and `claims`, drawings from `figures`; this package words findings, lays out sections
+and embeds a sample of rollouts for the token browser. Only aggregates and samples go into the page,
+whatever the size of the run.
+"""
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tip_analysis.analysis.run_view import ReportOptions, RunView, open_views
+from tip_analysis.core.atomic_files import write_atomically
+from tip_analysis.report import paper
+from tip_analysis.report.page import Section, render
+from tip_analysis.report.sections import (
+    ablations,
+    browser,
+    gradients,
+    groups,
+    overview,
+    provenance,
+    selections,
+    taxonomy,
+)
+from tip_analysis.report.words import listed, plural, visible
+
+__all__ = ["ReportOptions", "build_report", "build_sections", "write_report"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(
+    paths: Sequence[str | Path], output: str | Path, options: ReportOptions | None = None
+) -> Path:
+    """Build the report of the runs at `paths` and write it to `output`, whole or not at all.
+
+    Raises:
+        RunError: there is no run at a path, or it has no scored tokens.
+        OptionError: an option is out of its range.
+        StorageError: the page cannot be written.
+    """
+    output = Path(output)
+    html = build_report(paths, options, output=output)
+
+    def write(part: Path) -> None:
+        part.write_text(html, "utf-8")
+
+    write_atomically(output, write)
+    return output
+
+
+def build_report(
+    paths: Sequence[str | Path],
+    options: ReportOptions | None = None,
+    *,
+    output: str | Path = "reports/report.html",
+) -> str:
+    """The report of the runs at `paths`, as HTML; `output` is only named in the command that the
+    page shows."""
+    views = open_views(paths, options or ReportOptions())
+    names = listed([visible(view.name, 60) for view in views])
+    student, teacher = views[0].model_names()
+    pair = f"{visible(student, 60)} learning from {visible(teacher, 60)}"
+    subtitle = (
+        pair
+        if len(views) == 1
+        else f"{plural(len(views), 'run')} side by side; the first is {pair}."
+    )
+    return render(
+        build_sections(views, output),
+        title=f"Which tokens matter in {names}",
+        subtitle=subtitle,
+        sources=names,
+        citation=paper.CITATION,
+        version=_version(),
+    )
+
+
+def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section]:
+    """All sections in their order."""
+    return [
+        overview.overview(views),
+        taxonomy.quadrant_map(views),
+        taxonomy.sensitivity(views),
+        gradients.gradients(views),
+        selections.selections(views),
+        groups.group_effects(views),
+        ablations.ablations(views),
+        taxonomy.strong_tokens(views),
+        browser.browser(views),
+        provenance.provenance(views, str(output)),
+    ]
+
+
+def _version() -> str:
+    try:
+        return version("tip-analysis")
+    except PackageNotFoundError:
+        return "from source"

@@ -1,0 +1,338 @@
+"""The section on training ablations: accuracy of each arm, and the paper's claims beside the
+paper's own numbers."""
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from tip_analysis import figures
+from tip_analysis.analysis.claims import (
+    arm_summary,
+    claims_table,
+    paired_difference,
+    paper_differences,
+    paper_results,
+)
+from tip_analysis.analysis.run_view import RunView
+from tip_analysis.report.page import (
+    Block,
+    FromPaper,
+    Measured,
+    Missing,
+    Part,
+    Section,
+    Table,
+    picture,
+)
+from tip_analysis.report.sections.overview import label_of, slug_of
+from tip_analysis.report.words import count, interval, listed, number, percent, plural, visible
+
+CONFIGURATION = (
+    "mode",
+    "loss",
+    "loss_normalizer",
+    "loss_aggregation",
+    "selection_scope",
+    "num_steps",
+)
+"""Arms are compared only under one of each."""
+ALL = ("all", 1.0)
+
+
+def ablations(views: Sequence[RunView]) -> Section:
+    """What training on each selection did, and which of the paper's claims hold here."""
+    return Section(
+        "ablations",
+        "Ablations and the paper’s claims",
+        [_part(view, label_of(view, views)) for view in views],
+        shows=(
+            "the accuracy of students trained on the selected tokens alone, with equal steps,"
+            " prompts and seeds, and whether the paper’s claims hold on this pair by a rule that"
+            " was fixed beforehand."
+        ),
+        shows_not=(
+            "that a claim fails where it is not resolved: few seeds leave wide intervals; nor"
+            " anything about other pairs."
+        ),
+    )
+
+
+def final_arms(table: pl.DataFrame) -> pl.DataFrame:
+    """Rows of trained arms at their last step, under the configuration that most rows have; without
+    the untrained student."""
+    trained = table.filter(
+        pl.col("rule") != "untrained", pl.col("step") == pl.col("num_steps"), pl.col("step") > 0
+    )
+    if trained.is_empty():
+        return trained
+    most = (
+        trained.group_by(CONFIGURATION)
+        .len()
+        .sort("len", *CONFIGURATION, descending=[True] + [False] * len(CONFIGURATION))
+    )
+    return trained.join(
+        most.head(1).drop("len"), on=CONFIGURATION, how="semi", maintain_order="left"
+    )
+
+
+def differences(arms: pl.DataFrame) -> pl.DataFrame:
+    """Each arm's accuracy minus that of `all` on the same seeds: rule, retention_ratio, difference,
+    low, high."""
+    everything = arms.filter(pl.col("rule") == "all")
+    rows = []
+    for (rule, ratio), part in arms.filter(pl.col("rule") != "all").group_by(
+        "rule", "retention_ratio", maintain_order=True
+    ):
+        difference, low, high, _ = paired_difference(part, everything, "accuracy")
+        rows.append((rule, ratio, difference, low, high))
+    schema = {
+        "rule": pl.String,
+        **dict.fromkeys(("retention_ratio", "difference", "low", "high"), pl.Float64),
+    }
+    return pl.DataFrame(rows, schema=schema, orient="row").drop_nulls("difference")
+
+
+def _part(view: RunView, label: str) -> Part:
+    command = (
+        f"tip-analysis ablate {view.run.path} --rules all entropy_sampling soft_or soft_or_bottom"
+        " q3 divergence random --ratios 0.5 0.1 --seeds 0 1 2"
+    )
+    if not view.run.has("ablations"):
+        return Part("", [Missing("No ablation has been run.", command)], run=label)
+    table = view.run.ablations().collect()
+    arms = final_arms(table)
+    if arms.is_empty():
+        return Part("", [Missing("No arm has been trained to its end.", command)], run=label)
+    judged = claims_table(arms)
+    summary = arm_summary(arms)
+    blocks: list[Block] = [_accuracy_picture(view, table, arms, summary)]
+    minus_all = differences(arms)
+    if minus_all.height:
+        blocks.append(_difference_picture(view, minus_all))
+    blocks += [
+        _claims_picture(view, judged),
+        _claims_block(judged),
+        _arms_block(arms, summary),
+        _memory_picture(view, arms),
+    ]
+    first = arms.row(0, named=True)
+    n = (
+        f"{plural(summary.height, 'arm')}, {plural(arms['seed'].n_unique(), 'seed')},"
+        f" {plural(first['num_steps'], 'step')}; {first['num_problems']} problems with"
+        f" {plural(first['num_samples'], 'sample')} each; {first['mode']}, loss {first['loss']}"
+        f" over {first['loss_normalizer']} tokens. Intervals are 95 %, Student’s t over seeds."
+    )
+    return Part(_finding(judged), blocks, n, label)
+
+
+def _finding(judged: pl.DataFrame) -> str:
+    words = []
+    several = pl.len().over("claim") > 1
+    ratio = pl.lit(" at ρ = ") + pl.col("arm_a").str.split("@").list.last()
+    named = judged.with_columns(
+        pl.col("claim") + pl.when(several).then(ratio).otherwise(pl.lit(""))
+    )
+    for verdict in ("supported", "contradicted", "not resolved", "not run"):
+        names = named.filter(pl.col("verdict").cast(pl.String) == verdict)["claim"].to_list()
+        if names:
+            words.append(f"{verdict}: {listed(names)}")
+    return f"Of the paper’s claims, on this pair {'; '.join(words)}."
+
+
+def _accuracy_picture(
+    view: RunView, table: pl.DataFrame, arms: pl.DataFrame, summary: pl.DataFrame
+) -> Block:
+    columns = ["rule", "retention_ratio", pl.col("mean").alias("accuracy"), "low", "high"]
+    shown = summary.select(columns)
+    untrained = table.filter(pl.col("step") == 0)["accuracy"].mean()
+    if untrained is not None:
+        row = {
+            "rule": ["untrained"],
+            "retention_ratio": [1.0],
+            "accuracy": [untrained],
+            "low": [None],
+            "high": [None],
+        }
+        shown = pl.concat([shown, pl.DataFrame(row, schema=shown.schema)])
+    metric = f"mean@{arms['num_samples'][0]}"
+    return picture(
+        lambda width: figures.accuracy_by_ratio(shown, metric=metric, width=width),
+        key=f"accuracy-{slug_of(view)}",
+        caption=(
+            "Accuracy after training on the selected tokens alone, mean over seeds with its 95%"
+            " interval. Level lines: training on all tokens, and the student before training."
+        ),
+        alt=(
+            "Lines of accuracy against retention ratio for each rule; the table below has the"
+            " numbers."
+        ),
+    )
+
+
+def _difference_picture(view: RunView, minus_all: pl.DataFrame) -> Block:
+    theirs = pl.concat(
+        [
+            paper_differences(((rule, ratio), ALL)).select(
+                pl.lit(rule).alias("rule"),
+                pl.lit(ratio, pl.Float64).alias("retention_ratio"),
+                "difference",
+            )
+            for rule, ratio in minus_all.select("rule", "retention_ratio").iter_rows()
+        ]
+    )
+    return picture(
+        lambda width: figures.difference_from_all(minus_all, theirs, width=width),
+        key=f"minus-all-{slug_of(view)}",
+        caption=(
+            "Accuracy minus that of training on all tokens, paired by seed. Hollow diamonds are the"
+            " paper’s own differences, one for each of its pairs and benchmarks: other models,"
+            " other problems."
+        ),
+        alt="Marks of the difference from training on all tokens, for this run and for the paper.",
+    )
+
+
+def _claims_picture(view: RunView, judged: pl.DataFrame) -> Block:
+    drawn = judged.filter(pl.col("effect").is_not_null()).select(
+        (
+            pl.col("claim")
+            + pl.lit(": ")
+            + pl.col("arm_a")
+            + " "
+            + pl.col("relation")
+            + " "
+            + pl.col("arm_b")
+        ).alias("claim"),
+        "effect",
+        "low",
+        "high",
+        pl.when(pl.col("relation") != ">").then("margin").alias("margin"),
+        pl.col("verdict").cast(pl.String),
+    )
+    return picture(
+        lambda width: figures.claims(drawn, width=width),
+        key=f"claims-{slug_of(view)}",
+        caption=(
+            "The effect of each claim with its 95% interval over seeds, and the verdict that it"
+            " gives."
+        ),
+        alt="Marks of the effect of each claim; the table below has the numbers.",
+    )
+
+
+def _claims_block(judged: pl.DataFrame) -> Table:
+    rows = []
+    for row in judged.iter_rows(named=True):
+        paper = "–"
+        if row["paper_comparisons"]:
+            paper = (
+                f"{_points(row['paper_median'])} ({_points(row['paper_min'])} to"
+                f" {_points(row['paper_max'])})"
+            )
+        agreeing = (
+            f"{row['paper_agreeing']} of {row['paper_comparisons']}"
+            if row["paper_comparisons"]
+            else "–"
+        )
+        rows.append(
+            [
+                row["claim"],
+                row["statement"],
+                f"{row['arm_a']} {row['relation']} {row['arm_b']}",
+                Measured(_points(row["effect"]), _point_interval(row["low"], row["high"])),
+                Measured(
+                    _points(row["problem_effect"]),
+                    _point_interval(row["problem_low"], row["problem_high"]),
+                ),
+                str(row["verdict"]),
+                *(FromPaper(text) if text != "–" else text for text in (paper, agreeing)),
+            ]
+        )
+    columns = [
+        "claim",
+        "that",
+        "arms",
+        "effect (seeds)",
+        "effect (problems)",
+        "verdict",
+        "paper: median (range)",
+        "paper: agreeing",
+    ]
+    margin = percent(judged["margin"][0], 0).removesuffix("%")
+    caption = (
+        "Differences of accuracy in points. A claim “>” is supported if its interval over seeds"
+        f" lies above 0, “≈” if within ±{margin} points, “≳” if above −{margin}; contradicted if it"
+        " lies wholly on the other side; otherwise not resolved."
+    )
+    return Table(columns, rows, caption, frozenset({3, 4}))
+
+
+def _arms_block(arms: pl.DataFrame, summary: pl.DataFrame) -> Table:
+    keys = ["rule", "retention_ratio"]
+    cost = arms.group_by(keys).agg(
+        pl.col(
+            "best_at_k", "heldout_reverse_kl", "tokens_trained", "step_time_s", "peak_memory_bytes"
+        ).mean()
+    )
+    joined = summary.join(cost, on=keys, how="left", maintain_order="left")
+    rows = [
+        [
+            visible(row["arm"], 40),
+            str(row["num_seeds"]),
+            Measured(
+                f"{percent(row['mean'])}", "" if row["std"] is None else f"± {percent(row['std'])}"
+            ),
+            percent(row["best_at_k"]),
+            number(row["heldout_reverse_kl"]),
+            count(round(row["tokens_trained"])),
+            number(row["step_time_s"]),
+            number(row["peak_memory_bytes"] / 1e9),
+        ]
+        for row in joined.sort("mean", descending=True).iter_rows(named=True)
+    ]
+    columns = [
+        "arm",
+        "seeds",
+        "accuracy",
+        "Best@k",
+        "held-out KL",
+        "tokens trained on",
+        "s a step",
+        "peak GB",
+    ]
+    caption = (
+        "Arms by accuracy (± standard deviation over seeds); held-out reverse KL in nats a token."
+    )
+    return Table(columns, rows, caption, frozenset(range(1, 8)))
+
+
+def _memory_picture(view: RunView, arms: pl.DataFrame) -> Block:
+    ours = arms.group_by("rule", "retention_ratio").agg(
+        pl.col("peak_memory_bytes").mean().alias("memory")
+    )
+    whole = ours.filter(pl.col("rule") == "all")["memory"].mean() or ours["memory"].max()
+    theirs = paper_results().filter(pl.col("metric") == "peak memory GB")
+    full = theirs.filter(pl.col("rule") == "all").select("pair", pl.col("mean").alias("whole"))
+    paper = theirs.join(full, on="pair").with_columns(
+        (pl.col("mean") / pl.col("whole")).alias("relative_memory")
+    )
+    ours = ours.with_columns((pl.col("memory") / whole).alias("relative_memory"))
+    return picture(
+        lambda width: figures.memory_by_ratio(ours, paper, width=width),
+        key=f"memory-{slug_of(view)}",
+        caption=(
+            "Peak memory of training relative to training on all tokens. With a small model most"
+            " memory is not logits, so less is saved."
+        ),
+        alt=(
+            "Marks of relative peak memory against retention ratio, for this run and for the paper."
+        ),
+    )
+
+
+def _points(difference: float | None) -> str:
+    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def _point_interval(low: float | None, high: float | None) -> str:
+    return interval(low, high) and f"[{_points(low)}, {_points(high)}]"

@@ -1,0 +1,326 @@
+"""The section on gradients: size and alignment by quadrant, for every loss that was measured, and
+what predicts them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import polars as pl
+
+from tip_analysis import figures
+from tip_analysis.analysis.correlations import correlation_table
+from tip_analysis.analysis.quadrant_tables import (
+    equation_6,
+    join_gradients,
+    quadrant_statistics,
+    widen,
+)
+from tip_analysis.analysis.run_view import RunView
+from tip_analysis.figures.gradients import LOSS_NAMES
+from tip_analysis.report.page import Block, Measured, Missing, Part, Section, Table, Tag, picture
+from tip_analysis.report.sections.overview import label_of, population, slug_of
+from tip_analysis.report.words import count, interval, listed, number, percent, plural
+
+MEASURES = {
+    "divergence": "mean divergence, nats",
+    "grad_norm_sq": "mean ‖g‖²",
+    "grad_dot_loss": "mean φ",
+}
+LOGIT_NORMS = {
+    "reverse_kl": "reverse_kl_logit_grad_norm",
+    "forward_kl": "forward_kl_logit_grad_norm",
+}
+_SHARES = {
+    "tokens": "share",
+    "grad_norm_sq": "share_grad_norm_sq",
+    "grad_dot_loss": "share_grad_dot_loss",
+}
+_KEYS = ("param_scope", "method", "num_probes", "seed")
+
+
+def gradients(views: Sequence[RunView]) -> Section:
+    """Which quadrants carry the gradient, and does it point downhill?"""
+    return Section(
+        "gradients",
+        "Gradient norms and alignment",
+        [_part(view, label_of(view, views)) for view in views],
+        shows=(
+            "M = ‖g‖², the size of each token’s own gradient, and φ = ⟨∇L, g⟩, how far a step on"
+            " that token alone lowers the loss; ∇L comes from the other half of the prompts, so"
+            " that φ is not positive by construction."
+        ),
+        shows_not=(
+            "what happens over many steps, nor that a large gradient is a useful one: under the"
+            " reverse KL a confident student that is wrong has a small gradient on its logits"
+            " (softmax saturation), however large its divergence."
+        ),
+    )
+
+
+def measured_losses(view: RunView) -> list[str]:
+    """Losses whose gradients were measured, the reverse KL first."""
+    found = (
+        view.run.gradients()
+        .select(pl.col("loss").cast(pl.String).unique())
+        .collect()["loss"]
+        .to_list()
+    )
+    return sorted(
+        found, key=lambda name: (list(LOSS_NAMES).index(name) if name in LOSS_NAMES else 99, name)
+    )
+
+
+def joined(view: RunView, loss: str) -> pl.LazyFrame:
+    """Scored tokens with one measurement of a loss's gradients: over all parameters if there is
+    one, else the first."""
+    table = view.run.gradients()
+    there = table.filter(pl.col("loss").cast(pl.String) == loss).select(
+        pl.col("method").cast(pl.String), *(k for k in _KEYS if k != "method")
+    )
+    first = (
+        there.unique()
+        .sort(pl.col("param_scope") != "all", *_KEYS)
+        .head(1)
+        .collect()
+        .row(0, named=True)
+    )
+    return join_gradients(view.tokens, table, loss=loss, **first)
+
+
+def quadrant_table(view: RunView, loss: str) -> pl.DataFrame:
+    """`statistics.quadrant_statistics` over the tokens whose gradient of `loss` was measured, one
+    row per quadrant."""
+
+    def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
+        return quadrant_statistics(tokens, num_resamples=num_resamples, **view.taxonomy())
+
+    return widen(
+        view.with_intervals(
+            joined(view, loss), compute, keys=["quadrant", "statistic"], names=["value"]
+        )
+    )
+
+
+def _part(view: RunView, label: str) -> Part:
+    if not view.population.num_tokens:
+        return Part("No token has statistics.", run=label)
+    if not view.run.has("gradients"):
+        missing = Missing(
+            "Gradients over the parameters have not been measured; below are those over the logits,"
+            " which scoring gives.",
+            f"tip-analysis gradients {view.run.path} --loss reverse_kl forward_kl",
+        )
+        return Part(_logit_finding(view), [missing, _logit_picture(view)], population(view), label)
+    losses = measured_losses(view)
+    tables = {loss: quadrant_table(view, loss) for loss in losses}
+    blocks: list[Block] = [_profile_picture(view, tables), _energy_picture(view, tables)]
+    blocks += [_quadrant_block(loss, table) for loss, table in tables.items()]
+    blocks.append(_correlation_block(view, losses[0]))
+    return Part(
+        _finding(losses[0], tables[losses[0]]),
+        blocks,
+        _measured_words(tables[losses[0]], view),
+        label,
+    )
+
+
+def _finding(loss: str, table: pl.DataFrame) -> str:
+    rows = {str(row["quadrant"]): row for row in table.iter_rows(named=True)}
+    largest = max(rows, key=lambda name: rows[name]["share_grad_norm_sq"] or 0.0)
+    q3 = rows["Q3"]
+    downhill = [name for name, row in rows.items() if (row["mean_grad_dot_loss_low"] or 0.0) > 0]
+    words = (
+        f"point downhill on average (95% interval above 0) in {listed(downhill)}"
+        if downhill
+        else ("point downhill in no quadrant clearly (every 95% interval of the mean of φ holds 0)")
+    )
+    return (
+        f"Under the {LOSS_NAMES.get(loss, loss)}, {largest} carries most of the gradient"
+        f" ({percent(rows[largest]['share_grad_norm_sq'])} of Σ‖g‖² on"
+        f" {percent(rows[largest]['share'])} of the tokens); Q3 carries"
+        f" {percent(q3['share_grad_norm_sq'])} on {percent(q3['share'])}, and"
+        f" {percent(q3['share_grad_dot_loss'])} of Σφ. Gradients {words}."
+    )
+
+
+def _profile_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
+    rows = []
+    for loss, table in tables.items():
+        for measure, name in MEASURES.items():
+            column = f"mean_{loss if measure == 'divergence' else measure}"
+            if column not in table.columns:
+                continue
+            ends = (
+                pl.col(column).alias("value"),
+                pl.col(f"{column}_low").alias("low"),
+                pl.col(f"{column}_high").alias("high"),
+            )
+            rows.append(
+                table.select(
+                    pl.lit(loss).alias("loss"),
+                    pl.lit(name).alias("measure"),
+                    pl.col("quadrant").cast(pl.String),
+                    *ends,
+                )
+            )
+    profile = pl.concat(rows)
+    return picture(
+        lambda width: figures.quadrant_profile(profile, width=width),
+        key=f"profile-{slug_of(view)}",
+        caption=(
+            "Divergence, size of the gradient and alignment, side by side for each loss; each panel"
+            " has its own axis. Where the divergence of Q3 is large and its gradient is not, the"
+            " softmax is saturated."
+        ),
+        alt=(
+            "Bars of mean divergence, squared gradient norm and alignment by quadrant; the tables"
+            " below have the numbers."
+        ),
+    )
+
+
+def _logit_finding(view: RunView) -> str:
+    rows = {str(row["quadrant"]): row for row in widen(view.quadrant_means).iter_rows(named=True)}
+    reverse, forward = (rows["Q3"][f"mean_{column}"] for column in LOGIT_NORMS.values())
+    return (
+        f"On the logits, the mean gradient norm of Q3 is {number(reverse)} under the reverse KL and"
+        f" {number(forward)} under the forward KL, at a mean divergence of"
+        f" {number(rows['Q3']['mean_reverse_kl'])} and {number(rows['Q3']['mean_forward_kl'])}"
+        " nats."
+    )
+
+
+def _logit_picture(view: RunView) -> Block:
+    wide, rows = widen(view.quadrant_means), []
+    for loss, norm in LOGIT_NORMS.items():
+        for column, name in ((loss, MEASURES["divergence"]), (norm, "mean logit ‖g‖")):
+            value = (
+                pl.col(f"mean_{column}{tail}").alias(end)
+                for tail, end in (("", "value"), ("_low", "low"), ("_high", "high"))
+            )
+            rows.append(
+                wide.select(
+                    pl.lit(loss).alias("loss"),
+                    pl.lit(name).alias("measure"),
+                    pl.col("quadrant").cast(pl.String),
+                    *value,
+                )
+            )
+    profile = pl.concat(rows)
+    return picture(
+        lambda width: figures.quadrant_profile(profile, width=width),
+        key=f"logits-{slug_of(view)}",
+        caption=(
+            "Mean divergence and mean gradient norm over the logits, by quadrant, for both"
+            " directions of the KL."
+        ),
+        alt="Bars of mean divergence and logit gradient norm by quadrant.",
+    )
+
+
+def _energy_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
+    rows = []
+    for loss, table in tables.items():
+        for quantity, column in _SHARES.items():
+            ends = (
+                pl.col(column).alias("share"),
+                pl.col(f"{column}_low").alias("low"),
+                pl.col(f"{column}_high").alias("high"),
+            )
+            rows.append(
+                table.select(
+                    pl.lit(loss).alias("loss"),
+                    pl.lit(quantity).alias("quantity"),
+                    pl.col("quadrant").cast(pl.String),
+                    *ends,
+                )
+            )
+    shares = pl.concat(rows)
+    return picture(
+        lambda width: figures.energy_shares(shares, width=width),
+        key=f"energy-{slug_of(view)}",
+        caption=(
+            "A quadrant whose filled marks lie right of its hollow one carries more gradient than"
+            " its number of tokens. Shares of Σφ may be negative or above 100%, since φ has both"
+            " signs."
+        ),
+        alt=(
+            "Shares of tokens, squared gradient norm and alignment by quadrant; the tables below"
+            " have the numbers."
+        ),
+    )
+
+
+def _quadrant_block(loss: str, table: pl.DataFrame) -> Table:
+    rewards = "positive_reward_alignment_share" in table.columns
+    rows = []
+    for row in table.iter_rows(named=True):
+        cells: list[str | Tag | Measured] = [Tag(str(row["quadrant"])), percent(row["share"])]
+        cells += [
+            _with_interval(row, name, percent)
+            for name in ("share_grad_norm_sq", "share_grad_dot_loss")
+        ]
+        cells += [
+            _with_interval(row, name, number)
+            for name in ("alignment_ratio", "median_oracle_weight_deconvolved")
+        ]
+        cells.append(_with_interval(row, "negative_alignment_share", percent))
+        if rewards:
+            cells.append(_with_interval(row, "positive_reward_alignment_share", percent))
+        rows.append(cells)
+    columns = ["quadrant", "tokens", "of Σ‖g‖²", "of Σφ", "Σφ / ΣM", "median φ/M", "φ < 0"]
+    columns += ["raises the reward"] if rewards else []
+    name = LOSS_NAMES.get(loss, loss)
+    caption = (
+        f"Gradients of the {name}: shares and ratios with 95% intervals. The median of φ/M is"
+        " corrected for probe noise."
+    )
+    return Table(columns, rows, caption, frozenset(range(1, len(columns))))
+
+
+def _correlation_block(view: RunView, loss: str) -> Table:
+    def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
+        main = correlation_table(tokens, num_resamples=num_resamples)
+        return pl.concat([main, equation_6(tokens, num_resamples=num_resamples)])
+
+    sample = view.sampled(joined(view, loss))
+    table = compute(sample, min(100, view.options.num_resamples))
+    names = {"grad_norm": "‖g‖", "grad_dot_loss": "φ", "oracle_weight": "φ/M"}
+    rows = [
+        [
+            names.get(row["target"], row["target"]),
+            row["predictor"],
+            _with_interval(row, "spearman", number),
+            _with_interval(row, "spearman_deconvolved", number),
+            _with_interval(row, "partial", number),
+        ]
+        for row in table.iter_rows(named=True)
+    ]
+    caption = (
+        f"Rank correlations over {plural(table['num_tokens'][0], 'token')} with 95% intervals from "
+        f"{table['num_resamples'][0]} resamples; "
+        "the last column holds position and token frequency. The last row is Eq. 6."
+    )
+    return Table(
+        ["of", "with", "Spearman", "without probe noise", "partial"],
+        rows,
+        caption,
+        frozenset({2, 3, 4}),
+    )
+
+
+def _measured_words(table: pl.DataFrame, view: RunView) -> str:
+    total = int(table["num_tokens"].sum())
+    return (
+        f"Gradients of {count(total)} tokens, {percent(total / view.population.num_tokens)} of the"
+        f" run. {view.interval_words()}"
+    )
+
+
+def _with_interval(row: dict[str, Any], name: str, show: Callable[[float | None], str]) -> Measured:
+    value = row.get(name)
+    if value is None:
+        return Measured("–")
+    return Measured(
+        show(value),
+        interval(row.get(f"{name}_low"), row.get(f"{name}_high"), as_share=show is percent),
+    )

@@ -1,0 +1,158 @@
+"""The section on position, frequency and kind of token: does a quadrant just mean "first tokens" or
+"punctuation"?"""
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from tip_analysis import figures
+from tip_analysis.analysis import groups as effects
+from tip_analysis.analysis.run_view import RunView
+from tip_analysis.figures.groups import GROUPING_NAMES
+from tip_analysis.report.page import Block, Part, Section, Table, Tag, picture
+from tip_analysis.report.sections.overview import label_of, population, slug_of
+from tip_analysis.report.words import count, interval, number, percent
+
+
+def group_effects(views: Sequence[RunView]) -> Section:
+    """Quadrants by groups of tokens, and by reward."""
+    return Section(
+        "effects",
+        "Position, frequency and kind of token",
+        [_part(view, label_of(view, views)) for view in views],
+        shows="how much of the quadrant is known once a token’s place, frequency or kind is known.",
+        shows_not=(
+            "why: a kind of token can be hard because of where it stands, and the other way round."
+        ),
+    )
+
+
+def _part(view: RunView, label: str) -> Part:
+    if not view.population.num_tokens:
+        return Part("No token has statistics.", run=label)
+    taxonomy = view.taxonomy()
+    resamples = min(60, view.options.num_resamples)
+    sample = view.sampled(view.raw).collect().lazy()
+    told = effects.association(sample, num_resamples=resamples, **taxonomy)
+    groups = pl.concat(
+        [
+            effects.group_effects(view.raw, grouping=name, num_resamples=2, **taxonomy)
+            for name in effects.GROUPINGS
+        ]
+    )
+    drawn = picture(
+        lambda width: figures.group_shares(groups, width=width),
+        key=f"effects-{slug_of(view)}",
+        caption=(
+            "Shares of the quadrants within each group; in brackets the number of tokens. Bars that"
+            " look alike mean that the grouping does not matter."
+        ),
+        alt=(
+            "Stacked bars of quadrant shares by position, frequency and kind of token; the table"
+            " below has the numbers of Q3."
+        ),
+    )
+    blocks: list[Block] = [drawn, _association_block(told), _lift_block(groups)]
+    if view.rollouts["reward"].drop_nulls().n_unique() > 1:
+        blocks.append(_reward_block(view, sample, resamples))
+    return Part(
+        _finding(told, groups), blocks, f"{population(view)} {view.interval_words()}", label
+    )
+
+
+def _finding(told: pl.DataFrame, groups: pl.DataFrame) -> str:
+    best = told.sort("explained", descending=True, nulls_last=True).row(0, named=True)
+    q3 = (
+        groups.filter(pl.col("quadrant") == "Q3", pl.col("num_tokens") >= 20)
+        .drop_nulls("lift")
+        .sort("lift", descending=True)
+    )
+    first = (
+        f"Of the three, {GROUPING_NAMES[best['grouping']]} says most about a token’s quadrant: it"
+        f" removes {percent(best['explained'])} of the uncertainty"
+    )
+    if q3.height == 0:
+        return f"{first}."
+    row = q3.row(0, named=True)
+    return (
+        f"{first}. Q3 is most over-represented among tokens of the group “{row['group']}”"
+        f" ({percent(row['share'])} of them, {number(row['lift'])} times its share overall)."
+    )
+
+
+def _association_block(told: pl.DataFrame) -> Table:
+    rows = [
+        [
+            GROUPING_NAMES[row["grouping"]],
+            percent(row["explained"]),
+            interval(row["explained_low"], row["explained_high"]),
+            number(row["cramers_v"]),
+            interval(row["cramers_v_low"], row["cramers_v_high"], as_share=False),
+        ]
+        for row in told.iter_rows(named=True)
+    ]
+    columns = ["grouping", "uncertainty removed", "95% interval", "Cramér’s V", "95% interval"]
+    caption = (
+        f"How much a grouping says about the quadrant, over {count(told['num_tokens'][0])} tokens:"
+        " I(group; quadrant) / H(quadrant)."
+    )
+    return Table(columns, rows, caption, frozenset({1, 2, 3, 4}))
+
+
+def _lift_block(groups: pl.DataFrame) -> Table:
+    rows = []
+    for grouping in groups["grouping"].unique(maintain_order=True):
+        part = groups.filter(pl.col("grouping") == grouping)
+        for group in part["group"].unique(maintain_order=True):
+            cells = {
+                str(row["quadrant"]): row
+                for row in part.filter(pl.col("group") == group).iter_rows(named=True)
+            }
+            total = sum(row["num_tokens"] for row in cells.values())
+            rows.append(
+                [
+                    f"{grouping}: {group}",
+                    count(total),
+                    *(percent(cells[name]["share"]) for name in figures.QUADRANT_COLORS),
+                    number(cells["Q3"]["lift"]),
+                ]
+            )
+    columns = ["group", "tokens", *figures.QUADRANT_COLORS, "lift of Q3"]
+    return Table(
+        columns,
+        rows,
+        "Shares within groups; lift is the share over that in the whole run.",
+        frozenset(range(1, 7)),
+    )
+
+
+def _reward_block(view: RunView, sample: pl.LazyFrame, resamples: int) -> Table:
+    table = effects.reward_effects(
+        sample, view.run.rollouts(), num_resamples=resamples, **view.taxonomy()
+    )
+    rows = [
+        [
+            Tag(str(row["quadrant"])),
+            percent(row["share_rewarded"]),
+            percent(row["share_unrewarded"]),
+            percent(row["difference"]),
+            interval(row["difference_low"], row["difference_high"]),
+            number(row["spearman"]),
+            interval(row["spearman_low"], row["spearman_high"], as_share=False),
+        ]
+        for row in table.iter_rows(named=True)
+    ]
+    columns = [
+        "quadrant",
+        "in rewarded rollouts",
+        "in others",
+        "difference",
+        "95% interval",
+        "Spearman with reward",
+        "95% interval",
+    ]
+    caption = (
+        "Shares of the quadrants in rollouts with a reward above ½ and in the others; "
+        f"{count(table['num_rollouts'][0])} graded rollouts."
+    )
+    return Table(columns, rows, caption, frozenset(range(1, 7)))

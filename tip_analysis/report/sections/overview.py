@@ -1,0 +1,335 @@
+"""The section on the run as a whole: shares of the quadrants beside the paper's ranges, and
+warnings."""
+
+from collections.abc import Sequence
+from zlib import crc32
+
+import polars as pl
+
+from tip_analysis import figures
+from tip_analysis.analysis.cuts import PAPER_RANGES
+from tip_analysis.analysis.planted import planted_detection
+from tip_analysis.analysis.quadrant_tables import widen
+from tip_analysis.analysis.run_view import RunView
+from tip_analysis.report import paper
+from tip_analysis.report.page import (
+    Block,
+    FromPaper,
+    Numbers,
+    Part,
+    Section,
+    Table,
+    Tag,
+    Warnings,
+    picture,
+)
+from tip_analysis.report.run_warnings import warnings_of
+from tip_analysis.report.words import (
+    count,
+    interval,
+    listed,
+    number,
+    percent,
+    plural,
+    sentence,
+    visible,
+)
+
+
+def overview(views: Sequence[RunView]) -> Section:
+    """Shares of the quadrants beside the paper's ranges, and what to know before trusting them."""
+    parts = [
+        Part(
+            _finding(view),
+            _overview_blocks(view, alone=len(views) == 1),
+            population(view),
+            label_of(view, views),
+        )
+        for view in views
+    ]
+    if len(views) > 1:
+        parts.insert(0, _comparison(views))
+    return Section(
+        "overview",
+        "Overview",
+        parts,
+        shows=(
+            "which share of the student’s own tokens falls into each quadrant at the cuts named,"
+            " and how far that is from the shares that the paper reports over its pairs."
+        ),
+        shows_not=(
+            "that a quadrant’s tokens are worth training on: shares depend on the cuts (see the"
+            " sensitivity), and the paper does not state its own."
+        ),
+    )
+
+
+def population(view: RunView) -> str:
+    """n in tokens, rollouts and prompts, with the cuts."""
+    counted = view.population
+    return (
+        f"n = {plural(counted.num_tokens, 'token')}, {plural(counted.num_rollouts, 'rollout')}, "
+        f"{plural(counted.num_prompts, 'prompt')}. {sentence(_cut_words(view))}"
+    )
+
+
+def share_table(view: RunView) -> pl.DataFrame:
+    """`run`, `quadrant`, `share`, `share_low`, `share_high`, as the figures take it."""
+    shares = view.shares.select("quadrant", "share")
+    if view.population.num_tokens:
+        measured = view.quadrant_means.filter(pl.col("statistic") == "share")
+        ends = measured.select(
+            "quadrant", pl.col("low").alias("share_low"), pl.col("high").alias("share_high")
+        )
+        shares = shares.join(ends, on="quadrant", how="left", maintain_order="left")
+    else:
+        shares = shares.with_columns(
+            pl.lit(None, pl.Float64).alias(name) for name in ("share_low", "share_high")
+        )
+    return shares.select(
+        pl.lit(view.name).alias("run"),
+        pl.col("quadrant").cast(pl.String),
+        "share",
+        "share_low",
+        "share_high",
+    )
+
+
+def _finding(view: RunView) -> str:
+    shares = view.share_of
+    if not view.population.num_tokens:
+        return (
+            "No response token has statistics: every rollout is empty, or nothing was written by"
+            " the student."
+        )
+    uncertain = shares["Q1"] + shares["Q2"]
+    compared = {"Q1+Q2": uncertain, "Q3": shares["Q3"], "Q4": shares["Q4"]}
+    inside = [
+        name
+        for name, share in compared.items()
+        if PAPER_RANGES[name][0] <= share <= PAPER_RANGES[name][1]
+    ]
+    outside = [name for name in compared if name not in inside]
+    if not outside:
+        verdict = "all three within the ranges that the paper reports"
+    else:
+        verdict = (
+            f"{listed(outside)} outside the range{'s' if len(outside) > 1 else ''} that the paper"
+            " reports"
+        )
+        verdict += f", {listed(inside)} within" if inside else ""
+    return (
+        f"{percent(shares['Q3'])} of the tokens are confident and disagree with the teacher (Q3),"
+        f" {percent(uncertain)} are uncertain (Q1 and Q2), {percent(shares['Q4'])} are settled"
+        f" (Q4): {verdict}."
+    )
+
+
+def _overview_blocks(view: RunView, *, alone: bool) -> list[Block]:
+    student, teacher = view.model_names()
+    counted = view.population
+    entries = [
+        ("student", visible(student, 40), ""),
+        ("teacher", visible(teacher, 40), ""),
+        (
+            "tokens",
+            count(counted.num_tokens),
+            f"{count(counted.num_masked)} not the student’s" if counted.num_masked else "",
+        ),
+        ("rollouts", count(counted.num_rollouts), plural(counted.num_prompts, "prompt")),
+    ]
+    rewards = view.rollouts["reward"].drop_nulls()
+    if rewards.len():
+        mean = number(float(rewards.to_numpy().mean()))
+        entries.append(("mean reward", mean, f"over {plural(rewards.len(), 'graded rollout')}"))
+    blocks: list[Block] = [Numbers(entries), Warnings(warnings_of(view))]
+    if alone:
+        blocks.append(_shares_picture(view))
+    blocks.append(_shares_block(view))
+    if counted.num_tokens:
+        blocks.append(_carried_block(view))
+    if view.has_planted_labels:
+        blocks.append(_planted_block(view))
+    return blocks
+
+
+def _shares_picture(view: RunView) -> Block:
+    table = share_table(view)
+    return picture(
+        lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
+        key=f"shares-{slug_of(view)}",
+        caption=(
+            "Share of response tokens in each quadrant. Hatched: the range that the paper reports"
+            " over its pairs."
+        ),
+        alt=(
+            "Bars of the quadrant shares beside the paper's ranges; the table below has the"
+            " numbers."
+        ),
+    )
+
+
+def _shares_block(view: RunView) -> Table:
+    rows = []
+    ends = {name: interval(low, high) for _, name, _, low, high in share_table(view).iter_rows()}
+    for row in view.shares.iter_rows(named=True):
+        name = str(row["quadrant"])
+        known = paper.range_of(name)
+        if name in ("Q1", "Q2"):
+            known = f"{paper.range_of('Q1+Q2')} (Q1+Q2)"
+        rows.append(
+            [
+                Tag(name),
+                figures.QUADRANT_NAMES[name],
+                count(row["num_tokens"]),
+                count(row["num_rollouts"]),
+                count(row["num_prompts"]),
+                percent(row["share"]),
+                ends.get(name, ""),
+                FromPaper(known),
+            ]
+        )
+    columns = [
+        "quadrant",
+        "student is",
+        "tokens",
+        "in rollouts",
+        "in prompts",
+        "share",
+        "95% interval",
+        "paper’s range",
+    ]
+    return Table(
+        columns,
+        rows,
+        f"Tokens of each quadrant. {view.interval_words()}",
+        frozenset({2, 3, 4, 5, 6, 7}),
+    )
+
+
+def _carried_block(view: RunView) -> Table:
+    """What a quadrant's tokens are like on average, and its part of the loss."""
+    table = widen(view.quadrant_means)
+    rows = [
+        [
+            Tag(str(row["quadrant"])),
+            number(row["mean_student_entropy"]),
+            number(row["mean_teacher_entropy"]),
+            number(row["mean_reverse_kl"]),
+            number(row["mean_forward_kl"]),
+            percent(row["share_reverse_kl"]),
+            interval(row["share_reverse_kl_low"], row["share_reverse_kl_high"]),
+        ]
+        for row in table.iter_rows(named=True)
+    ]
+    columns = [
+        "quadrant",
+        "student entropy",
+        "teacher entropy",
+        "reverse KL",
+        "forward KL",
+        "share of Σ reverse KL",
+        "95% interval",
+    ]
+    caption = (
+        "Means over the tokens of each quadrant, in nats, and its share of the summed loss; +∞ is"
+        " left out."
+    )
+    return Table(columns, rows, caption, frozenset(range(1, 7)))
+
+
+def _planted_block(view: RunView) -> Table:
+    found = planted_detection(view.tokens).row(0, named=True)
+    rows = [
+        [
+            "recall",
+            percent(found["q3_recall"]),
+            (
+                f"of {count(found['num_confident'])} planted errors with student top-1 ≥ 0.9,"
+                " called Q3"
+            ),
+        ],
+        [
+            "precision",
+            percent(found["q3_precision"]),
+            "of the tokens called Q3, are planted errors",
+        ],
+        [
+            "AUC",
+            number(found["auc"]),
+            f"of the Q3 score for {count(found['num_planted'])} planted errors among all tokens",
+        ],
+    ]
+    caption = (
+        "The arithmetic pair has planted errors, so that the taxonomy can be checked against the"
+        " truth."
+    )
+    return Table(["planted errors", "value", "meaning"], rows, caption, frozenset({1}))
+
+
+def _comparison(views: Sequence[RunView]) -> Part:
+    table = pl.concat([share_table(view) for view in views])
+    by_q3 = sorted(views, key=lambda view: view.share_of["Q3"])
+    drawn = picture(
+        lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
+        key="shares-all",
+        caption=(
+            "The runs side by side, each with its own cuts where those are measured on the data."
+        ),
+        alt="Bars of the quadrant shares of each run; the table below has the numbers.",
+    )
+    rows = []
+    for view in views:
+        shares, cuts = view.share_of, view.cuts
+        rows.append(
+            [
+                view.name,
+                *(visible(name, 40) for name in view.model_names()),
+                count(view.population.num_tokens),
+                *(percent(shares[name]) for name in figures.QUADRANT_COLORS),
+                number(cuts.entropy.value),
+                number(cuts.divergence.value),
+            ]
+        )
+    columns = [
+        "run",
+        "student",
+        "teacher",
+        "tokens",
+        *figures.QUADRANT_COLORS,
+        "entropy cut",
+        "divergence cut",
+    ]
+    finding = (
+        f"Of {len(views)} runs, Q3 is smallest in {by_q3[0].name}"
+        f" ({percent(by_q3[0].share_of['Q3'])}) and largest in {by_q3[-1].name}"
+        f" ({percent(by_q3[-1].share_of['Q3'])})."
+    )
+    return Part(
+        finding,
+        [drawn, Table(columns, rows, "Runs side by side; cuts in nats.", frozenset(range(3, 10)))],
+        run="All runs",
+    )
+
+
+def _cut_words(view: RunView) -> str:
+    words = []
+    for cut in (view.cuts.entropy, view.cuts.divergence):
+        where = "one for each batch" if cut.scope == "batch" else f"{number(cut.value)} nats"
+        words.append(
+            f"{cut.axis} cut: {cut.spec} ({where})"
+            if cut.spec != where.split()[0]
+            else f"{cut.axis} cut: {where}"
+        )
+    return f"{'; '.join(words)}; high is strictly above."
+
+
+def slug_of(view: RunView) -> str:
+    """The run's name as part of an id."""
+    plain = "".join(character if character.isalnum() else "-" for character in view.name)
+    return plain if plain == view.name else f"{plain}-{crc32(view.name.encode()):08x}"
+
+
+def label_of(view: RunView, views: Sequence[RunView]) -> str:
+    """The run's name where there are several."""
+    return view.name if len(views) > 1 else ""

@@ -1,0 +1,260 @@
+"""The section on selection rules: composition, overlap, coverage, and Proposition 2 on data."""
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from tip_analysis import figures
+from tip_analysis.analysis import mask_tables as composition
+from tip_analysis.analysis.quadrant_tables import ENTROPY_ONLY_RULES, coverage_curve, proposition_2
+from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.errors import SchemaError
+from tip_analysis.report.page import Block, Missing, Part, Section, Table, picture
+from tip_analysis.report.sections.gradients import joined, measured_losses
+from tip_analysis.report.sections.overview import label_of, slug_of
+from tip_analysis.report.words import count, interval, number, percent, plural
+
+MAX_MASKS = 48
+"""Masks that are compared; of more, those of the first seeds and scope."""
+
+
+def selections(views: Sequence[RunView]) -> Section:
+    """What each rule picks, how far rules agree, and what they miss."""
+    return Section(
+        "selection",
+        "Selection rules",
+        [_part(view, label_of(view, views)) for view in views],
+        shows=(
+            "which quadrants a rule’s tokens come from, how alike two rules are, and how much of Q3"
+            " and of the loss’s descent each rule leaves out (Proposition 2: a rule of entropy"
+            " alone must miss Q3)."
+        ),
+        shows_not="which rule trains best: that takes the ablations.",
+    )
+
+
+def _part(view: RunView, label: str) -> Part:
+    if not view.population.num_tokens:
+        return Part("No token has statistics.", run=label)
+    if not view.run.has("masks"):
+        command = (
+            f"tip-analysis select {view.run.path} --rules entropy soft_or q3 divergence random"
+            " --ratios 0.1 0.2 0.5"
+        )
+        return Part("", [Missing("No selection has been made.", command)], run=label)
+    masks, tokens = _chosen_masks(view)
+    blocks: list[Block] = []
+    made = composition.composition(masks, tokens)
+    blocks.append(_composition_picture(view, made))
+    pairs = _pairs_at_one_ratio(masks)
+    if pairs is not None:
+        blocks.append(_overlap_picture(view, *pairs))
+    missed = proposition_2(
+        masks,
+        _aligned(view, tokens),
+        num_resamples=min(200, view.options.num_resamples),
+        **view.taxonomy(),
+    )
+    blocks += _coverage_pictures(view, masks, tokens)
+    blocks.append(_missed_block(missed))
+    if view.has_planted_labels:
+        blocks.append(_planted_block(composition.planted_recall(masks, tokens)))
+    n = missed.row(0, named=True)
+    words = (
+        "Masks as recorded, on"
+        f" {plural(int(made.filter(pl.col('quadrant') == 'Q1').height), 'mask')};"
+        f" {plural(n['num_rollouts'], 'rollout')}, {plural(n['num_prompts'], 'prompt')}."
+        f" {view.interval_words()}"
+    )
+    return Part(_finding(missed), blocks, words, label)
+
+
+def _chosen_masks(view: RunView) -> tuple[pl.DataFrame, pl.LazyFrame]:
+    """At most `MAX_MASKS` masks over the (sampled) tokens, and these tokens with quadrants."""
+    tokens = view.sampled(view.tokens).filter("loss_mask")
+    keys = (
+        view.run.masks()
+        .select(composition.MASK_KEYS)
+        .unique()
+        .collect()
+        .sort("seed", *composition.MASK_KEYS[:3])
+    )
+    keys = keys.head(MAX_MASKS)
+    wanted = view.run.masks().join(
+        keys.lazy(), on=composition.MASK_KEYS, how="semi", nulls_equal=True
+    )
+    if view.prompt_sample is not None:
+        wanted = wanted.join(tokens.select("rollout_id").unique(), on="rollout_id", how="semi")
+    masks = (
+        wanted.collect()
+        .with_columns(pl.col("selection_scope").cast(pl.String))
+        .sort("rule", "retention_ratio", "seed")
+    )
+    return masks, tokens
+
+
+def _aligned(view: RunView, tokens: pl.LazyFrame) -> pl.LazyFrame:
+    """The tokens, with φ of the reverse KL where all of them have it."""
+    if not view.run.has("gradients") or "reverse_kl" not in measured_losses(view):
+        return tokens
+    measured = view.sampled(joined(view, "reverse_kl"))
+    same = measured.select(pl.len()).collect().item() == tokens.select(pl.len()).collect().item()
+    return measured if same else tokens
+
+
+def _finding(missed: pl.DataFrame) -> str:
+    """Which rule sees most of Q3 at the smallest ρ that all rules share, and what entropy misses
+    there."""
+    rows = missed.filter(pl.col("rule") != "all").drop_nulls("q3_missed").sort("q3_missed")
+    if rows.height == 0:
+        return "Q3 is empty: no rule can miss it."
+    ratio = rows["retention_ratio"].min()
+    at_ratio = rows.filter(pl.col("retention_ratio") == ratio)
+    best = at_ratio.row(0, named=True)
+    words = (
+        f"At ρ = {ratio:g}, {best['rule']} keeps most of Q3 ({percent(1 - best['q3_missed'])} of"
+        " its tokens)"
+    )
+    entropy = at_ratio.filter(pl.col("rule").is_in(ENTROPY_ONLY_RULES)).sort(
+        "q3_missed", descending=True
+    )
+    if entropy.height == 0:
+        return f"{words}."
+    row = entropy.row(0, named=True)
+    return (
+        f"{words}; {row['rule']}, which sees entropy alone, misses {percent(row['q3_missed'])}"
+        " of it."
+    )
+
+
+def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
+    keys = ["rule", "retention_ratio", "quadrant"]
+    table = (
+        made.filter(pl.col("rule") != "all")
+        .group_by(keys, maintain_order=True)
+        .agg(pl.col("share", "token_share").mean())
+    )
+    return picture(
+        lambda width: figures.composition(table, width=width),
+        key=f"composition-{slug_of(view)}",
+        caption=(
+            "What each rule selects, by quadrant; sampling rules are averaged over their seeds. The"
+            " pale bar is the whole run."
+        ),
+        alt=(
+            "Stacked bars of the quadrants in each selection; the table below says how much of Q3"
+            " each rule keeps."
+        ),
+    )
+
+
+def _pairs_at_one_ratio(masks: pl.DataFrame) -> tuple[float, pl.DataFrame] | None:
+    """The overlap of all rules at the ρ that most rules have, one seed and one scope each."""
+    single = masks.filter(pl.col("rule") != "all").filter(
+        pl.col("seed") == pl.col("seed").min().over("rule", "retention_ratio")
+    )
+    rules = (
+        single.group_by("retention_ratio")
+        .agg(pl.col("rule").n_unique())
+        .sort("rule", "retention_ratio", descending=[True, False])
+    )
+    if rules.height == 0 or rules["rule"][0] < 2:
+        return None
+    ratio = rules["retention_ratio"][0]
+    scope = single["selection_scope"][0]
+    chosen = single.filter(pl.col("retention_ratio") == ratio, pl.col("selection_scope") == scope)
+    return float(ratio), composition.overlap(chosen)
+
+
+def _overlap_picture(view: RunView, ratio: float, pairs: pl.DataFrame) -> Block:
+    return picture(
+        lambda width: figures.overlap(pairs, width=width),
+        key=f"overlap-{slug_of(view)}",
+        caption=(
+            f"How far the selections of two rules agree at ρ = {ratio:g}: tokens that both select"
+            " over tokens that either does. Two selections drawn independently at this ρ would"
+            f" agree at {number(ratio / (2 - ratio))}."
+        ),
+        alt="Heat map of the Jaccard index of every two rules.",
+    )
+
+
+def _coverage_pictures(view: RunView, masks: pl.DataFrame, tokens: pl.LazyFrame) -> list[Block]:
+    columns = {"reverse_kl": "Σ reverse KL", "forward_kl": "Σ forward KL"}
+    aligned = _aligned(view, tokens)
+    if "grad_dot_loss" in aligned.collect_schema().names():
+        columns = {"grad_dot_loss": "Σφ", "reverse_kl": "Σ reverse KL"}
+    try:
+        table = coverage_curve(
+            masks,
+            aligned,
+            columns=list(columns),
+            num_resamples=min(200, view.options.num_resamples),
+        )
+    except SchemaError:
+        return []
+    return [
+        picture(
+            lambda width, column=column, label=label: figures.coverage_curve(
+                table.filter(pl.col("column") == column), label=label, width=width
+            ),
+            key=f"coverage-{column.replace('_', '-')}-{slug_of(view)}",
+            caption=(
+                f"How much of {label} each rule keeps at each ρ, with 95% intervals; dotted: what"
+                " chance keeps."
+            ),
+            alt=f"Lines of the share of {label} kept by each rule.",
+        )
+        for column, label in columns.items()
+    ]
+
+
+def _missed_block(missed: pl.DataFrame) -> Table:
+    has_phi = "q3_alignment_missed" in missed.columns
+    rows = []
+    for row in missed.sort("retention_ratio", "q3_missed", nulls_last=True).iter_rows(named=True):
+        cells = [
+            row["rule"],
+            f"{row['retention_ratio']:g}",
+            row["selection_scope"],
+            str(row["seed"]),
+            count(row["num_tokens"]),
+            percent(row["q3_share"]),
+            percent(row["q3_missed"]),
+            interval(row["q3_missed_low"], row["q3_missed_high"]),
+        ]
+        if has_phi:
+            cells.append(percent(row["q3_alignment_missed"]))
+        rows.append(cells)
+    columns = [
+        "rule",
+        "ρ",
+        "scope",
+        "seed",
+        "tokens",
+        "of it in Q3",
+        "of Q3 missed",
+        "95% interval",
+    ]
+    columns += ["of Σφ in Q3 missed"] if has_phi else []
+    caption = "What each selection takes from Q3 and what it misses (Proposition 2 on data)."
+    return Table(columns, rows, caption, frozenset({1, *range(3, len(columns))}))
+
+
+def _planted_block(table: pl.DataFrame) -> Table:
+    rows = [
+        [
+            row["rule"],
+            f"{row['retention_ratio']:g}",
+            count(row["num_found"]),
+            percent(row["recall"]),
+            percent(row["precision"]),
+        ]
+        for row in table.sort("retention_ratio", "recall", descending=[False, True]).iter_rows(
+            named=True
+        )
+    ]
+    caption = f"Planted errors found, of {count(table['num_planted'][0])} (arithmetic pair)."
+    return Table(
+        ["rule", "ρ", "found", "recall", "precision"], rows, caption, frozenset({1, 2, 3, 4})
+    )

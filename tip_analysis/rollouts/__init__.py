@@ -1,0 +1,11 @@
+"""Part one, dump: prompts to rollouts, sampled here or imported from other tools.
+
+In: prompt files, a student, or files that verl, TRL, lighteval, lm-eval or vLLM wrote.
+Out: `rollouts/*.parquet`, one row per rollout (`core.schema.RolloutTable`), graded where there is
+an answer. Read first: `stage`, then `prompts` and `sampling`; formats of other tools are in
+`importers`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,2 @@
+"""Rollouts that other tools wrote: one reader per family of formats. `formats` lists them; read it
+first."""

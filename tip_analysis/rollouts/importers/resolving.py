@@ -1,0 +1,253 @@
+"""From drafts to rows of the rollout table: token ids, chat markers, identifiers, and the account
+of what was lost."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tip_analysis.core.errors import ImportFormatError, PromptFileError
+from tip_analysis.core.schema import FinishReason
+from tip_analysis.rollouts.importers.conversations import render_conversation, special_tokens
+from tip_analysis.rollouts.importers.drafts import Draft, ImportReport
+from tip_analysis.rollouts.importers.restoring import PromptRestorer
+from tip_analysis.rollouts.prompts import Message, Prompt, encode, render, render_bare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class _Shown:
+    """A prompt as the student is taken to have seen it."""
+
+    text: str
+    token_ids: list[int]
+    template_origin: str
+    messages: Sequence[Message] | None = None
+    prompt: Prompt | None = None
+    is_exact: bool = False
+
+
+@dataclass
+class _Written:
+    """A response."""
+
+    text: str
+    token_ids: list[int]
+    loss_mask: list[bool]
+    is_exact: bool = False
+
+
+class Resolver:
+    """Makes rows of drafts for one tokenizer, and counts in a report what could not be
+    recovered."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        report: ImportReport,
+        *,
+        prompts: Mapping[str, Prompt],
+        template: str = "plain",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._report = report
+        self._switches = dict(chat_template_kwargs or {})
+        self._specials = special_tokens(tokenizer)
+        self._num_tokens = len(tokenizer)
+        self._is_chat = bool(getattr(tokenizer, "chat_template", None))
+        self._restorer: PromptRestorer | None = None
+        self._prompts, self._template = prompts, template
+
+    def resolve(self, draft: Draft) -> dict[str, Any]:
+        """The columns that a rollout's own draft decides; identifiers and batches come later.
+
+        Raises:
+            ImportFormatError: there is no prompt or no response, ids do not belong to this
+                tokenizer, or the student's tokens cannot be told from those of its environment.
+        """
+        if isinstance(draft.response, tuple) and draft.response_token_ids is None:
+            shown, written = self._conversation(draft)
+        else:
+            shown, written = self._shown(draft), self._written(draft)
+        prompt = shown.prompt
+        row: dict[str, Any] = {
+            "prompt_key": draft.prompt_key or (prompt.id if prompt else None),
+            "messages": (
+                json.dumps(list(shown.messages), ensure_ascii=False) if shown.messages else None
+            ),
+            "prompt_text": shown.text,
+            "prompt_token_ids": shown.token_ids,
+            "response_text": written.text,
+            "response_token_ids": written.token_ids,
+            "loss_mask": written.loss_mask,
+            "finish_reason": self._finish_reason(draft, written).value,
+            "ids_origin": "exact" if shown.is_exact and written.is_exact else "retokenized",
+            "template_origin": shown.template_origin,
+        }
+        if prompt is not None:
+            row |= {"ground_truth": prompt.answer, "solution": prompt.solution}
+        row |= {name: value for name, value in draft.extras.items() if value is not None}
+        self._count(row, shown, written)
+        return row
+
+    def _shown(self, draft: Draft) -> _Shown:
+        messages = draft.prompt if isinstance(draft.prompt, tuple) else None
+        if draft.prompt_token_ids is not None:
+            self._check_ids(draft.prompt_token_ids, f"{draft.where}: the prompt's ids")
+            if not draft.prompt_token_ids:
+                raise ImportFormatError(f"{draft.where}: the prompt has no token")
+            return _Shown(
+                self._decode(draft.prompt_token_ids),
+                draft.prompt_token_ids,
+                "exact",
+                messages,
+                is_exact=True,
+            )
+        if messages is not None:
+            return self._rendered(draft, messages)
+        if not isinstance(draft.prompt, str):
+            raise ImportFormatError(
+                f"{draft.where}: there is no prompt: neither text, nor messages, nor token ids"
+            )
+        return self._shown_text(draft.prompt, draft)
+
+    def _shown_text(self, text: str, draft: Draft) -> _Shown:
+        if self._is_chat and draft.specials_skipped and not self._has_specials(text):
+            if self._restorer is None:
+                self._restorer = PromptRestorer(
+                    self._tokenizer,
+                    prompts=self._prompts.values(),
+                    template=self._template,
+                    chat_template_kwargs=self._switches,
+                )
+            restored = self._restorer.restore(text)
+            if restored is not None:
+                self._report.prompts_restored += 1
+                rendered = restored.rendered
+                return _Shown(
+                    rendered.text,
+                    rendered.token_ids,
+                    "reapplied",
+                    restored.messages,
+                    restored.prompt,
+                )
+            self._report.prompts_not_restored += 1
+        if self._is_chat and self._has_specials(text):
+            return _Shown(text, encode(self._tokenizer, text), "exact")
+        bare = render_bare(self._tokenizer, text)
+        if not bare.token_ids:
+            raise ImportFormatError(f"{draft.where}: the prompt has no token")
+        return _Shown(bare.text, bare.token_ids, "none")
+
+    def _rendered(self, draft: Draft, messages: tuple[Message, ...]) -> _Shown:
+        switches = self._switches | ({"tools": draft.tools} if draft.tools else {})
+        try:
+            rendered = render(self._tokenizer, messages, chat_template_kwargs=switches)
+        except PromptFileError as problem:
+            raise ImportFormatError(f"{draft.where}: {problem}") from problem
+        return _Shown(
+            rendered.text, rendered.token_ids, "reapplied" if rendered.is_chat else "none", messages
+        )
+
+    def _written(self, draft: Draft) -> _Written:
+        text = draft.response if isinstance(draft.response, str) else None
+        if draft.response_token_ids is None:
+            if text is None:
+                raise ImportFormatError(
+                    f"{draft.where}: there is no response: neither text nor token ids"
+                )
+            ids = encode(self._tokenizer, text)
+            return _Written(text, ids, [True] * len(ids))
+        ids = draft.response_token_ids
+        self._check_ids(ids, f"{draft.where}: the response's ids")
+        mask = [True] * len(ids) if draft.loss_mask is None else draft.loss_mask
+        if len(mask) != len(ids):
+            raise ImportFormatError(
+                f"{draft.where}: loss_mask has {len(mask)} entries for {len(ids)} response tokens"
+            )
+        if (
+            text is not None
+            and self._without_specials(text) != self._decode(ids, skip_special_tokens=True).strip()
+        ):
+            self._report.text_mismatches += 1
+        return _Written(self._decode(ids), ids, mask, is_exact=True)
+
+    def _conversation(self, draft: Draft) -> tuple[_Shown, _Written]:
+        assert isinstance(draft.response, tuple)
+        if isinstance(draft.prompt, tuple) and not self._is_chat and len(draft.response) == 1:
+            text = Draft(draft.where, prompt=draft.prompt, response=draft.response[0]["content"])
+            return self._shown(text), self._written(text)
+        if not isinstance(draft.prompt, tuple) or not self._is_chat:
+            reason = (
+                "the prompt is no conversation"
+                if self._is_chat
+                else "the student has no chat template"
+            )
+            raise ImportFormatError(
+                f"{draft.where}: the response is a list of messages, but {reason}"
+            )
+        switches = self._switches | ({"tools": draft.tools} if draft.tools else {})
+        rendered = render_conversation(
+            self._tokenizer,
+            [*draft.prompt, *draft.response],
+            len(draft.prompt),
+            draft.where,
+            chat_template_kwargs=switches,
+        )
+        shown = _Shown(
+            rendered.prompt_text,
+            encode(self._tokenizer, rendered.prompt_text),
+            "reapplied",
+            draft.prompt,
+        )
+        return shown, _Written(
+            rendered.response_text, rendered.response_token_ids, rendered.loss_mask
+        )
+
+    def _count(self, row: Mapping[str, Any], shown: _Shown, written: _Written) -> None:
+        report = self._report
+        report.rollouts += 1
+        report.empty_responses += not written.token_ids
+        report.tokens_not_students += written.loss_mask.count(False)
+        report.ids_exact += row["ids_origin"] == "exact"
+        report.ids_retokenized += row["ids_origin"] == "retokenized"
+        report.round_trip_mismatches += any(
+            not part.is_exact and self._decode(part.token_ids) != part.text
+            for part in (shown, written)
+        )
+        report.template_exact += row["template_origin"] == "exact"
+        report.template_reapplied += row["template_origin"] == "reapplied"
+        report.template_none += row["template_origin"] == "none"
+
+    def _finish_reason(self, draft: Draft, written: _Written) -> FinishReason:
+        if draft.finish_reason == "length":
+            return FinishReason.LENGTH
+        ended = (
+            bool(written.token_ids)
+            and self._tokenizer.convert_ids_to_tokens(written.token_ids[-1]) in self._specials
+        )
+        return FinishReason.STOP if written.is_exact and ended else FinishReason.GIVEN
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        if ids and max(ids) >= self._num_tokens:
+            raise ImportFormatError(
+                f"{what}: the student's tokenizer has {self._num_tokens} tokens, found the id"
+                f" {max(ids)}; is --student the model that wrote these rollouts?"
+            )
+
+    def _has_specials(self, text: str) -> bool:
+        return any(special in text for special in self._specials)
+
+    def _without_specials(self, text: str) -> str:
+        for special in self._specials:
+            text = text.replace(special, "")
+        return text.strip()
+
+    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return str(text)

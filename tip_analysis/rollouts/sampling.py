@@ -1,0 +1,178 @@
+"""Sampling rollouts: batched decoding whose every random choice belongs to one rollout and one
+position.
+
+The token at a position is the inverse of the student's cumulative distribution at a uniform number
+that is a pure function of (seed, rollout id, position). A rollout therefore does not depend on
+which others share its batch, a resumed run continues as an uninterrupted one would, and two models
+sampled with one seed see common random numbers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tip_analysis.core.errors import OptionError
+from tip_analysis.core.schema import FinishReason
+from tip_analysis.models.batching import pad_sequences
+from tip_analysis.models.loading import LanguageModel, model_body
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Statistics of the scorer are those of temperature 1 whatever is set
+    here."""
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise OptionError(f"--max-new-tokens must be at least 1, found {self.max_new_tokens}")
+        if not self.temperature >= 0.0:
+            raise OptionError(f"--temperature must be 0 (greedy) or more, found {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise OptionError(f"--top-p must lie in (0, 1], found {self.top_p}")
+        if self.top_k < 0:
+            raise OptionError(f"--top-k must be 0 (off) or more, found {self.top_k}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled response: token ids (end of sequence included), ln P of each at temperature 1,
+    and why it ended."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    rollout_ids: Sequence[str],
+    sampling: Sampling,
+) -> list[Generation]:
+    """Sample one response for each prompt, as one batch; equal prompts share their first pass.
+
+    Args:
+        model: the student.
+        prompts: token ids of each prompt.
+        rollout_ids: one name for each, to which its random numbers belong.
+        sampling: temperature, nucleus, length limit and seed.
+    """
+    device, body = model.device, model_body(model.model)
+    cache = DynamicCache(config=model.model.config)
+    hidden, mask = _read_prompts(model, prompts, cache)
+    next_position = mask.sum(-1)
+    noise = torch.from_numpy(
+        np.stack([uniforms(sampling.seed, name, sampling.max_new_tokens) for name in rollout_ids])
+    ).to(device)
+    stop = torch.tensor(sorted(model.stop_token_ids), device=device)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    rows = torch.arange(len(prompts), device=device)  # the rollouts that are still being written
+    stopped = set()
+    for step in range(sampling.max_new_tokens):
+        logits = model.head(hidden).float()
+        chosen = draw(logits, noise[rows, step], sampling)
+        chosen_logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        for row, token, logprob in zip(
+            rows.tolist(), chosen.tolist(), chosen_logprobs.tolist(), strict=True
+        ):
+            tokens[row].append(token)
+            logprobs[row].append(logprob)
+        ended = torch.isin(chosen, stop)
+        stopped.update(rows[ended].tolist())
+        alive = (~ended).nonzero()[:, 0]
+        if not len(alive) or step + 1 == sampling.max_new_tokens:
+            break
+        if len(alive) < len(rows):
+            cache.batch_select_indices(alive)
+            rows, chosen, mask, next_position = (
+                rows[alive],
+                chosen[alive],
+                mask[alive],
+                next_position[alive],
+            )
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        hidden = body(
+            input_ids=chosen[:, None],
+            attention_mask=mask,
+            position_ids=next_position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        next_position = next_position + 1
+    return [
+        Generation(
+            tokens[row], logprobs[row], FinishReason.STOP if row in stopped else FinishReason.LENGTH
+        )
+        for row in range(len(prompts))
+    ]
+
+
+def _read_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], cache: DynamicCache
+) -> tuple[Tensor, Tensor]:
+    """Fill the cache with all prompts, running each distinct one once: last hidden states [N, D],
+    and the attention mask."""
+    distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    batch = pad_sequences(list(distinct), padding_side="left", device=model.device)
+    hidden = model_body(model.model)(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1]
+    source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
+    cache.batch_select_indices(source)
+    return hidden[source], batch.attention_mask[source]
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Token ids [N] at the quantiles `uniform` [N] of the sampling distribution over logits [N, V].
+
+    The cumulative sum is in float64: in float32 it would be wrong by as much as the rarest tokens'
+    probabilities.
+    """
+    if sampling.temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        smallest_kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    probs = logits.softmax(-1)
+    if sampling.top_p < 1.0:
+        probs = _nucleus(probs, sampling.top_p)
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    target = uniform.to(torch.float64)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    last = (
+        (probs > 0).to(torch.uint8).cumsum(-1).argmax(-1, keepdim=True)
+    )  # guards u·total = total after rounding
+    return torch.minimum(index, last)[:, 0]
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Zero everything outside the smallest set of most likely tokens whose mass reaches `top_p`."""
+    ordered, order = probs.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probs).scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
+
+
+def uniforms(seed: int, rollout_id: str, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) that belong to (seed, rollout_id): float64, from Philox, the same
+    on every machine."""
+    digest = hashlib.sha256(f"{seed}\x00{rollout_id}".encode()).digest()
+    words = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")).random_raw(count)
+    return (words >> np.uint64(11)) * 2.0**-53

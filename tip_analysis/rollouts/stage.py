@@ -1,0 +1,328 @@
+"""Prompts to rollouts: render, sample, label, grade, shard by shard into a run folder.
+
+Reads prompts (`prompts.Prompt`) and a student; writes `rollouts/*.parquet` (`schema.RolloutTable`).
+Which tokens a rollout holds depends on the student, its prompt, its name and the seed, not on
+batch, shard or what was sampled before.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from tip_analysis.core.atomic_files import file_hash
+from tip_analysis.core.errors import OptionError
+from tip_analysis.core.progress import Advance, track
+from tip_analysis.core.run_folder import Run, config_hash
+from tip_analysis.core.schema import RolloutTable, polars_schema
+from tip_analysis.core.toy_pairs import ToyPair, pair_with_vocabulary
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.hidden_states import check_context
+from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
+from tip_analysis.rollouts.grading import default_grader, grade, resolve_grader
+from tip_analysis.rollouts.importers.formats import ImportReport
+from tip_analysis.rollouts.prompts import (
+    Message,
+    Prompt,
+    RenderedPrompt,
+    render,
+    resolve_template,
+    student_messages,
+    unused_switches,
+)
+from tip_analysis.rollouts.sampling import Generation, Sampling, generate
+
+logger = logging.getLogger(__name__)
+
+ROLLOUTS_PER_SHARD = 64
+
+
+def sample_rollouts(
+    run: Run,
+    *,
+    student: LanguageModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    num_rollouts: int = 4,
+    template: str = "plain",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    grader: str | None = None,
+    prompts_per_batch: int = 8,
+    token_budget: int = 16384,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Sample `num_rollouts` rollouts of every prompt into `run`; what is there already is kept.
+
+    Args:
+        run: the run folder.
+        student: the model that writes.
+        prompts: what it is asked.
+        sampling: temperature, nucleus, length limit, seed.
+        num_rollouts: k, the rollouts of each prompt.
+        template: what stands around a problem: a name of `prompts.TEMPLATES`, or a text with
+            `{problem}`.
+        chat_template_kwargs: switches for the chat template, such as `enable_thinking`.
+        grader: a name of `grading.GRADERS`, `module:function` or `file.py:function`; None chooses
+            by the prompts.
+        prompts_per_batch: prompts whose rollouts make one optimizer step: they share a `batch_id`.
+        token_budget: tokens a batch, prompts and room for responses included.
+        overwrite: start afresh, whatever the folder holds.
+
+    Returns:
+        The stage's summary, as `run.json` has it.
+
+    Raises:
+        ConfigurationMismatchError: the folder holds rollouts of another configuration.
+        ContextLengthError: a prompt leaves no room for `max_new_tokens`.
+    """
+    if num_rollouts < 1 or prompts_per_batch < 1:
+        raise OptionError("--num-rollouts and --prompts-per-batch must be at least 1")
+    budget = TokenBudget(token_budget)
+    switches = dict(chat_template_kwargs or {})
+    if unused := unused_switches(student.tokenizer, switches):
+        logger.warning(
+            "the chat template of %s does not use %s: nothing changes",
+            student.name,
+            ", ".join(unused),
+        )
+    tasks = [
+        _Task.of(student, prompt, index // prompts_per_batch, template, switches)
+        for index, prompt in enumerate(prompts)
+    ]
+    check_context(
+        student,
+        [task.prompt.id for task in tasks],
+        [len(task.rendered.token_ids) + sampling.max_new_tokens for task in tasks],
+    )
+    grader = grader or _suitable_grader(student, prompts)
+    resolve_grader(grader)
+    stage = run.begin(
+        "rollout",
+        config={
+            "student": student.describe(),
+            "num_rollouts": num_rollouts,
+            **asdict(sampling),
+            "template": resolve_template(template),
+            "chat_template_kwargs": switches,
+            "grader": grader,
+            "prompts_per_batch": prompts_per_batch,
+        },
+        inputs={
+            "prompts": config_hash(
+                [[p.id, p.problem, p.messages, p.answer, p.solution] for p in prompts]
+            )
+        },
+        settings={
+            "device": str(student.device),
+            "token_budget": token_budget,
+            "num_prompts": len(prompts),
+        },
+        overwrite=overwrite,
+    )
+    per_shard = max(1, ROLLOUTS_PER_SHARD // num_rollouts)
+    shards = [tasks[start : start + per_shard] for start in range(0, len(tasks), per_shard)]
+    missing = stage.missing(len(shards))
+    done = num_rollouts * (len(tasks) - sum(len(shards[index]) for index in missing))
+    with track("sampling", num_rollouts * len(tasks), done=done) as advance:
+        for index in missing:
+            jobs = [(task, sample) for task in shards[index] for sample in range(num_rollouts)]
+            stage.write(index, _sample_shard(student, jobs, sampling, grader, budget, advance))
+    return stage.finish(**summarize(run))
+
+
+def _suitable_grader(student: LanguageModel, prompts: Sequence[Prompt]) -> str:
+    has_answer = any(prompt.answer is not None for prompt in prompts)
+    return default_grader(has_answer=has_answer, is_toy=toy_pair_of(student) is not None)
+
+
+def _sample_shard(
+    student: LanguageModel,
+    jobs: Sequence[tuple["_Task", int]],
+    sampling: Sampling,
+    grader: str,
+    budget: TokenBudget,
+    advance: Advance,
+) -> pl.DataFrame:
+    """The rollouts of one shard, in the order of its tasks and samples."""
+    generations = _generate(student, jobs, sampling, budget, advance)
+    rows = [
+        _row(student, task, sample, generation, sampling, grader)
+        for (task, sample), generation in zip(jobs, generations, strict=True)
+    ]
+    return pl.DataFrame(rows, schema=polars_schema(RolloutTable))
+
+
+def store_imported(
+    run: Run,
+    rollouts: pl.DataFrame,
+    report: ImportReport,
+    *,
+    student: str,
+    options: Mapping[str, Any],
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Put rollouts that another tool wrote (`importers.import_rollouts`) into a run folder, in
+    place of sampled ones.
+
+    Args:
+        run: the run folder.
+        rollouts: valid rows of the rollout table.
+        report: what could not be recovered; becomes part of the record, and of every report made
+            from it.
+        student: the model that wrote them, as `load_model` takes it.
+        options: how they were read, for the record.
+        overwrite: start afresh, whatever the folder holds.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        ConfigurationMismatchError: the folder holds other rollouts.
+    """
+    stage = run.begin(
+        "rollout",
+        config={"source": report.format, "student": {"name": student}, **options},
+        inputs={path: file_hash(Path(path)) for path in report.files},
+        overwrite=overwrite,
+    )
+    for index, start in enumerate(range(0, rollouts.height, ROLLOUTS_PER_SHARD)):
+        if not stage.is_whole(index):
+            stage.write(index, rollouts[start : start + ROLLOUTS_PER_SHARD])
+    return stage.finish(**summarize(run), import_report=report.to_dict())
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One prompt, as the student is shown it."""
+
+    prompt: Prompt
+    batch_id: int
+    messages: list[Message]
+    rendered: RenderedPrompt
+
+    @classmethod
+    def of(
+        cls,
+        student: LanguageModel,
+        prompt: Prompt,
+        batch_id: int,
+        template: str,
+        switches: dict[str, Any],
+    ) -> "_Task":
+        messages = student_messages(prompt, template)
+        return cls(
+            prompt,
+            batch_id,
+            messages,
+            render(student.tokenizer, messages, chat_template_kwargs=switches),
+        )
+
+
+def _generate(
+    student: LanguageModel,
+    jobs: Sequence[tuple[_Task, int]],
+    sampling: Sampling,
+    budget: TokenBudget,
+    advance: Advance,
+) -> list[Generation]:
+    """One generation for each (task, sample), in batches that the budget allows."""
+    lengths = [len(task.rendered.token_ids) + sampling.max_new_tokens for task, _ in jobs]
+
+    def work(rows: list[int]) -> list[Generation]:
+        prompts = [jobs[row][0].rendered.token_ids for row in rows]
+        names = [f"{jobs[row][0].prompt.id}/{jobs[row][1]}" for row in rows]
+        return generate(student, prompts, names, sampling)
+
+    generations: dict[int, Generation] = {}
+    for rows, batch in budget.run(lengths, work):
+        generations |= zip(rows, batch, strict=True)
+        advance(len(rows), tokens=sum(len(generation.token_ids) for generation in batch))
+    return [generations[row] for row in range(len(jobs))]
+
+
+def _row(
+    student: LanguageModel,
+    task: _Task,
+    sample: int,
+    generation: Generation,
+    sampling: Sampling,
+    grader: str,
+) -> dict[str, Any]:
+    """One row of the rollout table."""
+    prompt, token_ids = task.prompt, generation.token_ids
+    text, bare_text = (
+        str(student.tokenizer.decode(token_ids, skip_special_tokens=skip)) for skip in (False, True)
+    )
+    return {
+        "rollout_id": f"{prompt.id}/{sample}",
+        "prompt_id": prompt.id,
+        "sample_index": sample,
+        "batch_id": task.batch_id,
+        "source": "sampled",
+        "messages": json.dumps(task.messages, ensure_ascii=False),
+        "prompt_text": task.rendered.text,
+        "prompt_token_ids": task.rendered.token_ids,
+        "response_text": text,
+        "response_token_ids": token_ids,
+        "loss_mask": [True] * len(token_ids),
+        "sampled_logprobs": generation.logprobs,
+        "finish_reason": generation.finish_reason,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": sampling.seed,
+        "reward": grade(grader, bare_text, prompt.answer),
+        "ground_truth": prompt.answer,
+        "solution": prompt.solution,
+        "tokenizer_fingerprint": tokenizer_fingerprint(student.tokenizer),
+        "ids_origin": "exact",
+        "template_origin": "exact" if task.rendered.is_chat else "none",
+        "planted_labels": planted_labels(student, prompt, token_ids),
+    }
+
+
+def planted_labels(
+    student: LanguageModel, prompt: Prompt, token_ids: Sequence[int]
+) -> list[str] | None:
+    """The true label of each response token, for a student that speaks the language of a toy
+    pair."""
+    pair = toy_pair_of(student)
+    if prompt.problem is None or pair is None:
+        return None
+    return list(
+        pair.label_tokens(prompt.problem, student.tokenizer.convert_ids_to_tokens(list(token_ids)))
+    )
+
+
+def toy_pair_of(student: LanguageModel) -> ToyPair | None:
+    """The toy pair whose language a model speaks, so that its tokens have true labels; None for any
+    other model."""
+    return pair_with_vocabulary(student.tokenizer.get_vocab())
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Counts of a run's rollouts: how many, how long, how they end, what they are worth."""
+    rollouts = (
+        run.rollouts()
+        .select(
+            "prompt_id",
+            "finish_reason",
+            "reward",
+            num_tokens=pl.col("response_token_ids").list.len(),
+        )
+        .collect()
+    )
+    return {
+        "num_prompts": rollouts["prompt_id"].n_unique(),
+        "num_rollouts": rollouts.height,
+        "num_tokens": int(rollouts["num_tokens"].sum()),
+        "num_empty_rollouts": int((rollouts["num_tokens"] == 0).sum()),
+        "finish_reasons": dict(Counter(rollouts["finish_reason"].to_list())),
+        "num_graded": rollouts["reward"].count(),
+        "mean_reward": rollouts["reward"].mean(),
+    }

@@ -1,0 +1,126 @@
+"""What a scorer is given: rollouts in shards, with the prompts that the teacher is shown; refuses
+what cannot be scored."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from tip_analysis.core.errors import (
+    OptionError,
+    RunError,
+    UnknownNameError,
+    VocabularyMismatchError,
+)
+from tip_analysis.core.run_folder import Run
+from tip_analysis.models.hidden_states import check_context
+from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
+from tip_analysis.rollouts.prompts import render, teacher_messages
+
+TEACHER_CONTEXTS = ("none", "solution")
+
+
+def prepare_rollouts(
+    run: Run, student: LanguageModel | None, teacher: LanguageModel, teacher_context: str
+) -> pl.DataFrame:
+    """The run's rollouts, each with the prompt that the teacher is shown.
+
+    Args:
+        run: a run folder with rollouts.
+        student: the student; None where only the teacher is at hand, which must share its
+            token-to-id map.
+        teacher: the teacher.
+        teacher_context: `none` or `solution`, see `with_teacher_prompts`.
+
+    Raises:
+        VocabularyMismatchError: the rollouts hold token ids of another tokenizer.
+        ContextLengthError: a rollout is longer than a model's context.
+    """
+    rollouts = run.rollouts().collect()
+    reader = student or teacher
+    ours = tokenizer_fingerprint(reader.tokenizer)
+    if foreign := rollouts.filter(pl.col("tokenizer_fingerprint") != ours)["rollout_id"].to_list():
+        raise VocabularyMismatchError(
+            f"rollout {foreign[0]!r} holds the token ids of another tokenizer than that of"
+            f" {reader.name}: score with the student that wrote it, and a teacher that shares its"
+            " vocabulary"
+        )
+    rollouts = with_teacher_prompts(rollouts, teacher, teacher_context, _template_switches(run))
+    for model, prompt in ((student, "prompt_token_ids"), (teacher, "teacher_prompt_token_ids")):
+        if model is None:
+            continue
+        lengths = (
+            rollouts[prompt].fill_null(rollouts["prompt_token_ids"]).list.len()
+            + rollouts["response_token_ids"].list.len()
+        )
+        check_context(model, rollouts["rollout_id"].to_list(), lengths.to_list())
+    return rollouts
+
+
+def with_teacher_prompts(
+    rollouts: pl.DataFrame,
+    teacher: LanguageModel,
+    teacher_context: str,
+    switches: Mapping[str, Any] | None = None,
+) -> pl.DataFrame:
+    """Set `teacher_prompt_token_ids` for the context asked for.
+
+    Args:
+        rollouts: rows of `schema.RolloutTable`.
+        teacher: whose chat template renders the prompts.
+        teacher_context: `none` (the rollout's own prompt, or the teacher's where the rollout
+            carries one) or `solution` (the reference solution in the user's turn).
+        switches: of the chat template.
+
+    Raises:
+        UnknownNameError: no such context.
+        RunError: a rollout lacks the solution, or its messages, that `solution` needs.
+    """
+    if teacher_context not in TEACHER_CONTEXTS:
+        raise UnknownNameError("teacher context", teacher_context, TEACHER_CONTEXTS)
+    if teacher_context == "none":
+        return rollouts
+    prompts: dict[str, list[int]] = {}
+    for row in rollouts.unique("prompt_id", keep="first", maintain_order=True).iter_rows(
+        named=True
+    ):
+        for needed in ("solution", "messages"):
+            if row[needed] is None:
+                raise RunError(
+                    f"prompt {row['prompt_id']!r} has no {needed}: --teacher-context solution needs"
+                    " one for every prompt"
+                )
+        messages = teacher_messages(json.loads(row["messages"]), row["solution"])
+        prompts[row["prompt_id"]] = render(
+            teacher.tokenizer, messages, chat_template_kwargs=switches
+        ).token_ids
+    shown = pl.Series(
+        "teacher_prompt_token_ids",
+        [prompts[name] for name in rollouts["prompt_id"]],
+        dtype=pl.List(pl.Int32),
+    )
+    return rollouts.with_columns(shown)
+
+
+def _template_switches(run: Run) -> dict[str, Any]:
+    """Switches of the chat template that the student's prompts were rendered with."""
+    return run.stages().get("rollout", {}).get("config", {}).get("chat_template_kwargs", {})
+
+
+def shards_of_part(run: Run, shard_size: int, part: tuple[int, int] = (0, 1)) -> range:
+    """The shards that process i of n is to make: every n-th, from the i-th on.
+
+    Raises:
+        OptionError: a shard without rollouts, or i outside [0, n).
+    """
+    if shard_size < 1:
+        raise OptionError(f"--shard-size must be at least 1, found {shard_size}")
+    if not 0 <= part[0] < part[1]:
+        raise OptionError(f"--shard i/n needs 0 <= i < n, found {part[0]}/{part[1]}")
+    return range(part[0], num_shards(run, shard_size), part[1])
+
+
+def num_shards(run: Run, shard_size: int) -> int:
+    """Shards that all rollouts of a run make."""
+    return -(-run.rollouts().select(pl.len()).collect().item() // shard_size)

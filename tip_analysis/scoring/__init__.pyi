@@ -1,0 +1,2 @@
+from .scorer import Scorer as Scorer
+from .stage import score_rollouts as score_rollouts

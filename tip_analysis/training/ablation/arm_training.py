@@ -1,0 +1,435 @@
+"""One arm of an ablation under one seed: train, evaluate along the way, leave one whole Parquet
+file.
+
+Writes `ablations/<key>-part-00000.parquet` (`schema.AblationTable`), complete or absent. While an
+arm is trained its checkpoints lie in `ablations/.work/<key>/`, where a run that was killed finds
+them; a lock beside them keeps a second process from training the same arm, and goes with the
+process that holds it.
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from filelock import FileLock
+
+from tip_analysis.analysis.accuracy import accuracy
+from tip_analysis.analysis.arms import UNTRAINED, Arm
+from tip_analysis.core.run_folder import Run, Stage, config_hash
+from tip_analysis.core.schema import AblationTable, polars_schema
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.loading import LanguageModel, load_model
+from tip_analysis.rollouts.prompts import Prompt, resolve_template
+from tip_analysis.rollouts.sampling import Sampling
+from tip_analysis.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from tip_analysis.training.data import (
+    FixedRollouts,
+    OnPolicyRollouts,
+    TrainingPrompt,
+    TrainingRollout,
+    check_trainable,
+    encode_prompts,
+    fixed_rollouts,
+)
+from tip_analysis.training.drift import measure_drift
+from tip_analysis.training.evaluation import Problem, Samples, sample_problems
+from tip_analysis.training.options import TrainingOptions
+from tip_analysis.training.peak_memory import peak_memory_bytes, reset_peak_memory
+from tip_analysis.training.step_selection import step_statistics
+from tip_analysis.training.students import prepare_student
+from tip_analysis.training.trainer import StepRecord, Trainer
+
+logger = logging.getLogger(__name__)
+
+DRIFT_ROLLOUTS = 64
+"""Fixed rollouts on which drift is measured, the first ones."""
+
+Report = Callable[[Mapping[str, Any]], None]
+"""Told what an arm is doing: `rule`, `retention_ratio`, `seed`, `step` and what there is to say of
+it."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Everything that the arms of a study share."""
+
+    student: "str | LanguageModel"
+    """Name of the student (loaded anew for each arm), or the model (copied for each arm)."""
+    teacher: "str | LanguageModel"
+    """Name of the teacher, or the model."""
+    prompts: Sequence[Prompt] = ()
+    """What is trained on; not used offline."""
+    evaluation_prompts: Sequence[Prompt] = ()
+    """Held-out problems with answers."""
+    mode: str = "on_policy"
+    """`on_policy`, or `offline`: on the run's own rollouts and masks."""
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    """Training options but for rule, retention ratio and seed, which the arms set."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Of training rollouts; the seed is the arm's."""
+    evaluation_sampling: Sampling = field(default_factory=Sampling)
+    """Of evaluation samples; the seed is the arm's."""
+    num_samples: int = 16
+    """k, evaluation samples a problem."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints, which are what a killed arm goes on from."""
+    grader: str = "math"
+    """Name of the grader."""
+    template: str = "plain"
+    """What stands around a problem."""
+    teacher_context: str = "none"
+    """`none`, or `solution`: the teacher is shown the reference solution."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Switches for the chat template."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are left out of training."""
+    dtype: str = "auto"
+    """Dtype in which models are loaded."""
+    device: str = "auto"
+    """Device on which models are loaded."""
+    token_budget: int = 65_536
+    """Tokens a batch of the sampler, room for responses included."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of an arm, beside models, prompts, rule, ratio and seed."""
+        training = self.training.identity()
+        for name in ("rule", "retention_ratio", "seed"):
+            training.pop(name)
+        return {
+            "mode": self.mode,
+            **training,
+            "sampling": {
+                name: value for name, value in asdict(self.sampling).items() if name != "seed"
+            },
+            "evaluation_sampling": {
+                name: value
+                for name, value in asdict(self.evaluation_sampling).items()
+                if name != "seed"
+            },
+            "num_samples": self.num_samples,
+            "evaluate_every": self.evaluate_every,
+            "grader": self.grader,
+            "template": resolve_template(self.template),
+            "teacher_context": self.teacher_context,
+            "chat_template_kwargs": dict(self.chat_template_kwargs),
+            "max_prompt_tokens": self.max_prompt_tokens,
+        }
+
+
+class ArmRunner:
+    """Trains arms one after another in one process; the teacher is loaded once."""
+
+    def __init__(self, run: Run, study: StudyOptions, report: Report = lambda event: None) -> None:
+        self.run = run
+        self.study = study
+        self.report = report
+        self._keys: dict[tuple[Arm, int], str] = {}
+        self.teacher = self._load(study.teacher)
+        student = self._load(study.student)
+        self.student_record = student.describe()
+        self.teacher_record = self.teacher.describe()
+        self.prompts = self._without_long(
+            self._encode(student, study.prompts, study.teacher_context)
+        )
+        solved = all(prompt.solution is not None for prompt in study.evaluation_prompts)
+        self.teacher_knows_problems = study.teacher_context == "none" or solved
+        context = study.teacher_context if self.teacher_knows_problems else "none"
+        self.problems = self._encode(student, study.evaluation_prompts, context)
+        check_trainable(student, self.prompts, study.sampling.max_new_tokens)
+        check_trainable(student, self.problems, study.evaluation_sampling.max_new_tokens)
+        self.author = student if study.mode == "offline" else None  # what drift is measured against
+
+    def _load(self, model: str | LanguageModel) -> LanguageModel:
+        return (
+            model
+            if isinstance(model, LanguageModel)
+            else load_model(model, dtype=self.study.dtype, device=self.study.device)
+        )
+
+    def _encode(
+        self, student: LanguageModel, prompts: Sequence[Prompt], teacher_context: str
+    ) -> list[TrainingPrompt]:
+        study = self.study
+        return encode_prompts(
+            prompts,
+            student=student,
+            teacher=self.teacher,
+            template=study.template,
+            teacher_context=teacher_context,
+            chat_template_kwargs=study.chat_template_kwargs,
+        )
+
+    def _without_long(self, prompts: list[TrainingPrompt]) -> list[TrainingPrompt]:
+        longest = self.study.max_prompt_tokens
+        kept = [prompt for prompt in prompts if longest is None or len(prompt.token_ids) <= longest]
+        if len(kept) < len(prompts):
+            logger.warning(
+                "%d of %d prompts have more than %s tokens and are left out",
+                len(prompts) - len(kept),
+                len(prompts),
+                longest,
+            )
+        return kept
+
+    def run_arm(self, arm: Arm, seed: int) -> str:
+        """Train and evaluate one arm, unless its file is there; returns `done`, or `kept` where it
+        was there."""
+        stage = self._begin(arm, seed)
+        work = self.run.path / "ablations" / ".work" / stage.key
+        work.mkdir(parents=True, exist_ok=True)
+        with FileLock(work.with_suffix(".lock")):
+            if stage.is_whole(0):
+                shutil.rmtree(work, ignore_errors=True)
+                return "kept"
+            rows = self._train(arm, seed, stage.key, work)
+            stage.write(0, pl.DataFrame(rows, schema=polars_schema(AblationTable)))
+            last = rows[-1]
+            stage.finish(
+                accuracy=last["accuracy"],
+                tokens_trained=last["tokens_trained"],
+                tokens_seen=last["tokens_seen"],
+            )
+            shutil.rmtree(work, ignore_errors=True)
+        return "done"
+
+    def arm_key(self, arm: Arm, seed: int) -> str:
+        """The key of an arm's rows and of its record in `run.json`, once it was begun."""
+        return self._keys[arm, seed]
+
+    def _begin(self, arm: Arm, seed: int) -> Stage:
+        study = self.study
+        inputs = {"evaluation_prompts": _prompts_hash(study.evaluation_prompts)}
+        if study.mode == "offline":
+            inputs |= {
+                "rollouts": self.run.table_hash("rollouts"),
+                "tokens": self.run.table_hash("tokens"),
+            }
+        else:
+            inputs["prompts"] = _prompts_hash(study.prompts)
+        config = {
+            "student": self.student_record,
+            "teacher": self.teacher_record,
+            **study.identity(),
+            "seed": seed,
+        }
+        config |= {"rule": arm.rule, "retention_ratio": arm.retention_ratio}
+        stage = self.run.begin(
+            "ablate",
+            config=config,
+            inputs=inputs,
+            settings={"device": str(self.teacher.device), "num_threads": torch.get_num_threads()},
+            additive=True,
+        )
+        self._keys[arm, seed] = stage.key
+        return stage
+
+    def _train(self, arm: Arm, seed: int, key: str, work: Path) -> list[dict[str, Any]]:
+        trainer = self._trainer(arm, seed)
+        rows: list[dict[str, Any]] = []
+        if (checkpoint := latest_checkpoint(work)) is not None:
+            rows = load_checkpoint(trainer, checkpoint)
+        device = trainer.student.device
+        last = 0 if arm.rule == UNTRAINED else trainer.options.num_steps
+        peak = 0
+        while not rows or rows[-1]["step"] < last:
+            until = min(last, _next_multiple(trainer.step, self.study.evaluate_every, last))
+            while trainer.step < until:
+                reset_peak_memory(device)
+                record = trainer.train_step()
+                peak = max(peak, peak_memory_bytes(device))
+                self._say(
+                    arm,
+                    seed,
+                    step=trainer.step,
+                    num_steps=last,
+                    loss=record.loss,
+                    time_s=record.time_s,
+                )
+                due = trainer.step % self.study.checkpoint_every == 0
+                if due and trainer.step < last:
+                    save_checkpoint(trainer, work, rows)
+            begun = rows[-1]["step"] if rows else 0
+            row = self._evaluate(trainer, seed)
+            row |= self._record(trainer, trainer.history[begun:], arm, seed, key, last)
+            row["peak_memory_bytes"] = max(peak, peak_memory_bytes(device) if not peak else 0)
+            rows.append(row)
+            self._say(
+                arm,
+                seed,
+                step=trainer.step,
+                num_steps=last,
+                accuracy=row["accuracy"],
+                best_at_k=row["best_at_k"],
+            )
+            if trainer.step < last:
+                save_checkpoint(trainer, work, rows)
+        return rows
+
+    def _trainer(self, arm: Arm, seed: int) -> Trainer:
+        study = self.study
+        rule = "all" if arm.rule == UNTRAINED else arm.rule
+        options = replace(study.training, rule=rule, retention_ratio=arm.retention_ratio, seed=seed)
+        borrowed = isinstance(study.student, LanguageModel)
+        student = prepare_student(self._load(study.student), options, copy_weights=borrowed)
+        return Trainer(
+            student=student,
+            teacher=self.teacher,
+            source=self._source(student, options),
+            options=options,
+        )
+
+    def _source(
+        self, student: LanguageModel, options: TrainingOptions
+    ) -> OnPolicyRollouts | FixedRollouts:
+        study = self.study
+        if study.mode == "offline":
+            return fixed_rollouts(
+                self.run,
+                student,
+                rule=options.rule,
+                retention_ratio=options.retention_ratio,
+                selection_scope=options.selection_scope,
+                mask_seed=options.seed,
+                prompts_per_step=options.prompts_per_step,
+                seed=options.seed,
+                normalization_scope="run",
+                divergence_clip=options.divergence_clip,
+            )
+        sampling = replace(study.sampling, seed=options.seed)
+        budget = TokenBudget(study.token_budget)
+        return OnPolicyRollouts(
+            self.prompts, sampling, options.prompts_per_step, options.rollouts_per_prompt, budget
+        )
+
+    def _evaluate(self, trainer: Trainer, seed: int) -> dict[str, Any]:
+        """Accuracy, divergence from the teacher and drift of the student as it is."""
+        study = self.study
+        problems = [Problem(p.id, p.token_ids, p.answer or "") for p in self.problems]
+        with trainer.precision():
+            samples = sample_problems(
+                trainer.student,
+                problems,
+                num_samples=study.num_samples,
+                sampling=replace(study.evaluation_sampling, seed=seed),
+                grader=study.grader,
+                budget=TokenBudget(study.token_budget),
+            )
+        found = accuracy(samples.rewards)
+        row = {
+            "accuracy": found.accuracy,
+            "accuracy_se": None if math.isnan(found.accuracy_se) else found.accuracy_se,
+            "best_at_k": found.best_at_k,
+            "num_problems": found.num_problems,
+            "num_samples": found.num_samples,
+            "heldout_reverse_kl": (
+                heldout_reverse_kl(trainer, self.problems, samples)
+                if self.teacher_knows_problems
+                else None
+            ),
+            "problem_ids": [problem.id for problem in problems],
+            "problem_accuracy": samples.rewards.mean(1).tolist(),
+            "problem_best": samples.rewards.max(1).tolist(),
+            "drift_reverse_kl": None,
+            "effective_sample_size": None,
+        }
+        if isinstance(trainer.source, FixedRollouts) and self.author is not None:
+            drift = measure_drift(
+                trainer, self.author, trainer.source.all_rollouts()[:DRIFT_ROLLOUTS]
+            )
+            row |= {
+                "drift_reverse_kl": drift.reverse_kl,
+                "effective_sample_size": drift.effective_sample_size,
+            }
+        return row
+
+    def _record(
+        self,
+        trainer: Trainer,
+        records: Sequence[StepRecord],
+        arm: Arm,
+        seed: int,
+        key: str,
+        num_steps: int,
+    ) -> dict[str, Any]:
+        """What training did since the evaluation before."""
+        options, losses = trainer.options, [record.loss for record in records]
+        return {
+            "arm_key": key,
+            "rule": arm.rule,
+            "retention_ratio": arm.retention_ratio,
+            "selection_scope": options.selection_scope,
+            "seed": seed,
+            "mode": self.study.mode,
+            "loss": str(options.loss),
+            "loss_normalizer": options.loss_normalizer,
+            "loss_aggregation": options.loss_aggregation,
+            "step": trainer.step,
+            "num_steps": num_steps,
+            "tokens_trained": sum(record.tokens_trained for record in trainer.history),
+            "tokens_seen": sum(record.tokens_seen for record in trainer.history),
+            "train_loss": float(np.mean(losses)) if losses else None,
+            "losses": losses,
+            "learning_rate": records[-1].learning_rate if records else 0.0,
+            "step_time_s": median(record.time_s for record in records) if records else None,
+        }
+
+    def _say(self, arm: Arm, seed: int, **event: Any) -> None:
+        self.report(
+            {"rule": arm.rule, "retention_ratio": arm.retention_ratio, "seed": seed, **event}
+        )
+
+
+@torch.no_grad()
+def heldout_reverse_kl(
+    trainer: Trainer, prompts: Sequence[TrainingPrompt], samples: Samples
+) -> float:
+    """Mean over problems of the mean over tokens of KL(P_S ‖ P_T), nats, on the first sample of
+    each problem."""
+    rollouts = [
+        TrainingRollout(
+            rollout_id=prompt.id,
+            prompt_id=prompt.id,
+            prompt=prompt.token_ids,
+            teacher_prompt=prompt.teacher_token_ids,
+            response=generation.token_ids,
+            written=np.ones(len(generation.token_ids), dtype=bool),
+        )
+        for prompt, generation in zip(
+            prompts, samples.generations[:: samples.num_samples], strict=True
+        )
+    ]
+    written = [rollout.written for rollout in rollouts]
+    with trainer.precision():
+        statistics = step_statistics(
+            frozenset({"reverse_kl"}),
+            student_hidden=trainer.hidden(trainer.student, rollouts, written),
+            teacher_hidden=trainer.hidden(trainer.teacher, rollouts, written, teacher=True),
+            student_head=trainer.student.head,
+            teacher_head=trainer.teacher.head,
+            vocab_size=trainer.vocab_size,
+        )
+    index = np.repeat(np.arange(len(rollouts)), [len(mask) for mask in written])
+    return float(
+        np.mean(
+            np.bincount(index, weights=statistics["reverse_kl"].astype(np.float64))
+            / np.bincount(index)
+        )
+    )
+
+
+def _next_multiple(step: int, every: int, last: int) -> int:
+    return last if every <= 0 else (step // every + 1) * every
+
+
+def _prompts_hash(prompts: Sequence[Prompt]) -> str:
+    return config_hash([[p.id, p.problem, p.messages, p.answer, p.solution] for p in prompts])

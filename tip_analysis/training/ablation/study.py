@@ -1,0 +1,324 @@
+"""`ablate`: train every arm (rule × retention ratio) under every seed, with a live table while it
+runs.
+
+Each arm and seed is one whole Parquet file in `ablations/` or none (`arm_training`). Run again, a
+study skips what is done and goes on from the checkpoint of what was interrupted, be it by kill -9.
+Arms of one seed share prompts, steps, rollouts a step and random numbers; `all` is trained once a
+seed whatever the ratios, and the student as it was is evaluated once a seed.
+
+With `jobs` above 1, arms run in spawned processes of `threads` threads each; a process ends by
+itself when the one that started it is gone. Results differ between numbers of threads by rounding,
+which sampling can turn into other tokens.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from tip_analysis.analysis.arms import UNTRAINED, Arm
+from tip_analysis.core.errors import OptionError, PromptFileError, TipAnalysisError
+from tip_analysis.core.run_folder import Run
+from tip_analysis.rollouts.prompts import Prompt
+from tip_analysis.rollouts.sampling import Sampling
+from tip_analysis.training.ablation.arm_training import ArmRunner, StudyOptions
+from tip_analysis.training.ablation.presets import Preset
+
+Task = tuple[Arm, int]
+
+
+def run_ablation(
+    run: Run,
+    study: StudyOptions,
+    *,
+    arms: Sequence[Arm],
+    seeds: Sequence[int] = (0,),
+    jobs: int = 1,
+    threads: int = 1,
+) -> pl.DataFrame:
+    """Train and evaluate all arms under all seeds; what is done already is kept.
+
+    Args:
+        run: the run folder; offline, the one that holds rollouts and masks.
+        study: what the arms share.
+        arms: as `parse_arms` gives them.
+        seeds: at least one.
+        jobs: processes at once; 1 stays in this one.
+        threads: of each spawned process.
+
+    Returns:
+        The study's rows of the ablation table, those of the untrained student included.
+
+    Raises:
+        OptionError: nothing to do, or options that contradict each other.
+        TipAnalysisError: a process ended abruptly; what was done is kept.
+    """
+    _check(study, arms, seeds, jobs)
+    seeds = list(dict.fromkeys(seeds))
+    tasks = [(arm, seed) for seed in seeds for arm in (Arm(UNTRAINED), *dict.fromkeys(arms))]
+    with _board(tasks) as board:
+        if jobs == 1:
+            runner = ArmRunner(run, study, board)
+            for arm, seed in tasks:
+                board.begin(arm, seed)
+                board.end(arm, seed, runner.run_arm(arm, seed))
+            keys = [runner.arm_key(arm, seed) for arm, seed in tasks]
+        else:
+            keys = _run_in_processes(run, study, tasks, board, jobs, threads)
+    return (
+        run.ablations()
+        .filter(pl.col("arm_key").is_in(keys))
+        .collect()
+        .sort("rule", "retention_ratio", "seed", "step")
+    )
+
+
+def study_from_preset(
+    preset: Preset,
+    *,
+    prompts: Sequence[Prompt],
+    evaluation_prompts: Sequence[Prompt],
+    **options: Any,
+) -> StudyOptions:
+    """What the arms of a preset share.
+
+    Args:
+        preset: as `resolve_preset` gives it.
+        prompts: what it trains on (`load_prompts`); none offline.
+        evaluation_prompts: its held-out problems (`load_evaluation_sets`).
+        options: further fields of `StudyOptions`.
+    """
+    sampling = Sampling(max_new_tokens=preset.max_new_tokens)
+    defaults: dict[str, Any] = {
+        "student": preset.student,
+        "teacher": preset.teacher,
+        "mode": preset.mode,
+        "training": preset.training,
+        "sampling": sampling,
+        "evaluation_sampling": sampling,
+        "num_samples": preset.num_samples,
+        "grader": preset.grader,
+        "template": preset.template,
+        "max_prompt_tokens": preset.max_prompt_tokens,
+    }
+    given: dict[str, Any] = {
+        "prompts": tuple(prompts),
+        "evaluation_prompts": tuple(evaluation_prompts),
+    }
+    fields: dict[str, Any] = defaults | options | given
+    return StudyOptions(**fields)
+
+
+def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs: int) -> None:
+    if not arms or not seeds:
+        raise OptionError("an ablation needs at least one arm and one seed")
+    if study.mode not in ("on_policy", "offline"):
+        raise OptionError(f"--mode must be on_policy or offline; found {study.mode!r}")
+    if study.mode == "on_policy" and not study.prompts:
+        raise OptionError("on-policy training needs prompts to train on")
+    if not study.evaluation_prompts:
+        raise OptionError("an ablation needs held-out problems to evaluate on")
+    if study.checkpoint_every < 1 or study.evaluate_every < 0:
+        raise OptionError("checkpoint_every must be at least 1, evaluate_every at least 0")
+    for prompt in study.evaluation_prompts:
+        if prompt.answer is None:
+            raise PromptFileError(f"evaluation prompt {prompt.id!r} has no answer to grade against")
+    if jobs < 1:
+        raise OptionError(f"--jobs must be at least 1, found {jobs}")
+    if jobs > 1 and not (isinstance(study.student, str) and isinstance(study.teacher, str)):
+        raise OptionError(
+            "with --jobs above 1, models must be given by name: each process loads its own"
+        )
+
+
+def _run_in_processes(
+    run: Run, study: StudyOptions, tasks: Sequence[Task], board: "_Board", jobs: int, threads: int
+) -> list[str]:
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    arguments = (run.path, study, events, threads, os.getpid())
+    with _environment(
+        OMP_NUM_THREADS=str(threads),
+        POLARS_MAX_THREADS=str(threads),
+        TOKENIZERS_PARALLELISM="false",
+    ):
+        executor = ProcessPoolExecutor(
+            min(jobs, len(tasks)), mp_context=context, initializer=_start, initargs=arguments
+        )
+        try:
+            futures = [executor.submit(_run_task, task) for task in tasks]
+            _follow(futures, events, board)
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise TipAnalysisError(
+                "a training process ended abruptly (out of memory, for one); finished arms are"
+                " kept: run the command again, with fewer --jobs if memory ran out"
+            ) from error
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+            _drain(events, board)
+
+
+def _follow(futures: Sequence[Future[str]], events: Any, board: "_Board") -> None:
+    """Show what processes report until all tasks are done; the first error ends the study."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            board(events.get(timeout=0.2))
+        for future in futures:
+            if future.done():
+                future.result()
+        if all(future.done() for future in futures):
+            return
+
+
+def _drain(events: Any, board: "_Board") -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            board(events.get(timeout=0.05))
+
+
+_runner: ArmRunner | None = None
+_runner_error: Exception | None = None
+
+
+def _start(path: Path, study: StudyOptions, events: Any, threads: int, parent: int) -> None:
+    """Set up a spawned process; an error here is kept for the first task, since a pool would hide
+    it."""
+    global _runner, _runner_error
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        _runner = ArmRunner(Run(path), study, events.put)
+    except Exception as error:
+        _runner_error = error
+
+
+def _run_task(task: Task) -> str:
+    if _runner is None:
+        raise _runner_error or TipAnalysisError("the training process was not set up")
+    arm, seed = task
+    about = {"rule": arm.rule, "retention_ratio": arm.retention_ratio, "seed": seed}
+    _runner.report(about | {"status": "running"})
+    _runner.report(about | {"status": _runner.run_arm(arm, seed)})
+    return _runner.arm_key(arm, seed)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, so that none trains on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for processes that are started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _Board:
+    """The live table: one row per arm, one cell per seed; silent where nobody looks."""
+
+    def __init__(self, tasks: Sequence[Task], live: Live | None) -> None:
+        self._arms = list(dict.fromkeys(arm for arm, _ in tasks))
+        self._seeds = list(dict.fromkeys(seed for _, seed in tasks))
+        self._state: dict[Task, dict[str, Any]] = {task: {"status": "waiting"} for task in tasks}
+        self._live = live
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take in what an arm reports."""
+        task = (Arm(event["rule"], event["retention_ratio"]), event["seed"])
+        self._state[task].update(event)
+        if self._live is not None:
+            self._live.update(self.table())
+
+    def begin(self, arm: Arm, seed: int) -> None:
+        """An arm begins."""
+        self(
+            {
+                "rule": arm.rule,
+                "retention_ratio": arm.retention_ratio,
+                "seed": seed,
+                "status": "running",
+            }
+        )
+
+    def end(self, arm: Arm, seed: int, status: str) -> None:
+        """An arm is done."""
+        self(
+            {
+                "rule": arm.rule,
+                "retention_ratio": arm.retention_ratio,
+                "seed": seed,
+                "status": status,
+            }
+        )
+
+    def table(self) -> Table:
+        """What there is to see now."""
+        done = sum(state["status"] in ("done", "kept") for state in self._state.values())
+        table = Table(
+            title=f"arms: {done} of {len(self._state)} done",
+            box=None,
+            title_justify="left",
+            header_style="bold",
+        )
+        table.add_column("arm")
+        for seed in self._seeds:
+            table.add_column(f"seed {seed}", justify="right", min_width=14)
+        for arm in self._arms:
+            table.add_row(str(arm), *(_cell(self._state[arm, seed]) for seed in self._seeds))
+        return table
+
+
+def _cell(state: Mapping[str, Any]) -> str:
+    status = state["status"]
+    if status == "waiting":
+        return "[dim]·[/dim]"
+    if status == "kept":
+        return "[dim]kept[/dim]"
+    if status == "running":
+        loss = f" {state['loss']:.3f}" if "loss" in state else ""
+        return f"[cyan]{state.get('step', 0)}/{state.get('num_steps', '…')}{loss}[/cyan]"
+    return (
+        f"[green]{100 * state['accuracy']:.1f} %[/green]"
+        if "accuracy" in state
+        else "[green]done[/green]"
+    )
+
+
+@contextlib.contextmanager
+def _board(tasks: Sequence[Task]) -> Iterator[_Board]:
+    if not sys.stderr.isatty():
+        yield _Board(tasks, None)
+        return
+    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+        board = _Board(tasks, live)
+        live.update(board.table())
+        yield board

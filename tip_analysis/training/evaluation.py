@@ -1,0 +1,245 @@
+"""Evaluation: sample k answers to each problem, grade them, keep every sample.
+
+Writes `evaluations/*.parquet` (`schema.EvaluationTable`), one row per sample, from which `accuracy`
+takes mean@k, Best@k and paired differences without any model. Which tokens a sample holds depends
+on the model, its problem and the seed only, so models that are evaluated under one seed see common
+random numbers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
+from tip_analysis.core.errors import OptionError, PromptFileError
+from tip_analysis.core.progress import track
+from tip_analysis.core.run_folder import Run, config_hash
+from tip_analysis.core.schema import EvaluationTable, polars_schema
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.hidden_states import check_context
+from tip_analysis.models.loading import LanguageModel
+from tip_analysis.rollouts.grading import grade, resolve_grader
+from tip_analysis.rollouts.prompts import Prompt, render, resolve_template, student_messages
+from tip_analysis.rollouts.sampling import Generation, Sampling, generate
+
+PROBLEMS_PER_SHARD = 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem as the model is shown it, with its answer."""
+
+    id: str
+    token_ids: list[int]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of some problems, in the order of problems and then samples."""
+
+    problems: Sequence[Problem]
+    num_samples: int
+    generations: Sequence[Generation]
+    texts: Sequence[str]
+    rewards: np.ndarray
+    """[P, k] float64."""
+
+
+def encode_problems(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    template: str = "plain",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Problem]:
+    """Problems as token ids.
+
+    Raises:
+        PromptFileError: a prompt has no answer to grade against.
+    """
+    problems = []
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise PromptFileError(f"prompt {prompt.id!r} has no answer, which an evaluation needs")
+        messages = student_messages(prompt, template)
+        token_ids = render(
+            model.tokenizer, messages, chat_template_kwargs=chat_template_kwargs
+        ).token_ids
+        problems.append(Problem(prompt.id, token_ids, prompt.answer))
+    return problems
+
+
+def sample_problems(
+    model: LanguageModel,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    sampling: Sampling,
+    grader: str,
+    budget: TokenBudget,
+    advance: Callable[..., None] | None = None,
+) -> Samples:
+    """Sample and grade `num_samples` responses to each problem.
+
+    Args:
+        model: the model.
+        problems: what it is asked.
+        num_samples: k.
+        sampling: temperature (1.0 in the paper), length limit and seed.
+        grader: name of a grader.
+        budget: tokens a batch, room for responses included.
+        advance: told of progress, in samples.
+
+    Raises:
+        PromptFileError: the grader has no verdict on some response.
+    """
+    if num_samples < 1:
+        raise OptionError(f"--num-samples must be at least 1, found {num_samples}")
+    jobs = [(problem, index) for problem in problems for index in range(num_samples)]
+    lengths = [len(problem.token_ids) + sampling.max_new_tokens for problem, _ in jobs]
+    made: dict[int, Generation] = {}
+
+    def work(rows: list[int]) -> list[Generation]:
+        names = [f"evaluation/{jobs[row][0].id}/{jobs[row][1]}" for row in rows]
+        return generate(model, [jobs[row][0].token_ids for row in rows], names, sampling)
+
+    for rows, generations in budget.run(lengths, work, groups=[problem.id for problem, _ in jobs]):
+        made |= zip(rows, generations, strict=True)
+        if advance is not None:
+            advance(len(rows), tokens=sum(len(generation.token_ids) for generation in generations))
+    ordered = [made[row] for row in range(len(jobs))]
+    texts = model.tokenizer.batch_decode(
+        [generation.token_ids for generation in ordered], skip_special_tokens=True
+    )
+    rewards = [
+        grade(grader, text, problem.answer) for text, (problem, _) in zip(texts, jobs, strict=True)
+    ]
+    if None in rewards:
+        problem = jobs[rewards.index(None)][0]
+        raise PromptFileError(
+            f"the grader {grader!r} has no verdict on a response to {problem.id!r}; choose another"
+            " grader"
+        )
+    return Samples(
+        problems,
+        num_samples,
+        ordered,
+        texts,
+        np.array(rewards, dtype=np.float64).reshape(-1, num_samples),
+    )
+
+
+def evaluation_rows(samples: Samples, *, model: str, seed: int) -> pl.DataFrame:
+    """Samples as rows of the evaluation table."""
+    names = [
+        (problem.id, index) for problem in samples.problems for index in range(samples.num_samples)
+    ]
+    rows = {
+        "model": [model] * len(names),
+        "problem_id": [name for name, _ in names],
+        "sample_index": [index for _, index in names],
+        "reward": samples.rewards.reshape(-1).tolist(),
+        "num_tokens": [len(generation.token_ids) for generation in samples.generations],
+        "finish_reason": [str(generation.finish_reason) for generation in samples.generations],
+        "response_text": list(samples.texts),
+        "seed": [seed] * len(names),
+    }
+    return pl.DataFrame(rows, schema=polars_schema(EvaluationTable))
+
+
+def evaluate_model(
+    run: Run,
+    *,
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    num_samples: int = 16,
+    sampling: Sampling | None = None,
+    template: str = "plain",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    grader: str = "math",
+    token_budget: int = 65_536,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a model on problems with answers; adds rows to `evaluations/`, keyed by
+    configuration.
+
+    Args:
+        run: the run folder.
+        model: the model to evaluate.
+        prompts: problems with answers.
+        num_samples: k, samples of each problem.
+        sampling: temperature, nucleus, length limit and seed; temperature 1 by default.
+        template: what stands around a problem.
+        chat_template_kwargs: switches for the chat template.
+        grader: name of a grader.
+        token_budget: tokens a batch, room for responses included.
+        overwrite: make the rows of this configuration afresh.
+
+    Returns:
+        The stage's summary: the fields of `accuracy.Accuracy`, and counts.
+
+    Raises:
+        PromptFileError: a prompt has no answer.
+        ContextLengthError: a prompt leaves no room for the response.
+    """
+    sampling = sampling or Sampling()
+    resolve_grader(grader)
+    problems = encode_problems(
+        model, prompts, template=template, chat_template_kwargs=chat_template_kwargs
+    )
+    check_context(
+        model,
+        [p.id for p in problems],
+        [len(p.token_ids) + sampling.max_new_tokens for p in problems],
+    )
+    stage = run.begin(
+        "evaluate",
+        config={
+            "model": model.describe(),
+            "num_samples": num_samples,
+            **asdict(sampling),
+            "template": resolve_template(template),
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            "grader": grader,
+        },
+        inputs={"prompts": config_hash([[p.id, p.problem, p.messages, p.answer] for p in prompts])},
+        settings={"device": str(model.device), "token_budget": token_budget},
+        overwrite=overwrite,
+        additive=True,
+    )
+    shards = [
+        problems[start : start + PROBLEMS_PER_SHARD]
+        for start in range(0, len(problems), PROBLEMS_PER_SHARD)
+    ]
+    missing = stage.missing(len(shards))
+    budget = TokenBudget(token_budget)
+    done = num_samples * (len(problems) - sum(len(shards[index]) for index in missing))
+    with track("evaluating", num_samples * len(problems), unit="samples", done=done) as advance:
+        for index in missing:
+            samples = sample_problems(
+                model,
+                shards[index],
+                num_samples=num_samples,
+                sampling=sampling,
+                grader=grader,
+                budget=budget,
+                advance=advance,
+            )
+            stage.write(index, evaluation_rows(samples, model=model.name, seed=sampling.seed))
+    rows = pl.concat([pl.read_parquet(stage.path(index)) for index in range(len(shards))])
+    return stage.finish(**_summary(rows))
+
+
+def _summary(rows: pl.DataFrame) -> dict[str, Any]:
+    found = {
+        name: None if value != value else value
+        for name, value in asdict(accuracy(rewards_by_problem(rows))).items()
+    }
+    return found | {
+        "num_tokens": int(rows["num_tokens"].sum()),
+        "truncated_share": truncated_share(rows),
+    }

@@ -1,0 +1,194 @@
+"""Which tokens of one training step carry loss: statistics off two hidden states, then a selection
+rule.
+
+The same rules and the same selector as for a stored token table (`selection.select_tokens`), on a
+table of one step. Only the statistics that the rule reads are computed; a rule that reads none
+(`all`, `random`, `position`) costs no pass at all.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from tip_analysis.analysis.scores import SCORE_COLUMNS, TokenColumns, add_scores
+from tip_analysis.analysis.selection import Rule, select_tokens
+from tip_analysis.analysis.selection import rule as rule_of
+from tip_analysis.core.errors import LogitsError, OptionError
+from tip_analysis.core.schema import TokenTable
+from tip_analysis.logits.row_statistics import (
+    entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    rows_per_block,
+    token_statistics,
+)
+from tip_analysis.models.loading import OutputHead
+from tip_analysis.training.data import TrainingRollout
+
+KEY_COLUMNS = ("rollout_id", "prompt_id", "position", "batch_id", "token_id", "loss_mask")
+"""What a row has without any statistic."""
+
+_SINGLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "student_entropy": lambda student, teacher: entropy(student),
+    "student_entropy_norm": lambda student, teacher: entropy(student) / math.log(student.shape[-1]),
+    "teacher_entropy": lambda student, teacher: entropy(teacher),
+    "reverse_kl": lambda student, teacher: reverse_kl(student=student, teacher=teacher),
+    "forward_kl": lambda student, teacher: forward_kl(student=student, teacher=teacher),
+    "jsd": lambda student, teacher: jsd(student=student, teacher=teacher),
+}
+"""Statistics that can be had on their own; any other brings the whole of `token_statistics`."""
+
+
+class _Recorder(TokenColumns):
+    """Columns that remember which of them were asked for."""
+
+    def __init__(self) -> None:
+        columns = {name: column.dtype for name, column in TokenTable.columns().items()}
+        super().__init__(pl.Schema(columns | dict.fromkeys(SCORE_COLUMNS, pl.Float64())), "a rule")
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> pl.Expr:
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+
+@cache
+def _columns_of(rule: Rule) -> frozenset[str]:
+    recorder = _Recorder()
+    try:
+        expression = rule.score(recorder)
+    except (AttributeError, TypeError):
+        expression = None
+    if not isinstance(expression, pl.Expr):  # it wants values, and may read any of them
+        return frozenset(TokenTable.columns()) | frozenset(SCORE_COLUMNS)
+    return frozenset(recorder.seen)
+
+
+def needed_statistics(rule: str) -> frozenset[str]:
+    """The columns of the token table, beyond keys, that a rule's score is made of.
+
+    Raises:
+        UnknownNameError: there is no such rule.
+        OptionError: it needs gradients, which no training step measures.
+    """
+    if rule == "gradient_oracle":
+        raise OptionError(
+            "the rule 'gradient_oracle' needs measured gradients: train on its stored masks with"
+            " mode offline"
+        )
+    columns = set(_columns_of(rule_of(rule)))
+    if columns & set(SCORE_COLUMNS):
+        columns |= {"student_entropy_norm", "reverse_kl", "forward_kl"}
+    return frozenset(columns - set(SCORE_COLUMNS) - set(KEY_COLUMNS))
+
+
+@torch.no_grad()
+def step_statistics(
+    columns: frozenset[str],
+    *,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    student_head: OutputHead,
+    teacher_head: OutputHead,
+    vocab_size: int,
+) -> dict[str, np.ndarray]:
+    """The named statistics of N tokens, each [N], from last hidden states [N, D] and [N, D_T].
+
+    Raises:
+        LogitsError: a statistic is NaN: the student has diverged, or a model answers nonsense.
+    """
+    num_tokens = student_hidden.shape[0]
+    block = rows_per_block(vocab_size, device=student_hidden.device)
+    # Results go into arrays that are there beforehand: small ones made between large blocks would
+    # scatter the heap.
+    found: dict[str, Tensor] = {}
+    for start in range(0, num_tokens, block):
+        rows = slice(start, start + block)
+        student = student_head(student_hidden[rows])[:, :vocab_size]
+        teacher = teacher_head(teacher_hidden[rows])[:, :vocab_size].to(student.device)
+        if columns <= _SINGLE.keys():
+            values = {name: _SINGLE[name](student, teacher) for name in sorted(columns)}
+        else:
+            every = token_statistics(student=student, teacher=teacher)
+            values = {
+                name: value for name, value in every.items() if name in columns and value.ndim == 1
+            }
+        if not found:
+            found = {name: value.new_empty(num_tokens) for name, value in values.items()}
+        for name, value in values.items():
+            found[name][rows] = value
+    statistics = {name: values.cpu().numpy() for name, values in found.items()}
+    for name, values in statistics.items():
+        if values.dtype.kind == "f" and name != "w_local" and np.isnan(values).any():
+            raise LogitsError(
+                f"{name} is NaN at {int(np.isnan(values).sum())} of {len(values)} tokens: has"
+                " training diverged?"
+            )
+    return statistics
+
+
+def select_step(
+    rollouts: Sequence[TrainingRollout],
+    statistics: dict[str, np.ndarray],
+    *,
+    step: int,
+    rule: str,
+    retention_ratio: float,
+    selection_scope: str = "rollout",
+    normalization_scope: str = "batch",
+    divergence_clip: float | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Which of the N written tokens of a step's rollouts carry loss: [N] bool, in the order of
+    rollouts and positions.
+
+    Args:
+        rollouts: those of the step.
+        statistics: [N] each, of the written tokens.
+        step: becomes `batch_id`: the tokens of one optimizer step share one normalisation.
+        rule: name of a selection rule.
+        retention_ratio: ρ.
+        selection_scope: within what tokens compete.
+        normalization_scope: whose tokens share one min-max.
+        divergence_clip: quantile at which δ is clipped before its min-max.
+        seed: of the sampling rules.
+    """
+    if rule == "all":
+        return np.ones(sum(int(rollout.written.sum()) for rollout in rollouts), dtype=bool)
+    counts = [int(rollout.written.sum()) for rollout in rollouts]
+    frame = pl.DataFrame(
+        {
+            "rollout_id": (
+                np.repeat(np.array([r.rollout_id for r in rollouts], dtype=object), counts).tolist()
+            ),
+            "prompt_id": (
+                np.repeat(np.array([r.prompt_id for r in rollouts], dtype=object), counts).tolist()
+            ),
+            "position": (
+                np.concatenate([np.flatnonzero(r.written) for r in rollouts]).astype(np.int32)
+            ),
+            "token_id": np.concatenate(
+                [np.array(r.response, dtype=np.int32)[r.written] for r in rollouts]
+            ),
+            **statistics,
+        }
+    ).with_columns(batch_id=pl.lit(step, pl.Int32), loss_mask=pl.lit(True))
+    scored: pl.LazyFrame = frame.lazy()
+    if {"student_entropy_norm", "reverse_kl", "forward_kl"} <= statistics.keys():
+        scored = add_scores(
+            frame, normalization_scope=normalization_scope, divergence_clip=divergence_clip
+        )
+    chosen = select_tokens(
+        scored,
+        rule=rule,
+        retention_ratio=retention_ratio,
+        selection_scope=selection_scope,
+        seed=seed,
+    ).select("selected")
+    return chosen.collect()["selected"].to_numpy()
