@@ -19,7 +19,7 @@ from tip_analysis.analysis.groups import (
 )
 from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.core.errors import SchemaError, UnknownNameError
-from tip_analysis.core.schema import Quadrant
+from tip_analysis.core.names import Quadrant
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import to_masks
 from tip_analysis.core.errors import SchemaError
-from tip_analysis.core.schema import Quadrant
+from tip_analysis.core.names import Quadrant
 
 RULES = ["all", "random", "entropy", "q3", "position"]
 TOKENS = pl.DataFrame(

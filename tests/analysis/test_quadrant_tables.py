@@ -22,7 +22,7 @@ from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import to_masks
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.schema import Quadrant
+from tip_analysis.core.names import Quadrant
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tip_analysis.analysis.quadrants import (
     warn_about_cuts,
 )
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.schema import Quadrant
+from tip_analysis.core.names import Quadrant
 
 CUTS = ["median", "mean", "otsu", "q0.8", "q0", "q1", 0.3, "0.125"]
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from strategies import LOGIT_KINDS, as_rows, logit_pair, logit_pairs
 from torch.func import grad, jvp, vmap
 
-from tip_analysis.core.schema import Loss
+from tip_analysis.core.names import Loss
 from tip_analysis.logits.row_statistics import LOSSES, entropy, reverse_kl, token_statistics
 
 FINITE_KINDS = tuple(kind for kind in LOGIT_KINDS if kind != "masked_apart")

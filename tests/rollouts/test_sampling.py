@@ -7,7 +7,7 @@ from scipy import stats
 from tiny_models import tiny_language_model
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.schema import FinishReason
+from tip_analysis.core.names import FinishReason
 from tip_analysis.rollouts.sampling import Sampling, draw, generate, uniforms
 
 PROMPTS = [[1, 4, 5, 6], [1, 4, 5, 6], [1, 9], [1, 12, 13, 14, 15, 16]]

@@ -15,7 +15,7 @@ from tip_analysis.core.errors import (
     PromptFileError,
     RunError,
 )
-from tip_analysis.core.schema import Loss
+from tip_analysis.core.names import Loss
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.rollouts.prompts import Prompt

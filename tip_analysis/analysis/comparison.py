@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
+from tip_analysis.core.names import Quadrant
 from tip_analysis.core.run_folder import Run
-from tip_analysis.core.schema import Quadrant
 
 COMPARED = (
     "student_entropy",

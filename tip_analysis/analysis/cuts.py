@@ -26,7 +26,8 @@ from tip_analysis.analysis.grids import ColumnGrid, exact_quantiles, is_large, m
 from tip_analysis.analysis.scores import check_scope
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.lazy_display import notebook_html
-from tip_analysis.core.schema import Quadrant, require_columns
+from tip_analysis.core.names import Quadrant
+from tip_analysis.core.schema import require_columns
 
 Axis = Literal["entropy", "divergence"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.cuts import AXIS_COLUMNS, Cuts
-from tip_analysis.core.schema import Quadrant
+from tip_analysis.core.names import Quadrant
 
 NUM_CELLS = 64
 """Cells of the density map along each axis."""

@@ -15,7 +15,8 @@ from tip_analysis.analysis.bootstrap import Floats, group_index, interval_frame,
 from tip_analysis.analysis.correlations import RankedColumn, correlation_matrix
 from tip_analysis.analysis.resampling import QUADRANTS, Codes, Resampler, written_tokens
 from tip_analysis.core.errors import SchemaError, UnknownNameError
-from tip_analysis.core.schema import Quadrant, require_columns
+from tip_analysis.core.names import Quadrant
+from tip_analysis.core.schema import require_columns
 
 POSITION_EDGES = (0, 1, 4, 16, 64, 256, 1024)
 """First position of each group of positions."""

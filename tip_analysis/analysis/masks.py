@@ -12,9 +12,9 @@ import polars as pl
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import exact_ratio, rule, to_masks
 from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.names import Loss
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run
-from tip_analysis.core.schema import Loss
 
 NEEDS_GRADIENTS = ("gradient_oracle",)
 """Rules that select among the tokens whose gradients were measured, and no others."""

@@ -34,7 +34,8 @@ from tip_analysis.analysis.correlations import correlation_table, probed_share
 from tip_analysis.analysis.mask_tables import MASK_KEYS
 from tip_analysis.analysis.resampling import QUADRANTS, Codes, Resampler, written_tokens
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.schema import Quadrant, require_columns
+from tip_analysis.core.names import Quadrant
+from tip_analysis.core.schema import require_columns
 
 ENTROPY_ONLY_RULES = ("entropy", "entropy_sampling")
 """Rules that look at the student's entropy alone: what Proposition 2 is about."""

@@ -22,7 +22,8 @@ from tip_analysis.analysis.cuts import (
     resolve_cuts,
 )
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.schema import Quadrant, require_columns
+from tip_analysis.core.names import Quadrant
+from tip_analysis.core.schema import require_columns
 
 CONFIDENT_TOP1 = 0.95
 """A token whose likeliest continuation has more than this is not uncertain by any reading."""

@@ -27,7 +27,8 @@ from tip_analysis.analysis.bootstrap import (
 from tip_analysis.analysis.cuts import CutSpec, joint_specs, paper_cuts
 from tip_analysis.analysis.scores import ENTROPY_CLIP
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.schema import Quadrant, require_columns
+from tip_analysis.core.names import Quadrant
+from tip_analysis.core.schema import require_columns
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 QUADRANTS = tuple(Quadrant)

@@ -27,7 +27,8 @@ from tip_analysis.analysis.cuts import Cuts, resolve_cuts
 from tip_analysis.analysis.grids import ColumnGrid, bins_of, is_large, measure_grids, stream_batches
 from tip_analysis.analysis.resampling import QUADRANTS
 from tip_analysis.core.errors import SchemaError
-from tip_analysis.core.schema import Quadrant, require_columns
+from tip_analysis.core.names import Quadrant
+from tip_analysis.core.schema import require_columns
 
 AXES = ("student_entropy", "reverse_kl")
 DEFAULT_COLUMNS = ("student_entropy", "reverse_kl", "forward_kl")

@@ -3,8 +3,8 @@ from .errors import OptionError as OptionError
 from .errors import RunError as RunError
 from .errors import SchemaError as SchemaError
 from .errors import TipAnalysisError as TipAnalysisError
+from .names import Loss as Loss
+from .names import Quadrant as Quadrant
 from .run_folder import Run as Run
 from .run_folder import create_run as create_run
 from .run_folder import open_run as open_run
-from .schema import Loss as Loss
-from .schema import Quadrant as Quadrant

@@ -10,52 +10,28 @@ kept, with null statistics. A Kullback-Leibler divergence may be +inf where one 
 with a logit of -inf.
 """
 
-from enum import StrEnum
-
 import dataframely as dy
 import polars as pl
 from dataframely.exc import SchemaError as MissingColumnError
 from dataframely.exc import ValidationError
 
 from tip_analysis.core.errors import SchemaError
+from tip_analysis.core.names import (
+    FinishReason,
+    IdsOrigin,
+    Loss,
+    LossAggregation,
+    LossNormalizer,
+    Method,
+    Mode,
+    PlantedLabel,
+    SelectionScope,
+    TemplateOrigin,
+    TrainingLoss,
+)
 
 SCHEMA_VERSION = 1
 """Raised by one whenever a column changes its meaning or leaves."""
-
-
-class Quadrant(StrEnum):
-    """Table 1 of the paper: student entropy h against divergence δ; high means strictly above the
-    cut."""
-
-    Q1 = "Q1"
-    """High entropy, high divergence: dense signal."""
-    Q2 = "Q2"
-    """High entropy, low divergence: stabilises."""
-    Q3 = "Q3"
-    """Low entropy, high divergence: overconfident and wrong."""
-    Q4 = "Q4"
-    """Low entropy, low divergence: solved."""
-
-
-class FinishReason(StrEnum):
-    """Why a rollout ends where it ends."""
-
-    STOP = "stop"
-    """The student wrote an end-of-sequence token, which is part of the response."""
-    LENGTH = "length"
-    """The token limit was reached."""
-    GIVEN = "given"
-    """The text was given; nothing is known about its end."""
-
-
-class Loss(StrEnum):
-    """Per-token losses whose gradients can be measured and that can be trained on."""
-
-    REVERSE_KL = "reverse_kl"
-    FORWARD_KL = "forward_kl"
-    JSD = "jsd"
-    NEGATIVE_LOGPROB = "negative_logprob"
-    """-ln P_S(y_t) of the sampled token."""
 
 
 class RolloutTable(dy.Schema):
@@ -117,14 +93,12 @@ class RolloutTable(dy.Schema):
     tokenizer_fingerprint = dy.String(
         description="Hash of the token-to-id map that the ids belong to"
     )
-    ids_origin = dy.Enum(
-        ["exact", "retokenized"], description="Whether the ids are the author's own"
-    )
+    ids_origin = dy.Enum(IdsOrigin, description="Whether the ids are the author's own")
     template_origin = dy.Enum(
-        ["exact", "reapplied", "none"], description="Whether the chat template is the author's own"
+        TemplateOrigin, description="Whether the chat template is the author's own"
     )
     planted_labels = dy.List(
-        dy.Enum(["planted_error", "fork", "plain"]),
+        dy.Enum(PlantedLabel),
         nullable=True,
         description="True label of each token; arithmetic pair only",
     )
@@ -209,9 +183,7 @@ class TokenTable(dy.Schema):
         dy.Float32(max=0.0, allow_inf=True), nullable=True, description="Their ln P_T"
     )
     planted_label = dy.Enum(
-        ["planted_error", "fork", "plain"],
-        nullable=True,
-        description="True label of the token; arithmetic pair only",
+        PlantedLabel, nullable=True, description="True label of the token; arithmetic pair only"
     )
 
     @dy.rule()
@@ -230,9 +202,7 @@ class GradientTable(dy.Schema):
         primary_key=True, description="Parameters that θ stands for: all, body, head, last:N, lora"
     )
     method = dy.Enum(
-        ["probe", "exact"],
-        primary_key=True,
-        description="Random probes, or one backward pass a token",
+        Method, primary_key=True, description="Random probes, or one backward pass a token"
     )
     num_probes = dy.Int32(
         primary_key=True, min=0, description="K, the number of probes; 0 for exact"
@@ -264,7 +234,7 @@ class MaskTable(dy.Schema):
         primary_key=True, min_exclusive=0.0, max=1.0, description="ρ in (0, 1]"
     )
     selection_scope = dy.Enum(
-        ["rollout", "batch", "run"], primary_key=True, description="Within what tokens compete"
+        SelectionScope, primary_key=True, description="Within what tokens compete"
     )
     seed = dy.Int64(primary_key=True, description="Seed of a sampling rule")
     rollout_id = dy.String(primary_key=True, min_length=1, description="The rollout")
@@ -297,19 +267,15 @@ class AblationTable(dy.Schema):
         min_length=1, description="Selection rule; `untrained` for the student as it was"
     )
     retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
-    selection_scope = dy.Enum(["rollout", "batch", "run"], description="Within what tokens compete")
+    selection_scope = dy.Enum(SelectionScope, description="Within what tokens compete")
     seed = dy.Int64(
         description="Seed of prompt order, sampling, selection and evaluation: equal across arms"
     )
-    mode = dy.Enum(
-        ["on_policy", "offline"], description="Fresh rollouts each step, or a fixed table of them"
-    )
-    loss = dy.Enum(
-        ["reverse_kl", "forward_kl", "jsd"], description="The per-token loss that was minimised"
-    )
-    loss_normalizer = dy.Enum(["selected", "all"], description="Tokens that the loss is divided by")
+    mode = dy.Enum(Mode, description="Fresh rollouts each step, or a fixed table of them")
+    loss = dy.Enum(TrainingLoss, description="The per-token loss that was minimised")
+    loss_normalizer = dy.Enum(LossNormalizer, description="Tokens that the loss is divided by")
     loss_aggregation = dy.Enum(
-        ["rollout", "token"], description="Mean of rollout means, or mean over tokens"
+        LossAggregation, description="Mean of rollout means, or mean over tokens"
     )
     step = dy.Int32(
         primary_key=True, min=0, description="Optimizer steps done when the student was evaluated"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tip_analysis.core.errors import SchemaError
-from tip_analysis.core.schema import Quadrant
+from tip_analysis.core.names import Quadrant
 
 PAGE_WIDTH = 7.0
 """Inches: the text block of a paper, or the column of the report."""

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import Loss
 from tip_analysis.core.progress import track
-from tip_analysis.core.schema import Loss
 from tip_analysis.gradients.directions import Direction, StoredDirection, stable_hash
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.gradients.token_losses import BLOCK_ELEMENTS, TeacherLogits, token_loss

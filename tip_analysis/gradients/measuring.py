@@ -36,7 +36,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.schema import GradientTable, Loss, polars_schema
+from tip_analysis.core.names import Loss
+from tip_analysis.core.schema import GradientTable, polars_schema
 from tip_analysis.gradients.loss_gradients import (
     GradientInput,
     LossDirections,

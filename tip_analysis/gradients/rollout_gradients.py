@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.core.schema import Loss
+from tip_analysis.core.names import Loss
 from tip_analysis.gradients.directions import (
     Direction,
     GaussianDirection,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tip_analysis.core.schema import Loss
+from tip_analysis.core.names import Loss
 from tip_analysis.gradients.directions import Direction
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.logits.row_statistics import LOSSES

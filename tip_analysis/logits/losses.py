@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tip_analysis.core.schema import Loss
+from tip_analysis.core.names import Loss
 from tip_analysis.logits.probabilities import (
     Row,
     compare,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.schema import FinishReason
+from tip_analysis.core.names import FinishReason
 from tip_analysis.models.batching import pad_sequences
 from tip_analysis.models.loading import LanguageModel, model_body
 

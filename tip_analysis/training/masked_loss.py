@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.schema import Loss
+from tip_analysis.core.names import Loss
 from tip_analysis.logits.row_statistics import LOSSES
 from tip_analysis.models.loading import OutputHead
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.schema import Loss
+from tip_analysis.core.names import Loss
 
 PRECISIONS = ("float32", "bfloat16", "float64")
 PIECES = ("micro_batch_size", "token_budget", "chunk_size", "gradient_checkpointing")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.errors import ImportFormatError, PromptFileError
-from tip_analysis.core.schema import FinishReason
+from tip_analysis.core.names import FinishReason
 from tip_analysis.rollouts.importers.conversations import render_conversation, special_tokens
 from tip_analysis.rollouts.importers.drafts import Draft, ImportReport
 from tip_analysis.rollouts.importers.restoring import PromptRestorer

@@ -1,0 +1,195 @@
+"""Names that options, tables and signatures share: one enumeration each.
+
+Every member is also the text that users type and tables hold, so `scope == "run"` and
+`Scope("run")` both work. A text that names no member raises `UnknownNameError` with the valid ones.
+"""
+
+import re
+from enum import StrEnum
+from typing import Self
+
+from tip_analysis.core.errors import UnknownNameError
+
+
+class Name(StrEnum):
+    """A closed set of names."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self:
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
+        raise UnknownNameError(kind, str(value), [member.value for member in cls])
+
+
+class Quadrant(Name):
+    """Table 1 of the paper: student entropy h against divergence δ; high means strictly above the
+    cut."""
+
+    Q1 = "Q1"
+    """High entropy, high divergence: dense signal."""
+    Q2 = "Q2"
+    """High entropy, low divergence: stabilises."""
+    Q3 = "Q3"
+    """Low entropy, high divergence: overconfident and wrong."""
+    Q4 = "Q4"
+    """Low entropy, low divergence: solved."""
+
+    @property
+    def code(self) -> int:
+        """Its number in arrays: 2·(low entropy) + (low divergence)."""
+        return _QUADRANT_CODES[self]
+
+
+_QUADRANT_CODES = {quadrant: code for code, quadrant in enumerate(Quadrant)}
+
+
+class Scope(Name):
+    """Whose tokens share one cut or one min-max."""
+
+    RUN = "run"
+    """All of the run's."""
+    BATCH = "batch"
+    """Those of one optimizer step (`batch_id`)."""
+
+
+class SelectionScope(Name):
+    """Within what tokens compete to be selected."""
+
+    ROLLOUT = "rollout"
+    BATCH = "batch"
+    RUN = "run"
+
+
+class FinishReason(Name):
+    """Why a rollout ends where it ends."""
+
+    STOP = "stop"
+    """The student wrote an end-of-sequence token, which is part of the response."""
+    LENGTH = "length"
+    """The token limit was reached."""
+    GIVEN = "given"
+    """The text was given; nothing is known about its end."""
+
+
+class IdsOrigin(Name):
+    """Whether token ids are the author's own."""
+
+    EXACT = "exact"
+    RETOKENIZED = "retokenized"
+
+
+class TemplateOrigin(Name):
+    """Whether the chat template is the author's own."""
+
+    EXACT = "exact"
+    REAPPLIED = "reapplied"
+    NONE = "none"
+
+
+class PlantedLabel(Name):
+    """What a token of the arithmetic pair truly is."""
+
+    PLANTED_ERROR = "planted_error"
+    """The student is sure here, and wrong by construction."""
+    FORK = "fork"
+    """Several continuations are right."""
+    PLAIN = "plain"
+
+
+class Loss(Name):
+    """Per-token losses whose gradients can be measured."""
+
+    REVERSE_KL = "reverse_kl"
+    FORWARD_KL = "forward_kl"
+    JSD = "jsd"
+    NEGATIVE_LOGPROB = "negative_logprob"
+    """-ln P_S(y_t) of the sampled token."""
+
+
+class TrainingLoss(Name):
+    """Per-token losses that a student can be trained on."""
+
+    REVERSE_KL = "reverse_kl"
+    FORWARD_KL = "forward_kl"
+    JSD = "jsd"
+
+
+class LossNormalizer(Name):
+    """Tokens that a loss is divided by."""
+
+    SELECTED = "selected"
+    ALL = "all"
+
+
+class LossAggregation(Name):
+    """How the losses of tokens become one number."""
+
+    ROLLOUT = "rollout"
+    """The mean of rollout means."""
+    TOKEN = "token"
+    """The mean over tokens."""
+
+
+class Method(Name):
+    """How gradients are measured."""
+
+    PROBE = "probe"
+    """Random probes: a cost that does not grow with the number of tokens."""
+    EXACT = "exact"
+    """One backward pass a token."""
+
+
+class Mode(Name):
+    """What an ablation trains on."""
+
+    ON_POLICY = "on_policy"
+    """Fresh rollouts at every step."""
+    OFFLINE = "offline"
+    """The run's own rollouts and masks."""
+
+
+class TeacherContext(Name):
+    """What the teacher sees besides the prompt."""
+
+    NONE = "none"
+    SOLUTION = "solution"
+    """The reference solution, in the user's turn."""
+
+
+class ScoringEngine(Name):
+    """Who does the scoring."""
+
+    LOCAL = "local"
+    """One process."""
+    RAY = "ray"
+    """Ray actors that share the work."""
+
+
+class ScoringPhase(Name):
+    """Which of the two models are at work."""
+
+    BOTH = "both"
+    TEACHER = "teacher"
+    STUDENT = "student"
+
+
+class TeacherStoreForm(Name):
+    """What is stored of the teacher."""
+
+    HIDDEN = "hidden"
+    """Hidden states: exact."""
+    TOPK = "topk"
+    """Top tokens: smaller; divergences become lower bounds."""
+
+
+class Schedule(Name):
+    """Learning rate after the warm-up."""
+
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class Precision(Name):
+    """Of the forward and backward pass."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
