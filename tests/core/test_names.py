@@ -29,7 +29,7 @@ def test_a_member_is_its_text(kind: type[Name]) -> None:
 def test_a_text_that_names_nothing_is_refused_with_the_valid_names() -> None:
     with pytest.raises(UnknownNameError, match="unknown scope 'rollout'; valid names: run, batch"):
         Scope("rollout")
-    with pytest.raises(UnknownNameError, match="unknown teacher store form 'hiden' .did you mean"):
+    with pytest.raises(UnknownNameError, match=r"form 'hiden' \(did you mean 'hidden'"):
         TeacherStoreForm("hiden")
 
 
