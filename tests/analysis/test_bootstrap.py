@@ -20,10 +20,13 @@ from tip_analysis.analysis.bootstrap import (
     prompt_weights,
     ratio_interval,
 )
-from tip_analysis.analysis.cuts import measure_cut, parse_cut
+from tip_analysis.analysis.cut_measuring import measure_cut
+from tip_analysis.analysis.cuts import parse_cut
+from tip_analysis.analysis.quadrant_rule import QUADRANTS
 from tip_analysis.analysis.quadrants import assign_quadrants
-from tip_analysis.analysis.resampling import QUADRANTS, ResampledScores, Resampler, written_tokens
+from tip_analysis.analysis.resampling import ResampledScores, Resampler, written_tokens
 from tip_analysis.analysis.scores import add_scores
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.errors import OptionError, SchemaError
 
 VALUES = st.lists(
@@ -73,9 +76,7 @@ def test_quadrants_of_a_resample_equal_those_of_copied_rows(
     tokens: pl.DataFrame, cuts, scope: str, times: list[int]
 ) -> None:
     frame = written_tokens(tokens, [], "test")
-    resampler = Resampler(
-        frame, entropy_cut=cuts[0], divergence_cut=cuts[1], cut_scope=scope, num_resamples=2
-    )
+    resampler = Resampler(frame, taxonomy=Taxonomy(*cuts, scope), num_resamples=2)
     weights = np.asarray(times, dtype=np.float64)[resampler.prompts]
     assume(weights.sum() > 0)
     codes = resampler.codes(weights)
@@ -116,9 +117,7 @@ def test_sums_by_quadrant_equal_those_of_every_resample(
     tokens: pl.DataFrame, cuts, scope: str
 ) -> None:
     frame = written_tokens(tokens, ["jsd"], "test")
-    resampler = Resampler(
-        frame, entropy_cut=cuts[0], divergence_cut=cuts[1], cut_scope=scope, num_resamples=8
-    )
+    resampler = Resampler(frame, taxonomy=Taxonomy(*cuts, scope), num_resamples=8)
     values = np.column_stack([np.ones(frame.height), frame["jsd"].cast(pl.Float64).to_numpy()])
     fast = resampler.measure_sums(values, np.ravel)
     slow = resampler.measure(

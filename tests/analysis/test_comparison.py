@@ -5,9 +5,10 @@ import pytest
 from synthetic import make_tables, write_run
 
 from tip_analysis.analysis.comparison import COMPARED, compare_runs
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.run_folder import open_run
 
-CUTS = {"entropy_cut": 0.5, "divergence_cut": 0.5, "cut_scope": "run"}
+CUTS = Taxonomy(entropy_cut=0.5, divergence_cut=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import frame, token_frames
 
-from tip_analysis.analysis.cuts import (
-    PAPER_TARGET,
-    Cut,
-    measure_cut,
-    otsu_cut,
-    paper_cuts,
-    paper_range_distance,
-    parse_cut,
-    resolve_cuts,
-)
+from tip_analysis.analysis.cut_measuring import measure_cut, otsu_cut
+from tip_analysis.analysis.cuts import Cut, parse_cut
+from tip_analysis.analysis.paper_preset import PAPER_TARGET, paper_cuts, paper_range_distance
+from tip_analysis.analysis.taxonomy import resolve_cuts
 from tip_analysis.core.errors import OptionError
 
 

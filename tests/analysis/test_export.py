@@ -9,16 +9,11 @@ from synthetic import make_tables, write_run
 from tip_analysis.analysis.export import IGNORED, export_run
 from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.run_folder import open_run
 
-TAXONOMY = {
-    "entropy_cut": "q0.6",
-    "divergence_cut": 0.4,
-    "cut_scope": "run",
-    "normalization_scope": "batch",
-    "divergence_clip": 0.98,
-}
+TAXONOMY = Taxonomy("q0.6", 0.4, normalization_scope="batch", divergence_clip=0.98)
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import frame, token_frames
 
-from tip_analysis.analysis.cuts import PAPER_RANGES, resolve_cuts
+from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import (
     assign_quadrants,
     cut_sensitivity,
     quadrant_shares,
     warn_about_cuts,
 )
-from tip_analysis.core.errors import OptionError, SchemaError
+from tip_analysis.analysis.taxonomy import resolve_cuts
+from tip_analysis.core.errors import OptionError, SchemaError, UnknownNameError
 from tip_analysis.core.names import Quadrant
 
 CUTS = ["median", "mean", "otsu", "q0.8", "q0", "q1", 0.3, "0.125"]
@@ -165,7 +166,7 @@ def test_the_preset_is_no_point_of_a_grid() -> None:
 
 def test_other_errors_and_empty_tables() -> None:
     tokens = frame([0.0, 1.0], [0.0, 1.0])
-    with pytest.raises(OptionError, match="cut_scope must be one of batch, run"):
+    with pytest.raises(UnknownNameError, match="unknown scope 'rollout'; valid names: run, batch"):
         resolve_cuts(tokens, cut_scope="rollout")
     with pytest.raises(SchemaError, match="reverse_kl"):
         assign_quadrants(tokens.drop("reverse_kl"))

@@ -18,7 +18,7 @@ from tip_analysis.analysis.scores import (
     resolve_normalization,
     score_expression,
 )
-from tip_analysis.core.errors import OptionError, SchemaError, UnknownNameError
+from tip_analysis.core.errors import InputError, SchemaError, UnknownNameError
 
 
 def frame(
@@ -196,16 +196,13 @@ def test_products_of_columns() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"normalization_scope": "rollout"},
-            "normalization_scope must be one of batch, run; found 'rollout'",
-        ),
+        ({"normalization_scope": "rollout"}, "unknown scope 'rollout'; valid names: run, batch"),
         ({"divergence_clip": 0.0}, "quantile in"),
         ({"divergence_clip": 1.5}, "found 1.5"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(InputError, match=message):
         add_scores(frame([0.1, 0.2], [0.0, 1.0]), **options)
 
 

@@ -414,7 +414,7 @@ def test_rules_that_cannot_be_used_say_why() -> None:
     partly = tokens.with_columns(grad_dot_loss=pl.Series([1.0, None]))
     with pytest.raises(SchemaError, match=r"1 of 2, in 1 rollout\(s\), have none"):
         select_tokens(partly, rule="gradient_oracle", retention_ratio=0.5)
-    with pytest.raises(OptionError, match="selection_scope must be one of rollout, batch, run"):
+    with pytest.raises(UnknownNameError, match="valid names: rollout, batch, run"):
         select_tokens(tokens, rule="jsd", retention_ratio=0.5, selection_scope="prompt")
     with pytest.raises(OptionError, match="there is a rule 'jsd' already"):
         register_rule("jsd", lambda df: df["jsd"])

@@ -113,8 +113,7 @@ def test_a_command_run_again_does_nothing_twice(run, prompts):
 def test_comparing_a_run_with_itself_shows_no_difference(run):
     from tip_analysis.analysis.comparison import compare_runs
 
-    taxonomy = {"entropy_cut": "median", "divergence_cut": "mean", "cut_scope": "run"}
-    tables = compare_runs(open_run(run), open_run(run), taxonomy)
+    tables = compare_runs(open_run(run), open_run(run))
     for table in list(tables.values())[:2]:
         assert table["difference"].abs().max() == 0.0
     moves = list(tables.values())[2]
@@ -122,7 +121,7 @@ def test_comparing_a_run_with_itself_shows_no_difference(run):
     assert sum(stays.values()) == pytest.approx(1.0)
     from tip_analysis.analysis.quadrants import assign_quadrants
 
-    shares = quadrant_shares(assign_quadrants(open_run(run).tokens(), **taxonomy))
+    shares = quadrant_shares(assign_quadrants(open_run(run).tokens()))
     assert stays == pytest.approx(
         {row["quadrant"]: row["share"] for row in shares.iter_rows(named=True) if row["share"]}
     )

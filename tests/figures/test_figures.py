@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tip_analysis import figures
-from tip_analysis.analysis.cuts import PAPER_RANGES
+from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.core.errors import SchemaError
 
 QUADRANTS = ["Q1", "Q2", "Q3", "Q4"]

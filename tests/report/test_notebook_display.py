@@ -12,8 +12,8 @@ from rich.console import Console
 
 import tip_analysis as tip
 from tests.synthetic import HOSTILE_TOKENS, Tables, make_hostile_tables, make_tables, write_run
-from tip_analysis.analysis.cuts import resolve_cuts
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
+from tip_analysis.analysis.taxonomy import resolve_cuts
 from tip_analysis.core.errors import RunError, UnknownNameError
 from tip_analysis.core.run_folder import Run, create_run, open_run
 from tip_analysis.figures import QUADRANT_COLORS

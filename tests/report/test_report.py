@@ -1,6 +1,7 @@
 """The report page: every number shown equals an independent count, and nothing from a run can
 become markup."""
 
+import dataclasses
 import html
 import json
 import math
@@ -26,8 +27,8 @@ from synthetic import (
 )
 
 from tip_analysis.analysis import densities
-from tip_analysis.analysis.cuts import resolve_cuts
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.analysis.taxonomy import Taxonomy, resolve_cuts
 from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.schema import RolloutTable, TokenTable, validate
 from tip_analysis.report import paper, words
@@ -124,7 +125,9 @@ def _no_drawing(monkeypatch):
 
 
 def _options(**options) -> ReportOptions:
-    return ReportOptions(**{"num_resamples": 20, **options})
+    names = {field.name for field in dataclasses.fields(Taxonomy)} & options.keys()
+    taxonomy = Taxonomy(**{name: options.pop(name) for name in names})
+    return ReportOptions(taxonomy, **{"num_resamples": 20, **options})
 
 
 def _plain_quadrants(tokens: pl.DataFrame) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 In: a run folder's tables. Out: scores, quadrants, masks, and result tables with prompt-bootstrap
 intervals. `run_view` is a run with scores and quadrants under given options: report, notebooks and
-figures ask it. Read first: `scores`, `cuts` and `quadrants`, then `quadrant_tables`.
+figures ask it. Read first: `scores`, `taxonomy` and `quadrants`, then `quadrant_tables`.
 """
 
 import lazy_loader

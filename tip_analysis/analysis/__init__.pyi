@@ -6,9 +6,7 @@ from .claims import claims_table as claims_table
 from .claims import paper_differences as paper_differences
 from .comparison import compare_runs as compare_runs
 from .correlations import correlation_table as correlation_table
-from .cuts import PAPER_RANGES as PAPER_RANGES
 from .cuts import Cuts as Cuts
-from .cuts import resolve_cuts as resolve_cuts
 from .densities import density as density
 from .densities import strongest as strongest
 from .densities import text_around as text_around
@@ -18,6 +16,7 @@ from .mask_tables import coverage as coverage
 from .mask_tables import overlap as overlap
 from .mask_tables import planted_recall as planted_recall
 from .masks import write_masks as write_masks
+from .paper_preset import PAPER_RANGES as PAPER_RANGES
 from .planted import planted_detection as planted_detection
 from .quadrant_tables import coverage_curve as coverage_curve
 from .quadrant_tables import join_gradients as join_gradients
@@ -35,3 +34,5 @@ from .selection import register_rule as register_rule
 from .selection import select_tokens as select_tokens
 from .selection import to_masks as to_masks
 from .survey import survey_tokens as survey_tokens
+from .taxonomy import Taxonomy as Taxonomy
+from .taxonomy import resolve_cuts as resolve_cuts

@@ -18,7 +18,9 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-from tip_analysis.analysis.cuts import CutSpec, otsu_index
+from tip_analysis.analysis.cut_measuring import otsu_index
+from tip_analysis.analysis.cuts import CutSpec
+from tip_analysis.core.names import CutKind
 
 CONFIDENCE = 0.95
 DEFAULT_RESAMPLES = 1000
@@ -159,13 +161,13 @@ class SortedColumn:
     def cut(self, weights: Floats, spec: CutSpec) -> float:
         """The cut that `spec` (any but `paper`) means on the weighted values; NaN where nothing has
         weight."""
-        if spec.kind == "nats":
+        if spec.kind is CutKind.NATS:
             return float(spec.number or 0.0)
-        if spec.kind == "mean":
+        if spec.kind is CutKind.MEAN:
             return self.mean(weights)
-        if spec.kind == "otsu":
+        if spec.kind is CutKind.OTSU:
             return self.otsu(weights)
-        return self.quantile(weights, 0.5 if spec.number is None else spec.number)
+        return self.quantile(weights, spec.quantile)
 
 
 def group_index(column: pl.Series) -> np.ndarray:

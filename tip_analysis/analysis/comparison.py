@@ -4,12 +4,10 @@ Where both runs scored the same tokens (the same rollouts under another student 
 are followed from their quadrant in one run to that in the other.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import polars as pl
 
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.names import Quadrant
 from tip_analysis.core.run_folder import Run
 
@@ -23,7 +21,9 @@ COMPARED = (
 )
 
 
-def compare_runs(run_a: Run, run_b: Run, taxonomy: Mapping[str, Any]) -> dict[str, pl.DataFrame]:
+def compare_runs(
+    run_a: Run, run_b: Run, taxonomy: Taxonomy = DEFAULT_TAXONOMY
+) -> dict[str, pl.DataFrame]:
     """Result tables by title: quadrant shares, means, and, where tokens are shared, how they move
     between quadrants.
 
@@ -32,8 +32,7 @@ def compare_runs(run_a: Run, run_b: Run, taxonomy: Mapping[str, Any]) -> dict[st
     Raises:
         RunError: a run has no scored tokens.
     """
-    cuts = {name: taxonomy[name] for name in ("entropy_cut", "divergence_cut", "cut_scope")}
-    sides = [assign_quadrants(run.tokens(), **cuts).filter("loss_mask") for run in (run_a, run_b)]
+    sides = [_placed(run.tokens(), taxonomy).filter("loss_mask") for run in (run_a, run_b)]
     tables = {
         "quadrant shares": _side_by_side(
             [quadrant_shares(side).select("quadrant", "share") for side in sides]
@@ -44,6 +43,10 @@ def compare_runs(run_a: Run, run_b: Run, taxonomy: Mapping[str, Any]) -> dict[st
     if moves.height:
         tables["tokens that both runs scored, by quadrant in a (rows) and b (columns)"] = moves
     return tables
+
+
+def _placed(tokens: pl.LazyFrame, taxonomy: Taxonomy) -> pl.LazyFrame:
+    return assign_quadrants(tokens, cuts=taxonomy.measure(tokens))
 
 
 def _side_by_side(shares: list[pl.DataFrame]) -> pl.DataFrame:

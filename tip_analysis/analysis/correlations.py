@@ -31,7 +31,9 @@ from tip_analysis.analysis.bootstrap import (
     interval_frame,
     with_counts,
 )
-from tip_analysis.analysis.resampling import Codes, ResampledScores, Resampler, written_tokens
+from tip_analysis.analysis.quadrant_rule import Codes
+from tip_analysis.analysis.resampling import ResampledScores, Resampler, written_tokens
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.errors import SchemaError, UnknownNameError
 
 PREDICTORS = ("student_entropy_norm", "reverse_kl", "forward_kl", "soft_or", "q3_score")
@@ -39,6 +41,8 @@ PREDICTORS = ("student_entropy_norm", "reverse_kl", "forward_kl", "soft_or", "q3
 TARGETS = ("grad_norm", "grad_dot_loss", "oracle_weight")
 """‖g‖, φ and w* = φ/M up to the unknown 1/(ηβ)."""
 CONTROLS = ("position", "token_frequency")
+_NO_CUTS = Taxonomy(0.0, 0.0)
+"""For resamples whose quadrants nobody asks for: nothing to measure."""
 CORRELATION_COST = 8
 """How much dearer than a table of shares a resample of correlations is."""
 NOISY_TARGETS = ("grad_norm", "oracle_weight")
@@ -283,8 +287,7 @@ def correlation_table(
         )
     resampler = Resampler(
         frame,
-        entropy_cut=0.0,
-        divergence_cut=0.0,
+        taxonomy=_NO_CUTS,
         num_resamples=num_resamples or default_resamples(frame.height * CORRELATION_COST),
         seed=seed,
     )

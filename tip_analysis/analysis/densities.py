@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.cuts import AXIS_COLUMNS, Cuts
-from tip_analysis.core.names import Quadrant
+from tip_analysis.core.names import Axis, Quadrant
 
 NUM_CELLS = 64
 """Cells of the density map along each axis."""
@@ -49,7 +49,7 @@ def density(tokens: pl.LazyFrame, cuts: Cuts) -> pl.DataFrame:
         divergence_right (nats; cells are open on the left), num_tokens, quadrant (that of most of
         its tokens). Divergences of +inf are left out.
     """
-    entropy_column, divergence_column = AXIS_COLUMNS["entropy"], AXIS_COLUMNS["divergence"]
+    entropy_column, divergence_column = AXIS_COLUMNS[Axis.ENTROPY], AXIS_COLUMNS[Axis.DIVERGENCE]
     frame = (
         tokens.filter(pl.col("quadrant").is_not_null(), pl.col(divergence_column).is_finite())
         .select(

@@ -8,14 +8,13 @@ where a token is not selected), as most trainers take them, and `selected`, one 
 token.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.atomic_files import write_atomically
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.run_folder import Run
@@ -25,15 +24,14 @@ IGNORED = -100
 
 
 def export_run(
-    run: Run, folder: Path, taxonomy: Mapping[str, Any], *, overwrite: bool = False
+    run: Run, folder: Path, taxonomy: Taxonomy = DEFAULT_TAXONOMY, *, overwrite: bool = False
 ) -> dict[Path, int]:
     """Write a run's tables as flat Parquet files; tables larger than memory stream.
 
     Args:
         run: a run folder with scored tokens.
         folder: where the files go.
-        taxonomy: `entropy_cut`, `divergence_cut`, `cut_scope`, `normalization_scope`,
-            `divergence_clip`.
+        taxonomy: how tokens are scored and put into quadrants.
         overwrite: replace files that are there.
 
     Returns:
@@ -47,13 +45,12 @@ def export_run(
         raise OptionError(
             f"{folder} is not empty; name another folder, or --overwrite what it holds"
         )
-    scored = add_scores(
-        run.tokens(),
-        normalization_scope=taxonomy["normalization_scope"],
-        divergence_clip=taxonomy["divergence_clip"],
-    )
-    cuts = {name: taxonomy[name] for name in ("entropy_cut", "divergence_cut", "cut_scope")}
-    tables = {"tokens": assign_quadrants(scored, **cuts), "rollouts": run.rollouts()}
+    tokens = run.tokens()
+    scored = add_scores(tokens, normalization=taxonomy.normalization(tokens))
+    tables = {
+        "tokens": assign_quadrants(scored, cuts=taxonomy.measure(tokens)),
+        "rollouts": run.rollouts(),
+    }
     tables |= {
         name: run.table(name)
         for name in ("gradients", "masks", "ablations", "evaluations")

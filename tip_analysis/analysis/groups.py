@@ -7,13 +7,16 @@ shares are measured again in each resample of prompts (`bootstrap`).
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Unpack
 
 import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.bootstrap import Floats, group_index, interval_frame, with_counts
 from tip_analysis.analysis.correlations import RankedColumn, correlation_matrix
-from tip_analysis.analysis.resampling import QUADRANTS, Codes, Resampler, written_tokens
+from tip_analysis.analysis.quadrant_rule import QUADRANTS, Codes
+from tip_analysis.analysis.resampling import Resampler, written_tokens
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import SchemaError, UnknownNameError
 from tip_analysis.core.names import Quadrant
 from tip_analysis.core.schema import require_columns
@@ -107,21 +110,20 @@ def group_effects(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
     grouping: str,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
-    cut_scope: str = "run",
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     num_resamples: int | None = None,
     seed: int = 0,
+    **cuts: Unpack[CutOptions],
 ) -> pl.DataFrame:
     """Quadrants within groups of tokens: one row per group and quadrant.
 
     Args:
         tokens: Token table.
         grouping: `position`, `frequency` or `kind`.
-        entropy_cut, divergence_cut, cut_scope: As in `assign_quadrants`; measured again in each
-            resample.
+        taxonomy: Whose cuts are measured again in each resample.
         num_resamples: None for a number that suits the size of the table.
         seed: Of the resamples.
+        cuts: `entropy_cut`, `divergence_cut`, `cut_scope` in place of the taxonomy's.
 
     Returns:
         grouping, group, quadrant, num_tokens (of both), share (of the group in this quadrant), lift
@@ -134,7 +136,7 @@ def group_effects(
         SchemaError: a column is missing.
     """
     frame, groups, names, resampler = _grouped(
-        tokens, grouping, entropy_cut, divergence_cut, cut_scope, num_resamples, seed
+        tokens, grouping, taxonomy.changed(**cuts), num_resamples, seed
     )
 
     def finish(sums: Floats) -> Floats:
@@ -165,11 +167,10 @@ def group_effects(
 def association(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
-    cut_scope: str = "run",
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     num_resamples: int | None = None,
     seed: int = 0,
+    **cuts: Unpack[CutOptions],
 ) -> pl.DataFrame:
     """How much each grouping says about the quadrant: the answer to "is it just position, frequency
     or kind?".
@@ -187,7 +188,7 @@ def association(
     rows = []
     for grouping in GROUPINGS:
         frame, groups, names, resampler = _grouped(
-            tokens, grouping, entropy_cut, divergence_cut, cut_scope, num_resamples, seed
+            tokens, grouping, taxonomy.changed(**cuts), num_resamples, seed
         )
 
         interval = resampler.measure_sums(
@@ -201,9 +202,7 @@ def association(
 def _grouped(
     tokens: pl.LazyFrame | pl.DataFrame,
     grouping: str,
-    entropy_cut: str | float,
-    divergence_cut: str | float,
-    cut_scope: str,
+    taxonomy: Taxonomy,
     num_resamples: int | None,
     seed: int,
 ) -> tuple[pl.DataFrame, np.ndarray, list[str], Resampler]:
@@ -213,14 +212,7 @@ def _grouped(
     frame = written_tokens(tokens, [column], "group_effects").with_columns(
         group(pl.col(column)).alias("_group")
     )
-    resampler = Resampler(
-        frame,
-        entropy_cut=entropy_cut,
-        divergence_cut=divergence_cut,
-        cut_scope=cut_scope,
-        num_resamples=num_resamples,
-        seed=seed,
-    )
+    resampler = Resampler(frame, taxonomy=taxonomy, num_resamples=num_resamples, seed=seed)
     present = set(frame["_group"].unique())
     names = [name for name in order if name in present]
     groups = (
@@ -262,11 +254,10 @@ def reward_effects(
     tokens: pl.LazyFrame | pl.DataFrame,
     rollouts: pl.LazyFrame | pl.DataFrame,
     *,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
-    cut_scope: str = "run",
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     num_resamples: int | None = None,
     seed: int = 0,
+    **cuts: Unpack[CutOptions],
 ) -> pl.DataFrame:
     """Quadrant shares of rollouts against their rewards: one row per quadrant.
 
@@ -289,12 +280,7 @@ def reward_effects(
     if frame.height == 0:
         raise SchemaError("reward_effects needs graded rollouts with tokens; none has a reward")
     resampler = Resampler(
-        frame,
-        entropy_cut=entropy_cut,
-        divergence_cut=divergence_cut,
-        cut_scope=cut_scope,
-        num_resamples=num_resamples,
-        seed=seed,
+        frame, taxonomy=taxonomy.changed(**cuts), num_resamples=num_resamples, seed=seed
     )
     members = group_index(frame["rollout_id"])
     first = np.unique(members, return_index=True)[1]

@@ -16,6 +16,7 @@ token: `effects`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import polars as pl
@@ -32,7 +33,9 @@ from tip_analysis.analysis.bootstrap import (
 )
 from tip_analysis.analysis.correlations import correlation_table, probed_share
 from tip_analysis.analysis.mask_tables import MASK_KEYS
-from tip_analysis.analysis.resampling import QUADRANTS, Codes, Resampler, written_tokens
+from tip_analysis.analysis.quadrant_rule import QUADRANTS, Codes
+from tip_analysis.analysis.resampling import Resampler, written_tokens
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.names import Quadrant
 from tip_analysis.core.schema import require_columns
@@ -148,11 +151,10 @@ def _sums(frame: pl.DataFrame, columns: list[str]) -> _Sums:
 def quadrant_statistics(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
-    cut_scope: str = "run",
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     num_resamples: int | None = None,
     seed: int = 0,
+    **cuts: Unpack[CutOptions],
 ) -> pl.DataFrame:
     """What each quadrant carries: tidy, one row per quadrant and statistic.
 
@@ -166,10 +168,10 @@ def quadrant_statistics(
 
     Args:
         tokens: Token table, or the result of `join_gradients`.
-        entropy_cut, divergence_cut, cut_scope: As in `assign_quadrants`; measured again in each
-            resample.
+        taxonomy: Whose cuts are measured again in each resample.
         num_resamples: None for a number that suits the size of the table.
         seed: Of the resamples.
+        cuts: `entropy_cut`, `divergence_cut`, `cut_scope` in place of the taxonomy's.
 
     Returns:
         quadrant, statistic, value, low, high, se, num_tokens, num_rollouts, num_prompts (of the
@@ -183,12 +185,7 @@ def quadrant_statistics(
     extra = [name for name in (*MEAN_COLUMNS, "grad_norm_sq_se", "num_probes") if name in present]
     frame = written_tokens(tokens, extra, "quadrant_statistics")
     resampler = Resampler(
-        frame,
-        entropy_cut=entropy_cut,
-        divergence_cut=divergence_cut,
-        cut_scope=cut_scope,
-        num_resamples=num_resamples,
-        seed=seed,
+        frame, taxonomy=taxonomy.changed(**cuts), num_resamples=num_resamples, seed=seed
     )
     columns = [name for name in MEAN_COLUMNS if name in present]
     names, values, finish = _quadrant_sums(frame, columns)
@@ -398,11 +395,10 @@ def proposition_2(
     masks: pl.DataFrame,
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
-    cut_scope: str = "run",
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     num_resamples: int | None = None,
     seed: int = 0,
+    **cuts: Unpack[CutOptions],
 ) -> pl.DataFrame:
     """Proposition 2 on data: what each mask takes from Q3, and how much of Q3 it misses.
 
@@ -422,12 +418,7 @@ def proposition_2(
     has_phi = "grad_dot_loss" in tokens.collect_schema().names()
     frame = written_tokens(tokens, ["grad_dot_loss"] if has_phi else [], "proposition_2")
     resampler = Resampler(
-        frame,
-        entropy_cut=entropy_cut,
-        divergence_cut=divergence_cut,
-        cut_scope=cut_scope,
-        num_resamples=num_resamples,
-        seed=seed,
+        frame, taxonomy=taxonomy.changed(**cuts), num_resamples=num_resamples, seed=seed
     )
     masks = masks.with_columns(pl.col("selection_scope").cast(pl.String))
     keys = masks.select(MASK_KEYS).unique(maintain_order=True)
@@ -442,7 +433,7 @@ def proposition_2(
     table = pl.concat([keys.with_columns(only), pl.concat(parts)], how="horizontal")
     return with_counts(table, frame).with_columns(
         pl.Series("num_tokens", sizes, dtype=pl.Int64),
-        pl.lit(int((resampler.whole()[1] == 2).sum()), pl.Int64).alias("num_q3"),
+        pl.lit(int((resampler.whole()[1] == Quadrant.Q3.code).sum()), pl.Int64).alias("num_q3"),
     )
 
 
@@ -457,10 +448,11 @@ def _q3_interval(resampler: Resampler, selected: Floats, phi: Floats | None) -> 
     ]
 
     def finish(sums: Floats) -> Floats:
-        taken, in_q3, whole = sums[2, 1 : size + 1], sums[2, 0], sums[:, 1 : size + 1].sum(0)
-        parts = [taken / whole, 1.0 - taken / in_q3]
+        q3, whole = sums[Quadrant.Q3.code], sums[:, 1 : size + 1].sum(0)
+        taken = q3[1 : size + 1]
+        parts = [taken / whole, 1.0 - taken / q3[0]]
         if phi is not None:
-            parts.append(1.0 - sums[2, size + 2 :] / sums[2, size + 1])
+            parts.append(1.0 - q3[size + 2 :] / q3[size + 1])
         return np.concatenate(parts)
 
     return resampler.measure_sums(np.column_stack(columns), finish)

@@ -2,7 +2,7 @@
 that moves with the cuts.
 
 Reads the token table; writes nothing. The cuts themselves, and how each is measured:
-`tip_analysis.analysis.cuts`.
+`cuts` and `taxonomy`.
 """
 
 import math
@@ -12,17 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from tip_analysis.analysis.cuts import (
-    PAPER_RANGES,
-    Axis,
-    Cuts,
-    Floats,
-    measure_cut,
-    parse_cut,
-    resolve_cuts,
-)
+from tip_analysis.analysis.cut_measuring import measure_cut
+from tip_analysis.analysis.cuts import DEFAULT_CUTS, Cuts, parse_cut
+from tip_analysis.analysis.paper_preset import PAPER_RANGES, Floats
+from tip_analysis.analysis.quadrant_rule import shares_by_cut
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.names import Quadrant
+from tip_analysis.core.names import Axis, CutKind, Quadrant, Scope
 from tip_analysis.core.schema import require_columns
 
 CONFIDENT_TOP1 = 0.95
@@ -45,15 +41,15 @@ class CutWarning:
 def assign_quadrants(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
-    cut_scope: str = "run",
+    entropy_cut: str | float = DEFAULT_CUTS[Axis.ENTROPY],
+    divergence_cut: str | float = DEFAULT_CUTS[Axis.DIVERGENCE],
+    cut_scope: Scope | str = Scope.RUN,
     cuts: Cuts | None = None,
 ) -> pl.LazyFrame:
     """Add `quadrant`: Q1 high entropy and high divergence, Q2 high and low, Q3 low and high, Q4 low
     and low.
 
-    High is strictly above the cut. The cuts are measured when this is called (`resolve_cuts`
+    High is strictly above the cut. The cuts are measured when this is called (`Taxonomy`
     explains the options), or given as `cuts`; what is returned is lazy.
 
     Returns:
@@ -61,14 +57,13 @@ def assign_quadrants(
         false.
 
     Raises:
-        OptionError: a cut or the scope is none of the valid forms.
+        OptionError: a cut is none of the valid forms.
+        UnknownNameError: there is no such scope.
         SchemaError: a column is missing.
     """
     tokens = tokens.lazy()
     if cuts is None:
-        cuts = resolve_cuts(
-            tokens, entropy_cut=entropy_cut, divergence_cut=divergence_cut, cut_scope=cut_scope
-        )
+        cuts = Taxonomy(entropy_cut, divergence_cut, cut_scope).measure(tokens)
     return tokens.with_columns(pl.when("loss_mask").then(cuts.quadrant()).alias("quadrant"))
 
 
@@ -171,9 +166,9 @@ def cut_sensitivity(
         )
     entropy = frame["student_entropy"].cast(pl.Float64).to_numpy()
     divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
-    entropy_axis = _measured_grid(entropy, entropy_cuts, "entropy")
-    divergence_axis = _measured_grid(divergence, divergence_cuts, "divergence")
-    above = _counts_above(
+    entropy_axis = _measured_grid(entropy, entropy_cuts, Axis.ENTROPY)
+    divergence_axis = _measured_grid(divergence, divergence_cuts, Axis.DIVERGENCE)
+    above = shares_by_cut(
         entropy, divergence, [cut for _, cut in entropy_axis], [cut for _, cut in divergence_axis]
     )
     rows = []
@@ -204,40 +199,8 @@ def _measured_grid(
     values: Floats, cuts: Sequence[str | float], axis: Axis
 ) -> list[tuple[str, float]]:
     specs = [parse_cut(cut, axis) for cut in cuts]
-    if any(spec.kind == "paper" for spec in specs):
+    if any(spec.kind is CutKind.PAPER for spec in specs):
         raise OptionError("`paper` is about both axes at once and cannot be one point of a grid")
     ordered = np.sort(values)
     measured = ((str(spec), measure_cut(ordered, spec)) for spec in specs)
     return [(name, math.inf if cut is None else cut) for name, cut in measured]
-
-
-def _counts_above(
-    entropy: Floats, divergence: Floats, entropy_cuts: list[float], divergence_cuts: list[float]
-) -> np.ndarray:
-    """[4, E, D] shares of Q1 … Q4 for every pair of cuts, from one joint histogram over the cells
-    between cuts."""
-    rows, columns = np.unique(entropy_cuts), np.unique(divergence_cuts)
-    finite_columns = columns[np.isfinite(columns)]
-    cell = np.searchsorted(rows, entropy, side="left") * (columns.size + 1)
-    cell += np.where(
-        np.isinf(divergence), columns.size, np.searchsorted(finite_columns, divergence, side="left")
-    )
-    counts = np.bincount(cell, minlength=(rows.size + 1) * (columns.size + 1)).reshape(
-        rows.size + 1, columns.size + 1
-    )
-    above = counts[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
-    i = np.searchsorted(rows, entropy_cuts) + 1
-    j = np.searchsorted(columns, divergence_cuts) + 1
-    both, high_entropy, high_divergence = (
-        above[np.ix_(i, j)],
-        above[i, 0][:, None],
-        above[0, j][None, :],
-    )
-    total = entropy.size
-    parts = [
-        both,
-        high_entropy - both,
-        high_divergence - both,
-        total - high_entropy - high_divergence + both,
-    ]
-    return np.stack(np.broadcast_arrays(*parts)) / total

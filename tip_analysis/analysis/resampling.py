@@ -24,15 +24,14 @@ from tip_analysis.analysis.bootstrap import (
     sums_by_group,
     weight_blocks,
 )
-from tip_analysis.analysis.cuts import CutSpec, joint_specs, paper_cuts
+from tip_analysis.analysis.cuts import CutSpec
+from tip_analysis.analysis.paper_preset import paper_cuts
+from tip_analysis.analysis.quadrant_rule import Codes, quadrant_codes
 from tip_analysis.analysis.scores import ENTROPY_CLIP
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.names import Quadrant
+from tip_analysis.core.names import CutKind, Scope
 from tip_analysis.core.schema import require_columns
-
-Codes = np.ndarray[Any, np.dtype[np.uint8]]
-QUADRANTS = tuple(Quadrant)
-"""Quadrant of each code: 2·(low entropy) + (low divergence)."""
 
 _LARGEST_HISTOGRAM = 8_000_000
 """Prompts times bins of the histograms from which weighted quantiles start."""
@@ -44,8 +43,7 @@ class Resampler:
     Args:
         frame: Tokens that the student wrote: prompt_id, batch_id, student_entropy, reverse_kl,
             without nulls.
-        entropy_cut, divergence_cut, cut_scope: As in `cuts.resolve_cuts`; measured again in each
-            resample.
+        taxonomy: Whose cuts are measured again in each resample.
         num_resamples: None for `default_resamples`.
         seed: Of the resamples.
     """
@@ -54,9 +52,7 @@ class Resampler:
         self,
         frame: pl.DataFrame,
         *,
-        entropy_cut: str | float = "median",
-        divergence_cut: str | float = "mean",
-        cut_scope: str = "run",
+        taxonomy: Taxonomy = DEFAULT_TAXONOMY,
         num_resamples: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -72,12 +68,12 @@ class Resampler:
         self.prompts = group_index(frame["prompt_id"])
         self.num_prompts = int(self.prompts.max()) + 1
         self._seed = seed
-        self._specs = joint_specs(entropy_cut, divergence_cut)
+        self._specs = taxonomy.specs
         self._entropy = frame["student_entropy"].cast(pl.Float64).to_numpy()
         self._divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
         batches = (
             group_index(frame["batch_id"])
-            if cut_scope == "batch"
+            if taxonomy.cut_scope is Scope.BATCH
             else np.zeros(frame.height, dtype=np.int64)
         )
         order = np.argsort(batches, kind="stable")
@@ -104,7 +100,7 @@ class Resampler:
                 yield row.astype(np.float64)[self.prompts]
 
     def codes(self, weights: Floats) -> Codes:
-        """[N] quadrant codes (see `QUADRANTS`) under the cuts that these weights give."""
+        """[N] quadrant codes (`Quadrant.code`) under the cuts that these weights give."""
         codes = np.empty(self.num_tokens, dtype=np.uint8)
         for rows, columns in zip(self._groups, self._sorted, strict=True):
             everything = len(self._groups) == 1
@@ -112,7 +108,9 @@ class Resampler:
                 array if everything else array[rows]
                 for array in (self._entropy, self._divergence, weights)
             )
-            part = _codes(entropy, divergence, self._cuts(entropy, divergence, kept, columns))
+            part = quadrant_codes(
+                entropy, divergence, self._cuts(entropy, divergence, kept, columns)
+            )
             codes[slice(None) if everything else rows] = part
         return codes
 
@@ -123,7 +121,7 @@ class Resampler:
         weights: Floats,
         columns: tuple[SortedColumn, SortedColumn],
     ) -> Any:
-        if self._specs[0].kind != "paper":
+        if self._specs[0].kind is not CutKind.PAPER:
             return columns[0].cut(weights, self._specs[0]), columns[1].cut(weights, self._specs[1])
         times = weights.astype(np.int64)
         if times.sum() == 0:
@@ -173,7 +171,7 @@ class Resampler:
         """[R, 2] both cuts in each resample; None where they cannot be had without going through
         all tokens."""
         kinds = {spec.kind for spec in self._specs}
-        if len(self._groups) > 1 or kinds & {"otsu", "paper"}:
+        if len(self._groups) > 1 or kinds & {CutKind.OTSU, CutKind.PAPER}:
             return None
         columns = self._sorted[0]
         parts = [
@@ -195,7 +193,7 @@ class Resampler:
         moving = (self._entropy > low[0]) & (self._entropy <= high[0])
         moving |= finite & (self._divergence > low[1]) & (self._divergence <= high[1])
         settled, rows = np.flatnonzero(~moving), np.flatnonzero(moving)
-        cells = self.prompts[settled] * 4 + _codes(
+        cells = self.prompts[settled] * 4 + quadrant_codes(
             self._entropy[settled], self._divergence[settled], high
         )
         by_prompt = sums_by_group(values[settled], cells, self.num_prompts * 4).reshape(
@@ -212,7 +210,7 @@ class Resampler:
             for weights, base in zip(block, block @ by_prompt, strict=True):
                 total = base.reshape(4, values.shape[1])
                 if rows.size:
-                    codes = _codes(entropy, divergence, cuts[resample])
+                    codes = quadrant_codes(entropy, divergence, cuts[resample])
                     total = total + _quadrant_sums(rest, codes, weights[prompts].astype(np.float64))
                 resample += 1
                 yield total
@@ -236,15 +234,14 @@ class _PromptSums:
 
     def cuts(self, weights: Floats) -> Floats:
         """[B] cuts under prompt weights [B, P]; NaN where nothing has weight."""
-        if self._spec.kind == "nats":
+        if self._spec.kind is CutKind.NATS:
             return np.full(weights.shape[0], float(self._spec.number or 0.0))
         counts = weights @ self._counts
-        if self._spec.kind == "mean":
+        if self._spec.kind is CutKind.MEAN:
             return (weights @ self._totals) / counts.sum(1)
-        quantile = 0.5 if self._spec.number is None else self._spec.number
         return np.array(
             [
-                self._quantile(row, np.cumsum(count), quantile)
+                self._quantile(row, np.cumsum(count), self._spec.quantile)
                 for row, count in zip(weights, counts, strict=True)
             ]
         )
@@ -267,11 +264,6 @@ class _PromptSums:
         before = cumulative[index - 1] if index else 0.0
         within = before + np.cumsum(weights[self._prompts[inside]])
         return float(self._values[inside][int(np.searchsorted(within, rank, side="right"))])
-
-
-def _codes(entropy: Floats, divergence: Floats, cuts: Floats) -> Codes:
-    uncertain, disagreeing = entropy > cuts[0], (divergence > cuts[1]) | np.isinf(divergence)
-    return 2 * (~uncertain).view(np.uint8) + (~disagreeing).view(np.uint8)
 
 
 def _quadrant_sums(values: Floats, codes: Codes, weights: Floats) -> Floats:

@@ -21,10 +21,11 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.analysis.cuts import Cuts, resolve_cuts
+from tip_analysis.analysis.cuts import Cuts
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
-from tip_analysis.analysis.scores import Normalization, add_scores, resolve_normalization
+from tip_analysis.analysis.scores import Normalization, add_scores
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.run_folder import Run, open_run
 
@@ -36,11 +37,8 @@ Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]
 class ReportOptions:
     """How scores and quadrants are made, and how much is shown."""
 
-    entropy_cut: str = "median"
-    divergence_cut: str = "mean"
-    normalization_scope: str = "run"
-    divergence_clip: float | None = None
-    cut_scope: str = "run"
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY
+    """Where the cuts lie, and how scores are normalised."""
     num_strong: int = 6
     """Tokens in each list of the strongest."""
     browser_tokens: int = 12_000
@@ -50,16 +48,6 @@ class ReportOptions:
     resampled_tokens: int = 60_000
     """Tokens that intervals are resampled from; a longer run lends a sample of its prompts, and
     intervals are scaled."""
-
-    def arguments(self) -> str:
-        """The options as they are typed."""
-        clip = (
-            "" if self.divergence_clip is None else f" --divergence-clip {self.divergence_clip:g}"
-        )
-        return (
-            f"--entropy-cut {self.entropy_cut} --divergence-cut {self.divergence_cut} "
-            f"--normalization-scope {self.normalization_scope}{clip} --cut-scope {self.cut_scope}"
-        )
 
 
 @dataclass(frozen=True)
@@ -97,21 +85,12 @@ class RunView:
     @cached_property
     def normalization(self) -> Normalization:
         """The bounds of ĥ and δ̂."""
-        return resolve_normalization(
-            self.raw,
-            normalization_scope=self.options.normalization_scope,
-            divergence_clip=self.options.divergence_clip,
-        )
+        return self.options.taxonomy.normalization(self.raw)
 
     @cached_property
     def cuts(self) -> Cuts:
         """Both cuts as measured."""
-        return resolve_cuts(
-            self.raw,
-            entropy_cut=self.options.entropy_cut,
-            divergence_cut=self.options.divergence_cut,
-            cut_scope=self.options.cut_scope,
-        )
+        return self.options.taxonomy.measure(self.raw)
 
     @cached_property
     def tokens(self) -> pl.LazyFrame:
@@ -140,15 +119,6 @@ class RunView:
             if self.run.has("rollouts")
             else _no_rollouts()
         )
-
-    def taxonomy(self) -> dict[str, Any]:
-        """The cuts, as the functions of `statistics` and `effects` take them."""
-        options = self.options
-        return {
-            "entropy_cut": options.entropy_cut,
-            "divergence_cut": options.divergence_cut,
-            "cut_scope": options.cut_scope,
-        }
 
     @cached_property
     def prompt_sample(self) -> pl.DataFrame | None:
@@ -225,7 +195,9 @@ class RunView:
         """`statistics.quadrant_statistics` of the token table."""
 
         def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
-            return quadrant_statistics(tokens, num_resamples=num_resamples, **self.taxonomy())
+            return quadrant_statistics(
+                tokens, num_resamples=num_resamples, taxonomy=self.options.taxonomy
+            )
 
         return self.with_intervals(
             self.raw, compute, keys=["quadrant", "statistic"], names=["value"]

@@ -18,16 +18,13 @@ Deviations from the paper:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import polars as pl
 
 from tip_analysis.analysis.grids import exact_quantiles, is_large, measure_grids
 from tip_analysis.core.errors import OptionError, SchemaError, UnknownNameError
+from tip_analysis.core.names import Scope
 from tip_analysis.core.schema import require_columns
-
-NormalizationScope = Literal["batch", "run"]
-"""Whose tokens share one min-max: those of one optimizer step (`batch_id`), or all."""
 
 ENTROPY_CLIP = 0.98
 """Quantile of h at which it is clipped before its min-max (Section 5)."""
@@ -183,7 +180,7 @@ def score_expression(tokens: pl.LazyFrame, name: str) -> pl.Expr:
 class Normalization:
     """The bounds of both min-maxes: what turns h and δ into ĥ and δ̂."""
 
-    scope: NormalizationScope
+    scope: Scope
     divergence_clip: float | None
     bounds: pl.DataFrame
     """One row per batch (or one in all): batch_id, entropy_low, entropy_high (of h),
@@ -210,7 +207,7 @@ class Normalization:
         return pl.when(value.is_not_null()).then(pl.when(high > low).then(scaled).otherwise(0.0))
 
     def _bound(self, name: str) -> pl.Expr:
-        if self.scope == "run":
+        if self.scope is Scope.RUN:
             return pl.lit(self.bounds[name][0], dtype=pl.Float64)
         batch, bound = self.bounds["batch_id"], self.bounds[name]
         return pl.col("batch_id").replace_strict(
@@ -221,7 +218,7 @@ class Normalization:
 def resolve_normalization(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
-    normalization_scope: str = "run",
+    normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
 ) -> Normalization:
     """Measure the bounds of ĥ and δ̂: in one pass, or in two over a table above
@@ -232,21 +229,18 @@ def resolve_normalization(
     divergences of +inf are left out.
 
     Raises:
-        OptionError: `normalization_scope` or `divergence_clip` is none of the valid values.
+        UnknownNameError: there is no such scope.
+        OptionError: `divergence_clip` is no quantile.
         SchemaError: a column is missing.
     """
-    check_scope("normalization_scope", normalization_scope, get_args(NormalizationScope))
-    if divergence_clip is not None and not 0.0 < divergence_clip <= 1.0:
-        raise OptionError(
-            "divergence_clip must be a quantile in (0, 1], or None for no clipping; found"
-            f" {divergence_clip}"
-        )
+    scope = Scope(normalization_scope)
+    check_clip(divergence_clip)
     tokens = tokens.lazy()
     require_columns(
         tokens, ["batch_id", "loss_mask", "student_entropy_norm", "reverse_kl"], "add_scores"
     )
-    if normalization_scope == "run" and is_large(tokens):
-        return Normalization("run", divergence_clip, _streamed_bounds(tokens, divergence_clip))
+    if scope is Scope.RUN and is_large(tokens):
+        return Normalization(scope, divergence_clip, _streamed_bounds(tokens, divergence_clip))
     h = pl.col("student_entropy_norm").cast(pl.Float64)
     delta = pl.col("reverse_kl").cast(pl.Float64)
     finite = delta.filter(delta.is_finite())
@@ -259,12 +253,24 @@ def resolve_normalization(
         ).alias("divergence_high"),
     ]
     written = tokens.filter("loss_mask")
-    if normalization_scope == "run":
+    if scope is Scope.RUN:
         table = written.select(pl.lit(None, pl.Int32).alias("batch_id"), *bounds)
     else:
         table = written.group_by("batch_id").agg(bounds).sort("batch_id")
-    scope: NormalizationScope = "run" if normalization_scope == "run" else "batch"
     return Normalization(scope, divergence_clip, table.collect(engine="streaming"))
+
+
+def check_clip(divergence_clip: float | None) -> None:
+    """Refuse a clip that is no quantile.
+
+    Raises:
+        OptionError: it lies outside (0, 1].
+    """
+    if divergence_clip is not None and not 0.0 < divergence_clip <= 1.0:
+        raise OptionError(
+            "divergence_clip must be a quantile in (0, 1], or None for no clipping; found"
+            f" {divergence_clip}"
+        )
 
 
 def _streamed_bounds(tokens: pl.LazyFrame, divergence_clip: float | None) -> pl.DataFrame:
@@ -291,7 +297,7 @@ def _streamed_bounds(tokens: pl.LazyFrame, divergence_clip: float | None) -> pl.
 def add_scores(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
-    normalization_scope: str = "run",
+    normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
     normalization: Normalization | None = None,
 ) -> pl.LazyFrame:
@@ -311,7 +317,8 @@ def add_scores(
         `q3_score` in nats.
 
     Raises:
-        OptionError: an option is out of its range.
+        UnknownNameError: there is no such scope.
+        OptionError: `divergence_clip` is no quantile.
         SchemaError: a column is missing.
     """
     tokens = tokens.lazy()
@@ -332,16 +339,6 @@ def add_scores(
         (1.0 - (1.0 - entropy_hat) * (1.0 - divergence_hat)).alias("soft_or"),
         _product(pl.col("forward_kl").cast(pl.Float64), 1.0 - entropy_hat).alias("q3_score"),
     )
-
-
-def check_scope(option: str, value: str, valid: tuple[str, ...]) -> None:
-    """Refuse a scope that does not exist.
-
-    Raises:
-        OptionError: `value` is not among `valid`.
-    """
-    if value not in valid:
-        raise OptionError(f"{option} must be one of {', '.join(valid)}; found {value!r}")
 
 
 def _product(divergence: pl.Expr, factor: pl.Expr) -> pl.Expr:

@@ -21,18 +21,22 @@ from fractions import Fraction
 from functools import cache
 from hashlib import blake2b
 from importlib.metadata import entry_points
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from tip_analysis.analysis import scores as importance
-from tip_analysis.analysis.scores import TokenColumns, check_scope
+from tip_analysis.analysis.scores import TokenColumns
 from tip_analysis.core.errors import OptionError, SchemaError, UnknownNameError
+from tip_analysis.core.names import SelectionScope
 from tip_analysis.core.schema import MaskTable, require_columns, validate
 
-SelectionScope = Literal["rollout", "batch", "run"]
-SCOPE_COLUMNS: dict[str, str | None] = {"rollout": "rollout_id", "batch": "batch_id", "run": None}
+SCOPE_COLUMNS: dict[SelectionScope, str | None] = {
+    SelectionScope.ROLLOUT: "rollout_id",
+    SelectionScope.BATCH: "batch_id",
+    SelectionScope.RUN: None,
+}
 """The column whose equal values compete."""
 
 ENTRY_POINT_GROUP = "tip_analysis.rules"
@@ -324,7 +328,7 @@ def rank_tokens(
     scored: pl.LazyFrame | pl.DataFrame,
     *,
     rule: str,
-    selection_scope: str = "rollout",
+    selection_scope: SelectionScope | str = SelectionScope.ROLLOUT,
     seed: int = 0,
 ) -> pl.LazyFrame:
     """Add `selection_rank` (from 0, the first to be selected; null where `loss_mask` is false) and
@@ -338,7 +342,7 @@ def rank_tokens(
         SchemaError: a column is missing, or a score.
     """
     chosen = _rule_of(rule)
-    check_scope("selection_scope", selection_scope, get_args(SelectionScope))
+    selection_scope = SelectionScope(selection_scope)
     scored = scored.lazy()
     group = SCOPE_COLUMNS[selection_scope]
     require_columns(
@@ -382,7 +386,7 @@ def select_tokens(
     *,
     rule: str,
     retention_ratio: float,
-    selection_scope: str = "rollout",
+    selection_scope: SelectionScope | str = SelectionScope.ROLLOUT,
     seed: int = 0,
 ) -> pl.LazyFrame:
     """Add `selected`: whether a token is among the k = max(1, ⌊ρ·m⌋) that the rule chooses in its
@@ -446,7 +450,7 @@ def to_masks(
     *,
     rules: Sequence[str],
     retention_ratios: Sequence[float],
-    selection_scope: str = "rollout",
+    selection_scope: SelectionScope | str = SelectionScope.ROLLOUT,
     seeds: Sequence[int] = (0,),
 ) -> pl.DataFrame:
     """Rows of the mask table, one per selected token, for every rule, ratio and seed.
@@ -471,7 +475,7 @@ def to_masks(
                     narrow.filter(_within(fraction)).select(
                         pl.lit(name).alias("rule"),
                         pl.lit(float(ratio)).alias("retention_ratio"),
-                        pl.lit(selection_scope, pl.Enum(get_args(SelectionScope))).alias(
+                        pl.lit(str(selection_scope), pl.Enum(SelectionScope)).alias(
                             "selection_scope"
                         ),
                         pl.lit(seed, pl.Int64).alias("seed"),

@@ -11,7 +11,7 @@ Deviation from the other tables: the intervals of the shares resample prompts wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import polars as pl
@@ -23,11 +23,12 @@ from tip_analysis.analysis.bootstrap import (
     ratio_interval,
 )
 from tip_analysis.analysis.correlations import correlation_matrix
-from tip_analysis.analysis.cuts import Cuts, resolve_cuts
+from tip_analysis.analysis.cuts import Cuts
 from tip_analysis.analysis.grids import ColumnGrid, bins_of, is_large, measure_grids, stream_batches
-from tip_analysis.analysis.resampling import QUADRANTS
-from tip_analysis.core.errors import SchemaError
-from tip_analysis.core.names import Quadrant
+from tip_analysis.analysis.quadrant_rule import QUADRANTS, float32_threshold, quadrant_codes_float32
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
+from tip_analysis.core.errors import OptionError, SchemaError
+from tip_analysis.core.names import Quadrant, Scope
 from tip_analysis.core.schema import require_columns
 
 AXES = ("student_entropy", "reverse_kl")
@@ -53,24 +54,28 @@ class Survey:
 def survey_tokens(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     columns: Sequence[str] = DEFAULT_COLUMNS,
     exact: bool | None = None,
+    **cuts: Unpack[CutOptions],
 ) -> Survey:
     """Quadrant shares and the rank correlations of all pairs of columns, over the tokens that the
     student wrote.
 
     Args:
         tokens: Token table.
-        entropy_cut, divergence_cut: As in `assign_quadrants` (scope `run`).
+        taxonomy: Whose cuts are measured, with scope `run`.
         columns: Numeric columns to correlate; tokens where one is null are left out of everything.
         exact: Whether to collect the columns; None decides by the number of rows.
+        cuts: `entropy_cut` and `divergence_cut` in place of the taxonomy's.
 
     Raises:
         SchemaError: a column is missing, or no token is left.
-        OptionError: a cut is none of the valid forms.
+        OptionError: a cut is none of the valid forms, or is measured by batch.
     """
+    taxonomy = taxonomy.changed(**cuts)
+    if taxonomy.cut_scope is Scope.BATCH:
+        raise OptionError("survey_tokens has one cut for the whole run; found cut_scope 'batch'")
     tokens = tokens.lazy()
     require_columns(
         tokens,
@@ -81,10 +86,8 @@ def survey_tokens(
     tokens = tokens.filter(pl.all_horizontal(pl.col(names).is_not_null()))
     collect = exact if exact is not None else not is_large(tokens)
     grids = {} if collect else measure_grids(tokens, names)
-    cuts = resolve_cuts(
-        tokens, entropy_cut=entropy_cut, divergence_cut=divergence_cut, grids=grids or None
-    )
-    counted = _Counted(cuts)
+    found = taxonomy.measure(tokens, grids=grids or None)
+    counted = _Counted(found)
     if collect:
         frame = (
             tokens.filter("loss_mask")
@@ -96,7 +99,7 @@ def survey_tokens(
         correlations = _exact_correlations(frame, list(columns))
     else:
         correlations = _grid_correlations(tokens, grids, list(columns), counted)
-    return Survey("exact" if collect else "grid", cuts, counted.shares(), correlations)
+    return Survey("exact" if collect else "grid", found, counted.shares(), correlations)
 
 
 class _Counted:
@@ -104,8 +107,9 @@ class _Counted:
     together."""
 
     def __init__(self, cuts: Cuts) -> None:
-        self._entropy, self._divergence = (
-            _in_float32(cut.threshold()) for cut in (cuts.entropy, cuts.divergence)
+        self._cuts = (
+            float32_threshold(cuts.entropy.threshold()),
+            float32_threshold(cuts.divergence.threshold()),
         )
         self._parts: list[pl.DataFrame] = []
         self._rows = 0
@@ -113,9 +117,7 @@ class _Counted:
 
     def add(self, batch: pl.DataFrame) -> None:
         entropy, divergence = (batch[name].to_numpy() for name in AXES)
-        codes = 2 * (entropy <= self._entropy).view(np.uint8) + (
-            divergence <= self._divergence
-        ).view(np.uint8)
+        codes = quadrant_codes_float32(entropy, divergence, self._cuts)
         ids = batch["rollout_id"]
         runs = ids.rle_id().to_numpy().astype(np.int64)
         num_runs = int(runs[-1]) + 1
@@ -161,13 +163,6 @@ class _Counted:
             pl.Series(name, row, dtype=pl.Int64) for name, row in numbers.items()
         )
         return pl.concat([table, interval_frame(interval, ["share"])], how="horizontal")
-
-
-def _in_float32(threshold: float) -> np.float32:
-    """The largest float32 not above the threshold: a float32 lies above one where it lies above the
-    other."""
-    rounded = np.float32(min(threshold, float(np.finfo(np.float32).max)))
-    return np.nextafter(rounded, np.float32(-np.inf)) if float(rounded) > threshold else rounded
 
 
 def _exact_correlations(frame: pl.DataFrame, columns: list[str]) -> pl.DataFrame:

@@ -19,6 +19,7 @@ from tip_analysis.cli.option_values import parse_part, parse_switches
 from tip_analysis.core.errors import OptionError, RunError
 
 if TYPE_CHECKING:
+    from tip_analysis.analysis.taxonomy import Taxonomy
     from tip_analysis.core.run_folder import Run
     from tip_analysis.models.loading import LanguageModel
     from tip_analysis.training.ablation.presets import Preset
@@ -267,7 +268,7 @@ def select(command: options.Select) -> None:
     from tip_analysis.analysis.quadrants import assign_quadrants
     from tip_analysis.core.run_folder import open_run
 
-    run, taxonomy = open_run(command.run), command.taxonomy
+    run, taxonomy = open_run(command.run), taxonomy_of(command)
     masks = write_masks(
         run,
         rules=command.rules,
@@ -278,10 +279,8 @@ def select(command: options.Select) -> None:
         divergence_clip=taxonomy.divergence_clip,
         overwrite=command.overwrite,
     )
-    cuts = {
-        name: getattr(taxonomy, name) for name in ("entropy_cut", "divergence_cut", "cut_scope")
-    }
-    made_of = composition(masks, assign_quadrants(run.tokens(), **cuts))
+    cuts = taxonomy.measure(run.tokens())
+    made_of = composition(masks, assign_quadrants(run.tokens(), cuts=cuts))
     shares = made_of.pivot(
         on="quadrant",
         index=["rule", "retention_ratio", "seed"],
@@ -471,8 +470,17 @@ def report(command: options.Report) -> None:
     from tip_analysis.report.build import ReportOptions, write_report
 
     output = command.output or Path("reports") / f"{command.runs[0].resolve().name}.html"
-    written = write_report(command.runs, output, ReportOptions(**asdict(command.taxonomy)))
+    written = write_report(command.runs, output, ReportOptions(taxonomy_of(command)))
     console.print(f"report: {written}", soft_wrap=True)
+
+
+def taxonomy_of(
+    command: options.Select | options.Report | options.Export | options.Compare,
+) -> "Taxonomy":
+    """The taxonomy that a command's options ask for."""
+    from tip_analysis.analysis.taxonomy import Taxonomy
+
+    return Taxonomy(**asdict(command.taxonomy))
 
 
 def export(command: options.Export) -> None:
@@ -481,7 +489,7 @@ def export(command: options.Export) -> None:
     from tip_analysis.core.run_folder import open_run
 
     for path, num_rows in export_run(
-        open_run(command.run), command.to, asdict(command.taxonomy), overwrite=command.overwrite
+        open_run(command.run), command.to, taxonomy_of(command), overwrite=command.overwrite
     ).items():
         console.print(f"{path}: {num_rows:,} rows", soft_wrap=True)
 
@@ -492,7 +500,7 @@ def compare(command: options.Compare) -> None:
     from tip_analysis.core.run_folder import open_run
 
     for title, table in compare_runs(
-        open_run(command.run_a), open_run(command.run_b), asdict(command.taxonomy)
+        open_run(command.run_a), open_run(command.run_b), taxonomy_of(command)
     ).items():
         show_table(title, table)
 

@@ -42,6 +42,29 @@ class Quadrant(Name):
 _QUADRANT_CODES = {quadrant: code for code, quadrant in enumerate(Quadrant)}
 
 
+class Axis(Name):
+    """The two axes of the taxonomy."""
+
+    ENTROPY = "entropy"
+    """Of the student."""
+    DIVERGENCE = "divergence"
+    """The reverse KL."""
+
+
+class CutKind(Name):
+    """How a cut is measured."""
+
+    MEDIAN = "median"
+    MEAN = "mean"
+    QUANTILE = "quantile"
+    NATS = "nats"
+    """A number that was given."""
+    OTSU = "otsu"
+    """The split with the largest between-class variance."""
+    PAPER = "paper"
+    """Both axes at once: shares in the ranges that the paper reports."""
+
+
 class Scope(Name):
     """Whose tokens share one cut or one min-max."""
 

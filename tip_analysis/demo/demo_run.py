@@ -18,6 +18,7 @@ from tip_analysis.analysis.masks import write_masks
 from tip_analysis.analysis.planted import planted_detection
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.analysis.scores import add_scores
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.run_folder import Run, create_run
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.demo.arithmetic.tokenizer import MAX_LENGTH
@@ -126,9 +127,7 @@ def run_demo(
     finally:
         torch.set_num_threads(threads)
     say("6/6 report")
-    write_report(
-        [run.path], report, ReportOptions(entropy_cut=ENTROPY_CUT, divergence_cut=DIVERGENCE_CUT)
-    )
+    write_report([run.path], report, ReportOptions(Taxonomy(ENTROPY_CUT, DIVERGENCE_CUT)))
     scored = add_scores(run.tokens())
     placed = assign_quadrants(scored, entropy_cut=ENTROPY_CUT, divergence_cut=DIVERGENCE_CUT)
     return DemoResult(quadrant_shares(placed), planted_detection(placed), arm_results(arms), report)

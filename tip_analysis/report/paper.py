@@ -7,7 +7,7 @@ ranges are those of `quadrants.PAPER_RANGES`; the result tables are in `data/tip
 
 from dataclasses import dataclass
 
-from tip_analysis.analysis.cuts import PAPER_RANGES
+from tip_analysis.analysis.paper_preset import PAPER_RANGES
 
 TopTokens = tuple[tuple[str, float], ...]
 

@@ -43,9 +43,9 @@ def _table_warnings(view: RunView) -> list[str]:
             f"The teacher was stored as its top tokens and the mass of the rest: {listed(bounds)}"
             " are lower bounds, and columns without such a bound are empty."
         )
-    if view.options.divergence_clip is not None:
+    if (clip := view.options.taxonomy.divergence_clip) is not None:
         texts.append(
-            f"Divergence is clipped at its {view.options.divergence_clip:g} quantile before min-max"
+            f"Divergence is clipped at its {clip:g} quantile before min-max"
             " (off in the paper): Soft-OR then ranks the tokens below the clip more apart, and"
             " those above it equal."
         )

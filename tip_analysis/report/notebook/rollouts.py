@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import polars as pl
 from rich.console import Group
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tip_analysis.analysis.densities import strongest
 from tip_analysis.analysis.run_view import ReportOptions, RunView
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import RunError, SchemaError, UnknownNameError
 from tip_analysis.core.run_folder import Run
 from tip_analysis.figures.style import QUADRANT_COLORS, QUADRANT_NAMES
@@ -158,9 +159,9 @@ def show_rollout(
     rollout_id: str | None = None,
     *,
     colour_by: str = "quadrant",
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     max_tokens: int = MAX_ROLLOUT_TOKENS,
+    **cuts: Unpack[CutOptions],
 ) -> RolloutView:
     """One rollout, each token coloured by its quadrant or by a score; the numbers of a token are in
     its tooltip.
@@ -171,8 +172,9 @@ def show_rollout(
             first if Q3 is empty.
         colour_by: `quadrant`, or a score of `report.browser.SCORES`; its scale runs from the run's
             1st to its 99th percentile.
-        entropy_cut, divergence_cut: as for `assign_quadrants`; measured over the whole run.
+        taxonomy: where the cuts lie, and how scores are normalised, over the whole run.
         max_tokens: how many of its tokens are shown.
+        cuts: `entropy_cut`, `divergence_cut`, `cut_scope` in place of the taxonomy's.
 
     Raises:
         UnknownNameError: there is no such rollout, or no such score.
@@ -181,7 +183,7 @@ def show_rollout(
     """
     if colour_by not in ("quadrant", *_UNITS):
         raise UnknownNameError("score to colour by", colour_by, ["quadrant", *_UNITS])
-    view = open_view(run, ReportOptions(str(entropy_cut), str(divergence_cut)))
+    view = open_view(run, ReportOptions(taxonomy.changed(**cuts)))
     if rollout_id is None:
         rollout_id = _strongest_rollout(view)
     rows = _rows(view, rollout_id)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Unpack
 
 import polars as pl
 from rich.console import Group
@@ -10,10 +11,12 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from tip_analysis.analysis.cuts import PAPER_RANGES, Cut, Cuts
+from tip_analysis.analysis.cuts import Cut, Cuts
+from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import warn_about_cuts
 from tip_analysis.analysis.run_view import ReportOptions, RunView
 from tip_analysis.analysis.status import next_steps, stage_table
+from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import TipAnalysisError
 from tip_analysis.core.run_folder import Run
 from tip_analysis.figures.style import QUADRANT_COLORS, QUADRANT_NAMES
@@ -102,25 +105,20 @@ def _range(name: str) -> str:
 
 
 def show_quadrants(
-    run: Run | str | Path,
-    *,
-    entropy_cut: str | float = "median",
-    divergence_cut: str | float = "mean",
-    cut_scope: str = "run",
+    run: Run | str | Path, *, taxonomy: Taxonomy = DEFAULT_TAXONOMY, **cuts: Unpack[CutOptions]
 ) -> QuadrantSummary:
     """Shares of the quadrants of a run, as an object that shows itself.
 
     Args:
         run: a run with scored tokens, or its folder.
-        entropy_cut, divergence_cut, cut_scope: as for `assign_quadrants`.
+        taxonomy: where the cuts lie.
+        cuts: `entropy_cut`, `divergence_cut`, `cut_scope` in place of the taxonomy's.
 
     Raises:
         RunError: no tokens are scored.
         OptionError: a cut has no valid form.
     """
-    return _summary(
-        open_view(run, ReportOptions(str(entropy_cut), str(divergence_cut), cut_scope=cut_scope))
-    )
+    return _summary(open_view(run, ReportOptions(taxonomy.changed(**cuts))))
 
 
 def open_view(run: Run | str | Path, options: ReportOptions) -> RunView:

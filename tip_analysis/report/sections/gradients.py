@@ -91,7 +91,9 @@ def quadrant_table(view: RunView, loss: str) -> pl.DataFrame:
     row per quadrant."""
 
     def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
-        return quadrant_statistics(tokens, num_resamples=num_resamples, **view.taxonomy())
+        return quadrant_statistics(
+            tokens, num_resamples=num_resamples, taxonomy=view.options.taxonomy
+        )
 
     return widen(
         view.with_intervals(

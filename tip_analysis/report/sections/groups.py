@@ -30,13 +30,13 @@ def group_effects(views: Sequence[RunView]) -> Section:
 def _part(view: RunView, label: str) -> Part:
     if not view.population.num_tokens:
         return Part("No token has statistics.", run=label)
-    taxonomy = view.taxonomy()
+    taxonomy = view.options.taxonomy
     resamples = min(60, view.options.num_resamples)
     sample = view.sampled(view.raw).collect().lazy()
-    told = effects.association(sample, num_resamples=resamples, **taxonomy)
+    told = effects.association(sample, num_resamples=resamples, taxonomy=taxonomy)
     groups = pl.concat(
         [
-            effects.group_effects(view.raw, grouping=name, num_resamples=2, **taxonomy)
+            effects.group_effects(view.raw, grouping=name, num_resamples=2, taxonomy=taxonomy)
             for name in effects.GROUPINGS
         ]
     )
@@ -128,7 +128,7 @@ def _lift_block(groups: pl.DataFrame) -> Table:
 
 def _reward_block(view: RunView, sample: pl.LazyFrame, resamples: int) -> Table:
     table = effects.reward_effects(
-        sample, view.run.rollouts(), num_resamples=resamples, **view.taxonomy()
+        sample, view.run.rollouts(), num_resamples=resamples, taxonomy=view.options.taxonomy
     )
     rows = [
         [

@@ -7,7 +7,7 @@ from zlib import crc32
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.analysis.cuts import PAPER_RANGES
+from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.planted import planted_detection
 from tip_analysis.analysis.quadrant_tables import widen
 from tip_analysis.analysis.run_view import RunView

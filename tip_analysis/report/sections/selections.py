@@ -53,7 +53,7 @@ def _part(view: RunView, label: str) -> Part:
         masks,
         _aligned(view, tokens),
         num_resamples=min(200, view.options.num_resamples),
-        **view.taxonomy(),
+        taxonomy=view.options.taxonomy,
     )
     blocks += _coverage_pictures(view, masks, tokens)
     blocks.append(_missed_block(missed))

@@ -7,8 +7,8 @@ from urllib.parse import quote
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.analysis.cuts import PAPER_RANGES
 from tip_analysis.analysis.densities import STRENGTH, density, strongest, text_around
+from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import cut_sensitivity
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.report import paper
