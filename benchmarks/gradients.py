@@ -25,13 +25,14 @@ from measuring import fresh_process, write_results
 from torch import Tensor
 
 from tip_analysis.gradients.forward_mode import attention
-from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions, read_tokens
-from tip_analysis.gradients.measuring import GradientInput, GradientSettings, norm_interval
+from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions
+from tip_analysis.gradients.measuring import GradientSettings, norm_interval
 from tip_analysis.gradients.rollout_gradients import RolloutMeter
 from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.gradients.token_losses import token_loss
-from tip_analysis.models.hidden_states import last_hidden_states
+from tip_analysis.models.hidden_states import last_hidden_states, read_tokens
 from tip_analysis.models.loading import LanguageModel, load_model
+from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.training.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"
@@ -44,21 +45,21 @@ TEACHER_PROMPT = (
 CLOCK = time.perf_counter
 
 
-def make_rollout(model: LanguageModel, length: int) -> GradientInput:
+def make_rollout(model: LanguageModel, length: int) -> Rollout:
     """A rollout whose sequence, as the student reads it, has `length` tokens: this project's
     licence as the response."""
     prompt = model.tokenizer(PROMPT)["input_ids"]
     response = model.tokenizer(LICENCE.read_text("utf-8"))["input_ids"][: length + 1 - len(prompt)]
     if len(prompt) + len(response) < length + 1:
         raise SystemExit(f"--lengths: at most {len(prompt) + len(response) - 1}")
-    return GradientInput(
+    return Rollout(
         "benchmark/0", "benchmark", prompt, response, model.tokenizer(TEACHER_PROMPT)["input_ids"]
     )
 
 
 def probe_norms(
     pair: Pair,
-    rollout: GradientInput,
+    rollout: Rollout,
     num_probes: int,
     together: int | None,
     directions: LossDirections | None = None,
@@ -80,9 +81,7 @@ def probe_norms(
         return CLOCK() - began, found.grad_norm_sq, found.grad_norm_sq_se
 
 
-def baseline_norms(
-    pair: Pair, rollout: GradientInput, tokens: list[int]
-) -> tuple[float, list[float]]:
+def baseline_norms(pair: Pair, rollout: Rollout, tokens: list[int]) -> tuple[float, list[float]]:
     """Seconds for all tokens, extrapolated, and exact norms of a few."""
     model, head = pair.student.model, pair.student.head
     parameters = list(model.parameters())

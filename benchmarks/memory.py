@@ -52,11 +52,7 @@ def measure(
         if arm == "bare":
             for model in (student, teacher):
                 in_batches(
-                    rollouts,
-                    budget,
-                    lambda rows, model=model: {
-                        "x": counted_states(model, rows, "prompt_token_ids")
-                    },
+                    rollouts, budget, lambda rows, model=model: {"x": counted_states(model, rows)}
                 )
         else:
             Scorer(student, teacher, budget, compile=arm == "compiled").token_table(rollouts)

@@ -28,8 +28,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, OutputHead, resolve_device
+from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.rollouts.sampling import Sampling
-from tip_analysis.training.data import OnPolicyRollouts, TrainingRollout
+from tip_analysis.training.data import OnPolicyRollouts
 from tip_analysis.training.options import TrainingOptions
 from tip_analysis.training.peak_memory import memory_bytes, peak_memory_bytes, reset_peak_memory
 from tip_analysis.training.students import prepare_student
@@ -76,10 +77,9 @@ def build(setting: Setting, seed: int) -> LanguageModel:
     )
 
 
-def rollout(setting: Setting, num_tokens: int, name: str) -> TrainingRollout:
+def rollout(setting: Setting, num_tokens: int, name: str) -> Rollout:
     tokens = np.random.default_rng(0).integers(0, setting.vocab_size, size=num_tokens + 8).tolist()
-    written = np.ones(num_tokens, dtype=bool)
-    return TrainingRollout(name, name, tokens[:8], tokens[:8], tokens[8:], written)
+    return Rollout(name, name, tokens[:8], tokens[8:])
 
 
 def make_trainer(setting: Setting, student: LanguageModel, teacher: LanguageModel) -> Trainer:
@@ -99,7 +99,7 @@ def make_trainer(setting: Setting, student: LanguageModel, teacher: LanguageMode
     return Trainer(student=prepared, teacher=teacher, source=source, options=options)
 
 
-def full_logits_step(trainer: Trainer, given: TrainingRollout) -> None:
+def full_logits_step(trainer: Trainer, given: Rollout) -> None:
     tokens = torch.tensor([[*given.prompt, *given.response[:-1]]], device=trainer.student.device)
     predicting = slice(len(given.prompt) - 1, None)
 

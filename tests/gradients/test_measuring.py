@@ -28,7 +28,6 @@ from tip_analysis.gradients.loss_gradients import (
     weighted_gradient,
 )
 from tip_analysis.gradients.measuring import (
-    GradientInput,
     GradientSettings,
     measure_gradients,
     measure_rollouts,
@@ -39,6 +38,7 @@ from tip_analysis.gradients.measuring import (
 )
 from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.logits.row_statistics import token_statistics
+from tip_analysis.rollouts.encoded import Rollout
 
 VOCABULARY = 23
 LOSSES = [str(loss) for loss in Loss]
@@ -72,7 +72,7 @@ def double_model(
     return precise_norms(model)
 
 
-def some_rollouts() -> list[GradientInput]:
+def some_rollouts() -> list[Rollout]:
     """Four prompts with two rollouts each, of unequal length; the teacher's prompt differs, rewards
     too, a token is masked."""
     rollouts = []
@@ -83,7 +83,7 @@ def some_rollouts() -> list[GradientInput]:
             ]
             mask = [t != 1 or prompt != 2 for t in range(len(response))]
             rollouts.append(
-                GradientInput(
+                Rollout(
                     rollout_id=f"p{prompt}/{sample}",
                     prompt_id=f"p{prompt}",
                     prompt=[4 + prompt, 0, 9][: 1 + prompt % 3],
@@ -99,10 +99,10 @@ def some_rollouts() -> list[GradientInput]:
 def oracle_gradients(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    rollouts: list[GradientInput],
+    rollouts: list[Rollout],
     loss: str,
     scope: str = "all",
-) -> list[tuple[GradientInput, int, dict[str, torch.Tensor]]]:
+) -> list[tuple[Rollout, int, dict[str, torch.Tensor]]]:
     """Every token that counts, with its gradient."""
     parameters = dict(
         parameter_scope(student, model_pair(student, None).student.head, scope).parameters
@@ -198,7 +198,7 @@ def test_head_gradient_is_an_outer_product() -> None:
     """By eye: under forward KL an untied head has ∇ℓ = (P_S − P_T) hᵀ, so ‖∇ℓ‖² = ‖P_S − P_T‖²‖h‖²;
     nothing is probed."""
     student, teacher = double_model(tied=False), double_model(tied=False, seed=1)
-    rollout = GradientInput("a/0", "a", [3, 4], [5])
+    rollout = Rollout("a/0", "a", [3, 4], [5])
     found = token_gradients(
         student=student, teacher=teacher, rollouts=[rollout], loss="forward_kl", param_scope="head"
     )
@@ -273,7 +273,7 @@ def test_alignment_equals_inner_products_of_exact_gradients(
     rows = oracle_gradients(student, teacher, rollouts, loss)
     folds = prompt_folds([rollout.prompt_id for rollout in rollouts], 0)
 
-    def loss_gradient(inside: list[tuple[GradientInput, int, dict]]) -> dict[str, torch.Tensor]:
+    def loss_gradient(inside: list[tuple[Rollout, int, dict]]) -> dict[str, torch.Tensor]:
         members = {rollout.rollout_id for rollout, _, _ in inside}
         per_rollout = [1 / (len(members) * rollout.num_tokens) for rollout, _, _ in inside]
         weights = per_rollout if aggregation == "rollout" else [1 / len(inside)] * len(inside)
@@ -326,7 +326,7 @@ def test_pure_noise_is_cross_fitted_to_half_and_plugged_in_to_positive() -> None
     with torch.no_grad():
         student.lm_head.weight.zero_()
     rollouts = [
-        GradientInput(
+        Rollout(
             f"p{index}/0",
             f"p{index}",
             torch.randint(VOCABULARY, (6,)).tolist(),
@@ -556,7 +556,7 @@ def test_a_sample_of_tokens_is_a_part_of_all() -> None:
 
 def test_rows_keep_the_contract() -> None:
     pair = model_pair(double_model(), double_model(seed=1))
-    empty = GradientInput("e/0", "e", [3], [])
+    empty = Rollout("e/0", "e", [3], [])
     frame = pl.concat(
         measure_gradients(pair, [*some_rollouts(), empty], GradientSettings(num_probes=3, seed=7))
     )
@@ -575,10 +575,7 @@ def test_rows_keep_the_contract() -> None:
 
 def test_tokens_of_infinite_loss_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = double_model(tied=False), double_model(tied=False, seed=1)
-    rollouts = [
-        GradientInput("a/0", "a", [3, 4], [5, 6, 7]),
-        GradientInput("b/0", "b", [3, 9], [5, 6]),
-    ]
+    rollouts = [Rollout("a/0", "a", [3, 4], [5, 6, 7]), Rollout("b/0", "b", [3, 9], [5, 6])]
     clean = token_gradients(student=student, teacher=teacher, rollouts=rollouts, method="exact")
     pair = model_pair(student, teacher)
     plain = pair.teacher.head.__class__.__call__
@@ -632,7 +629,7 @@ def test_windows_and_caps_of_attention_are_kept(architecture: str) -> None:
             forward.primal(tokens), own, rtol=0, atol=TOLERANCE[architecture]
         )
         assert student.config._attn_implementation == forward_mode.BLOCKWISE
-    small = GradientInput("a/0", "a", tokens[:4].tolist(), tokens[4:9].tolist())
+    small = Rollout("a/0", "a", tokens[:4].tolist(), tokens[4:9].tolist())
     exact = token_gradients(
         student=student, teacher=None, rollouts=[small], loss="negative_logprob", method="exact"
     )
@@ -643,7 +640,7 @@ def test_windows_and_caps_of_attention_are_kept(architecture: str) -> None:
     close(exact["grad_dot_loss_plugin"], _plugin(rows), TOLERANCE[architecture])
 
 
-def _plugin(rows: list[tuple[GradientInput, int, dict[str, torch.Tensor]]]) -> list[float]:
+def _plugin(rows: list[tuple[Rollout, int, dict[str, torch.Tensor]]]) -> list[float]:
     mean = reference.weighted_sum(
         [gradient for _, _, gradient in rows], [1 / len(rows)] * len(rows)
     )
@@ -949,7 +946,7 @@ def test_probes_of_a_real_model_agree_with_backward_passes_and_with_low_precisio
         response = encode(" is Paris, a city on the river Seine with two million people.")[
             "input_ids"
         ]
-        rollout = GradientInput("a/0", "a", prompt, response, shown)
+        rollout = Rollout("a/0", "a", prompt, response, shown)
         settings = GradientSettings(method=method, num_probes=32)
         nothing = LossDirections({"a": 0}, {}, (1.0, 0.0), {})
         ((_, found),) = measure_rollouts(
@@ -988,7 +985,7 @@ def test_energy_shares_of_a_real_model_lie_within_two_stated_errors_of_exact() -
         ("In winter the birds", " fly south to find warm air", "Penguins stay."),
     ]
     rollouts = [
-        GradientInput(
+        Rollout(
             f"{i}/0",
             f"{i}",
             encode(prompt)["input_ids"],

@@ -18,16 +18,11 @@ from tip_analysis.core.errors import (
 from tip_analysis.core.names import Loss
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.models.batching import TokenBudget
+from tip_analysis.rollouts.encoded import Rollout, encode_prompts
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from tip_analysis.training.data import (
-    FixedRollouts,
-    OnPolicyRollouts,
-    TrainingRollout,
-    encode_prompts,
-    prompts_of_step,
-)
+from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, prompts_of_step
 from tip_analysis.training.options import TrainingOptions, learning_rate_at
 from tip_analysis.training.step_selection import needed_statistics
 from tip_analysis.training.students import prepare_student
@@ -110,13 +105,13 @@ def multi_turn_rollouts():
         written = np.ones(length, dtype=bool)
         written[1:3] = False
         rollouts.append(
-            TrainingRollout(
+            Rollout(
                 rollout_id=f"p{index // 2}/{index % 2}",
                 prompt_id=f"p{index // 2}",
                 prompt=[1, 5, 6 + index],
                 teacher_prompt=[1, 9, 9, 5, 6 + index],
                 response=rng.integers(4, 50, size=length).tolist(),
-                written=written,
+                loss_mask=written.tolist(),
             )
         )
     return rollouts

@@ -1,4 +1,3 @@
-from .loss_gradients import GradientInput as GradientInput
 from .measuring import measure_gradients as measure_gradients
 from .measuring import model_pair as model_pair
 from .measuring import norm_interval as norm_interval

@@ -31,37 +31,14 @@ from tip_analysis.core.progress import track
 from tip_analysis.gradients.directions import Direction, StoredDirection, stable_hash
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.gradients.token_losses import BLOCK_ELEMENTS, TeacherLogits, token_loss
-from tip_analysis.models.hidden_states import last_hidden_states, predicting_positions
+from tip_analysis.logits.blocks import row_blocks
+from tip_analysis.models.hidden_states import last_hidden_states, read_tokens
 from tip_analysis.models.loading import LanguageModel
+from tip_analysis.rollouts.encoded import Rollout
 
 AGGREGATIONS = ("rollout", "token")
 REWARD = "reward"
 """Where a loss is named: the expected reward J instead."""
-
-
-@dataclass(frozen=True)
-class GradientInput:
-    """One rollout: token ids, which response tokens count, and its reward."""
-
-    rollout_id: str
-    prompt_id: str
-    prompt: Sequence[int]
-    response: Sequence[int]
-    teacher_prompt: Sequence[int] | None = None
-    """The teacher's prompt where it differs from the student's."""
-    loss_mask: Sequence[bool] | None = None
-    """Which response tokens the student wrote: all of them by default."""
-    reward: float | None = None
-
-    @property
-    def positions(self) -> list[int]:
-        """Positions, in the response, of the tokens that count."""
-        return [t for t in range(len(self.response)) if self.loss_mask is None or self.loss_mask[t]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that count."""
-        return len(self.positions)
 
 
 @dataclass(frozen=True)
@@ -73,15 +50,13 @@ class Pair:
     vocab_size: int
 
     @torch.no_grad()
-    def teacher_logits(
-        self, rollout: GradientInput, positions: Sequence[int]
-    ) -> TeacherLogits | None:
+    def teacher_logits(self, rollout: Rollout, positions: Sequence[int]) -> TeacherLogits | None:
         """The teacher's logits at these positions of a response, block by block; None without a
         teacher."""
         if self.teacher is None:
             return None
         teacher = self.teacher
-        prompt = rollout.prompt if rollout.teacher_prompt is None else rollout.teacher_prompt
+        prompt = rollout.prompt_of(teacher=True)
         tokens, at = read_tokens(prompt, rollout.response, positions, teacher.device)
         hidden = last_hidden_states(teacher.model, tokens[None])[0, at]
 
@@ -90,19 +65,6 @@ class Pair:
                 return teacher.head(hidden[rows])[:, : self.vocab_size].to(self.student.device)
 
         return logits
-
-
-def read_tokens(
-    prompt: Sequence[int], response: Sequence[int], positions: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The tokens [T] that a model reads, and where [R] the outputs are that predict `positions` of
-    the response.
-
-    The last response token predicts nothing that counts and is not read.
-    """
-    first = predicting_positions(len(prompt), len(response)).start
-    tokens = torch.tensor([*prompt, *response[:-1]], dtype=torch.long, device=device)
-    return tokens, torch.tensor(positions, dtype=torch.long, device=device) + first
 
 
 @dataclass(frozen=True)
@@ -138,7 +100,7 @@ def prompt_folds(prompt_ids: Sequence[str], seed: int) -> dict[str, int]:
 def loss_directions(
     pair: Pair,
     scope: ParameterScope,
-    rollouts: Sequence[GradientInput],
+    rollouts: Sequence[Rollout],
     *,
     losses: Sequence[str],
     aggregation: str = "rollout",
@@ -192,7 +154,7 @@ def loss_directions(
 def _direction(
     pair: Pair,
     scope: ParameterScope,
-    rollouts: Sequence[GradientInput],
+    rollouts: Sequence[Rollout],
     weights: Sequence[float],
     loss: str,
     place: Path | None,
@@ -203,9 +165,7 @@ def _direction(
     return direction if place is None else direction.save(place)
 
 
-def _token_weights(
-    rollouts: Sequence[GradientInput], name: str, aggregation: str
-) -> list[float] | None:
+def _token_weights(rollouts: Sequence[Rollout], name: str, aggregation: str) -> list[float] | None:
     """The weight of each token of each rollout in L or −J; None where there is nothing to weigh."""
     if name == REWARD:
         return _reward_weights(rollouts)
@@ -216,7 +176,7 @@ def _token_weights(
     return [1 / (len(rollouts) * rollout.num_tokens) for rollout in rollouts]
 
 
-def _reward_weights(rollouts: Sequence[GradientInput]) -> list[float] | None:
+def _reward_weights(rollouts: Sequence[Rollout]) -> list[float] | None:
     """Weights on −ln P_S(y_t) that make ∇J: −(r_i − b_i) / (n·prompts), with the leave-one-out
     baseline b_i."""
     rewards: dict[str, list[float]] = defaultdict(list)
@@ -240,7 +200,7 @@ def _reward_weights(rollouts: Sequence[GradientInput]) -> list[float] | None:
 def weighted_gradient(
     pair: Pair,
     scope: ParameterScope,
-    rollouts: Sequence[GradientInput],
+    rollouts: Sequence[Rollout],
     weights: Sequence[float],
     loss: str,
 ) -> dict[str, Tensor]:
@@ -286,8 +246,7 @@ def _through_head(
     returns ∂/∂h [R, D]."""
     head = pair.student.head
     gradients, block = [], max(1, BLOCK_ELEMENTS // head.vocab_size)
-    for start in range(0, hidden.shape[0], block):
-        rows = slice(start, min(start + block, hidden.shape[0]))
+    for rows in row_blocks(hidden.shape[0], block):
         states = hidden[rows].detach().requires_grad_()
         logits = head(states)[:, : pair.vocab_size]
         value = token_loss(loss, logits, None if teacher is None else teacher(rows), targets[rows])

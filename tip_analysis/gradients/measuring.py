@@ -38,12 +38,7 @@ from transformers import PreTrainedModel
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import Loss
 from tip_analysis.core.schema import GradientTable, polars_schema
-from tip_analysis.gradients.loss_gradients import (
-    GradientInput,
-    LossDirections,
-    Pair,
-    loss_directions,
-)
+from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions
 from tip_analysis.gradients.rollout_gradients import (
     GradientSettings,
     RolloutMeter,
@@ -52,9 +47,9 @@ from tip_analysis.gradients.rollout_gradients import (
 )
 from tip_analysis.gradients.scopes import parameter_scope
 from tip_analysis.models.loading import LanguageModel, OutputHead
+from tip_analysis.rollouts.encoded import Rollout
 
 __all__ = [
-    "GradientInput",
     "GradientSettings",
     "TokenGradients",
     "measure_gradients",
@@ -80,7 +75,7 @@ def token_gradients(
     *,
     student: LanguageModel | PreTrainedModel,
     teacher: LanguageModel | PreTrainedModel | None,
-    rollouts: Sequence[GradientInput],
+    rollouts: Sequence[Rollout],
     loss: str = Loss.REVERSE_KL,
     param_scope: str = "all",
     method: str = "probe",
@@ -129,7 +124,7 @@ def token_gradients(
 
 def measure_rollouts(
     pair: Pair,
-    rollouts: Sequence[GradientInput],
+    rollouts: Sequence[Rollout],
     settings: GradientSettings,
     *,
     directions: LossDirections | None = None,
@@ -174,7 +169,7 @@ def measure_rollouts(
 
 def measure_gradients(
     pair: Pair,
-    rollouts: Sequence[GradientInput],
+    rollouts: Sequence[Rollout],
     settings: GradientSettings,
     *,
     directions: LossDirections | None = None,

@@ -25,17 +25,16 @@ from tip_analysis.gradients.directions import (
 from tip_analysis.gradients.forward_mode import ForwardMode
 from tip_analysis.gradients.loss_gradients import (
     REWARD,
-    GradientInput,
     LossDirections,
     Pair,
     inner_product,
-    read_tokens,
     trainable,
     weighted_gradient,
 )
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.gradients.token_losses import TokenLosses, token_losses
-from tip_analysis.models.hidden_states import last_hidden_states
+from tip_analysis.models.hidden_states import last_hidden_states, read_tokens
+from tip_analysis.rollouts.encoded import Rollout
 
 METHODS = ("probe", "exact")
 BATCHED_BYTES = 1 << 28
@@ -138,7 +137,7 @@ class RolloutMeter:
     def __exit__(self, *exception: object) -> None:
         self._forward.__exit__(*exception)
 
-    def measure(self, rollout: GradientInput) -> dict[str, TokenGradients]:
+    def measure(self, rollout: Rollout) -> dict[str, TokenGradients]:
         """Every loss at the tokens of one rollout that count; tokens of infinite loss are left out.
 
         Raises:
@@ -178,7 +177,7 @@ class RolloutMeter:
             for loss in losses
         }
 
-    def _positions(self, rollout: GradientInput) -> list[int]:
+    def _positions(self, rollout: Rollout) -> list[int]:
         positions, wanted = rollout.positions, self.settings.tokens_per_rollout
         if wanted is None or wanted >= len(positions):
             return positions
@@ -329,7 +328,7 @@ class RolloutMeter:
 
     def _verify(
         self,
-        rollout: GradientInput,
+        rollout: Rollout,
         positions: list[int],
         losses: dict[str, TokenLosses],
         tokens: Tensor,
@@ -367,7 +366,7 @@ class RolloutMeter:
 
     def _result(
         self,
-        rollout: GradientInput,
+        rollout: Rollout,
         positions: list[int],
         found: TokenLosses,
         norms: tuple[Tensor, Tensor],

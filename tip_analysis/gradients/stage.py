@@ -17,10 +17,10 @@ import polars as pl
 from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
-from tip_analysis.gradients.loss_gradients import GradientInput
 from tip_analysis.gradients.measuring import measure_gradients, model_pair
 from tip_analysis.gradients.rollout_gradients import GradientSettings
 from tip_analysis.models.loading import LanguageModel
+from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
 from tip_analysis.rollouts.teacher_prompts import prepare_rollouts
 
 ROLLOUTS_PER_SHARD = 16
@@ -60,8 +60,7 @@ def measure_run(
         raise OptionError(f"--limit must be at least 1, found {limit}")
     rollouts = prepare_rollouts(run, student, teacher, teacher_context)
     rollouts = rollouts if limit is None else rollouts.head(limit)
-    inputs = [_input(row) for row in rollouts.iter_rows(named=True)]
-    inputs = [rollout for rollout in inputs if rollout.num_tokens]
+    inputs = [rollout for rollout in rollouts_in_memory(rollouts) if rollout.num_tokens]
     if not inputs:
         raise RunError(f"{run.path}: no rollout has a token that counts")
     shown = {
@@ -92,8 +91,8 @@ def measure_run(
 
 
 def _measure(
-    shards: Sequence[Sequence[GradientInput]],
-    inputs: Sequence[GradientInput],
+    shards: Sequence[Sequence[Rollout]],
+    inputs: Sequence[Rollout],
     stages: dict[str, Stage],
     missing: dict[str, list[int]],
     pair: Any,
@@ -138,18 +137,6 @@ def _begin(
     inputs = {"rollouts": run.table_hash("rollouts")}
     return run.begin(
         "gradients", key=key, config=key | shown | token_set, inputs=inputs, overwrite=overwrite
-    )
-
-
-def _input(row: dict[str, Any]) -> GradientInput:
-    return GradientInput(
-        rollout_id=row["rollout_id"],
-        prompt_id=row["prompt_id"],
-        prompt=row["prompt_token_ids"],
-        response=row["response_token_ids"],
-        teacher_prompt=row["teacher_prompt_token_ids"],
-        loss_mask=row["loss_mask"],
-        reward=row["reward"],
     )
 
 

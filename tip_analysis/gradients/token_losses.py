@@ -20,6 +20,7 @@ from torch import Tensor
 from tip_analysis.core.names import Loss
 from tip_analysis.gradients.directions import Direction
 from tip_analysis.gradients.scopes import ParameterScope
+from tip_analysis.logits.blocks import row_blocks
 from tip_analysis.logits.row_statistics import LOSSES
 from tip_analysis.models.loading import OutputHead
 
@@ -94,8 +95,7 @@ def token_losses(
     vocab_size = vocab_size or head.vocab_size
     block = max(1, BLOCK_ELEMENTS // head.vocab_size)
     parts: dict[str, list[TokenLosses]] = {loss: [] for loss in losses}
-    for start in range(0, hidden.shape[0], block):
-        rows = slice(start, min(start + block, hidden.shape[0]))
+    for rows in row_blocks(hidden.shape[0], block):
         with torch.enable_grad():
             states = hidden[rows].detach().requires_grad_()
             linear, logits = _head_output(head, states)

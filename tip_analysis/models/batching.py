@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tip_analysis.core.errors import OptionError
 
@@ -41,15 +42,10 @@ def pad_sequences(
     token."""
     if padding_side not in ("left", "right"):
         raise OptionError(f"padding_side must be 'left' or 'right', found {padding_side!r}")
-    longest = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    starts = tuple(
-        longest - len(sequence) if padding_side == "left" else 0 for sequence in sequences
-    )
-    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-        input_ids[row, start : start + len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
-        mask[row, start : start + len(sequence)] = 1
+    rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
+    input_ids = pad_sequence(rows, True, pad_id, padding_side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side)
+    starts = tuple(input_ids.shape[1] - len(row) if padding_side == "left" else 0 for row in rows)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     return PaddedBatch(input_ids.to(device), mask.to(device), position_ids.to(device), starts)
 

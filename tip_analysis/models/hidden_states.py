@@ -8,6 +8,7 @@ gradients and training all ask it.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -51,6 +52,25 @@ def last_hidden_states(
     ).last_hidden_state
 
 
+def read_tokens(
+    prompt: Tokens,
+    response: Tokens,
+    positions: Sequence[int] | np.ndarray,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """The tokens [T] that a model reads, and where [R] the outputs are that predict `positions` of
+    the response."""
+    first = predicting_positions(len(prompt), len(response)).start
+    tokens = torch.tensor(_read(prompt, response), dtype=torch.long, device=device)
+    return tokens, torch.as_tensor(positions, dtype=torch.long, device=device) + first
+
+
+def _read(prompt: Tokens, response: Tokens) -> list[int]:
+    """The tokens that a model reads: the last response token predicts nothing that counts and is
+    not run."""
+    return [*prompt, *response[:-1]]
+
+
 def response_hidden_states(
     model: PreTrainedModel,
     prompts: Sequence[Tokens],
@@ -70,22 +90,55 @@ def response_hidden_states(
         share_prompts: run each distinct prompt once and let its rollouts start from its key-value
             cache.
     """
-    if share_prompts:
-        return _with_shared_prompts(model, prompts, responses)
+    chosen = [range(len(response)) for response in responses]
+    states = chosen_hidden_states(
+        model, prompts, responses, chosen, padding_side=padding_side, share_prompts=share_prompts
+    )
+    return list(states.split([len(response) for response in responses]))
+
+
+def chosen_hidden_states(
+    model: PreTrainedModel,
+    prompts: Sequence[Tokens],
+    responses: Sequence[Tokens],
+    chosen: Sequence[Sequence[int] | np.ndarray],
+    *,
+    padding_side: str = "right",
+    share_prompts: bool = False,
+) -> Tensor:
+    """Last hidden states [N, D] that predict chosen response tokens, rollout after rollout.
+
+    Args:
+        model: as for `response_hidden_states`, as the arguments that are not named here.
+        prompts: token ids of each prompt.
+        responses: token ids of each response.
+        chosen: positions in each response.
+        padding_side: where padding goes.
+        share_prompts: run each distinct prompt once.
+    """
     device = model.get_input_embeddings().weight.device
-    # The last response token predicts nothing that is scored, so it is not run.
-    sequences = [
-        [*prompt, *response[:-1]] for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    if share_prompts:
+        states = _with_shared_prompts(model, prompts, responses)
+        return torch.cat(
+            [
+                each if len(each) == len(at) else each[torch.as_tensor(at, device=each.device)]
+                for each, at in zip(states, chosen, strict=True)
+            ]
+        )
+    sequences = [_read(*pair) for pair in zip(prompts, responses, strict=True)]
     batch = pad_sequences(sequences, padding_side=padding_side, device=device)  # pyright: ignore[reportArgumentType]
     hidden = last_hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
-    states = []
-    for row, (start, prompt, response) in enumerate(
-        zip(batch.starts, prompts, responses, strict=True)
-    ):
-        at = predicting_positions(len(prompt), len(response))
-        states.append(hidden[row, start + at.start : start + at.stop])
-    return states
+    width = batch.input_ids.shape[1]
+    rows = [
+        row * width
+        + batch.starts[row]
+        + predicting_positions(len(prompts[row]), len(responses[row])).start
+        + np.asarray(at, dtype=np.int64)
+        for row, at in enumerate(chosen)
+    ]
+    return hidden.flatten(0, 1).index_select(
+        0, torch.from_numpy(np.concatenate(rows)).to(hidden.device)
+    )
 
 
 def _with_shared_prompts(
@@ -113,7 +166,7 @@ def _with_shared_prompts(
     states = [first[row : row + 1][: len(responses[row])] for row in range(len(responses))]
     if not rows:
         return states
-    tail = pad_sequences([responses[row][:-1] for row in rows], device=device)  # pyright: ignore[reportArgumentType]
+    tail = pad_sequences([_read((), responses[row]) for row in rows], device=device)  # pyright: ignore[reportArgumentType]
     cache.batch_select_indices(source[rows])
     prompt_lengths = shared.attention_mask.sum(-1)[source[rows]]
     output = model_body(model)(

@@ -1,3 +1,4 @@
+from .encoded import Rollout as Rollout
 from .grading import register_grader as register_grader
 from .importers.formats import FORMATS as FORMATS
 from .importers.formats import import_rollouts as import_rollouts

@@ -18,8 +18,10 @@ from transformers import DynamicCache
 
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import FinishReason
-from tip_analysis.models.batching import pad_sequences
+from tip_analysis.core.progress import Advance
+from tip_analysis.models.batching import TokenBudget, pad_sequences
 from tip_analysis.models.loading import LanguageModel, model_body
+from tip_analysis.rollouts.encoded import EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,38 @@ class Generation:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+
+
+def sample(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    names: Sequence[str],
+    sampling: Sampling,
+    budget: TokenBudget,
+    advance: Advance | None = None,
+) -> list[Generation]:
+    """One response for each prompt, in batches that the budget allows, in the order of `prompts`.
+
+    Args:
+        model: the model that writes.
+        prompts: what it is shown; one entry for each response.
+        names: of the responses; each one's random numbers belong to it.
+        sampling: temperature, nucleus, length limit and seed.
+        budget: tokens a batch, room for responses included.
+        advance: told of progress, in responses.
+    """
+
+    def work(rows: list[int]) -> list[Generation]:
+        shown = [prompts[row].token_ids for row in rows]
+        return generate(model, shown, [names[row] for row in rows], sampling)
+
+    lengths = [len(prompt.token_ids) + sampling.max_new_tokens for prompt in prompts]
+    made: dict[int, Generation] = {}
+    for rows, batch in budget.run(lengths, work):
+        made |= zip(rows, batch, strict=True)
+        if advance is not None:
+            advance(len(rows), tokens=sum(len(generation.token_ids) for generation in batch))
+    return [made[row] for row in range(len(prompts))]
 
 
 @torch.inference_mode()

@@ -24,18 +24,11 @@ from tip_analysis.core.toy_pairs import ToyPair, pair_with_vocabulary
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
+from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
 from tip_analysis.rollouts.grading import default_grader, grade, resolve_grader
 from tip_analysis.rollouts.importers.formats import ImportReport
-from tip_analysis.rollouts.prompts import (
-    Message,
-    Prompt,
-    RenderedPrompt,
-    render,
-    resolve_template,
-    student_messages,
-    unused_switches,
-)
-from tip_analysis.rollouts.sampling import Generation, Sampling, generate
+from tip_analysis.rollouts.prompts import Prompt, resolve_template, unused_switches
+from tip_analysis.rollouts.sampling import Generation, Sampling, sample
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +83,13 @@ def sample_rollouts(
             student.name,
             ", ".join(unused),
         )
-    tasks = [
-        _Task.of(student, prompt, index // prompts_per_batch, template, switches)
-        for index, prompt in enumerate(prompts)
-    ]
+    tasks = encode_prompts(
+        prompts, student=student, template=template, chat_template_kwargs=switches
+    )
     check_context(
         student,
-        [task.prompt.id for task in tasks],
-        [len(task.rendered.token_ids) + sampling.max_new_tokens for task in tasks],
+        [task.id for task in tasks],
+        [len(task.token_ids) + sampling.max_new_tokens for task in tasks],
     )
     grader = grader or _suitable_grader(student, prompts)
     resolve_grader(grader)
@@ -130,7 +122,11 @@ def sample_rollouts(
     done = num_rollouts * (len(tasks) - sum(len(shards[index]) for index in missing))
     with track("sampling", num_rollouts * len(tasks), done=done) as advance:
         for index in missing:
-            jobs = [(task, sample) for task in shards[index] for sample in range(num_rollouts)]
+            jobs = [
+                _Job(task, (index * per_shard + place) // prompts_per_batch, sample)
+                for place, task in enumerate(shards[index])
+                for sample in range(num_rollouts)
+            ]
             stage.write(index, _sample_shard(student, jobs, sampling, grader, budget, advance))
     return stage.finish(**summarize(run))
 
@@ -140,19 +136,39 @@ def _suitable_grader(student: LanguageModel, prompts: Sequence[Prompt]) -> str:
     return default_grader(has_answer=has_answer, is_toy=toy_pair_of(student) is not None)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One rollout to sample."""
+
+    task: EncodedPrompt
+    batch_id: int
+    sample: int
+
+    @property
+    def rollout_id(self) -> str:
+        return f"{self.task.id}/{self.sample}"
+
+
 def _sample_shard(
     student: LanguageModel,
-    jobs: Sequence[tuple["_Task", int]],
+    jobs: Sequence[_Job],
     sampling: Sampling,
     grader: str,
     budget: TokenBudget,
     advance: Advance,
 ) -> pl.DataFrame:
     """The rollouts of one shard, in the order of its tasks and samples."""
-    generations = _generate(student, jobs, sampling, budget, advance)
+    generations = sample(
+        student,
+        [job.task for job in jobs],
+        [job.rollout_id for job in jobs],
+        sampling,
+        budget,
+        advance,
+    )
     rows = [
-        _row(student, task, sample, generation, sampling, grader)
-        for (task, sample), generation in zip(jobs, generations, strict=True)
+        _row(student, job, generation, sampling, grader)
+        for job, generation in zip(jobs, generations, strict=True)
     ]
     return pl.DataFrame(rows, schema=polars_schema(RolloutTable))
 
@@ -196,77 +212,23 @@ def store_imported(
     return stage.finish(**summarize(run), import_report=report.to_dict())
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One prompt, as the student is shown it."""
-
-    prompt: Prompt
-    batch_id: int
-    messages: list[Message]
-    rendered: RenderedPrompt
-
-    @classmethod
-    def of(
-        cls,
-        student: LanguageModel,
-        prompt: Prompt,
-        batch_id: int,
-        template: str,
-        switches: dict[str, Any],
-    ) -> "_Task":
-        messages = student_messages(prompt, template)
-        return cls(
-            prompt,
-            batch_id,
-            messages,
-            render(student.tokenizer, messages, chat_template_kwargs=switches),
-        )
-
-
-def _generate(
-    student: LanguageModel,
-    jobs: Sequence[tuple[_Task, int]],
-    sampling: Sampling,
-    budget: TokenBudget,
-    advance: Advance,
-) -> list[Generation]:
-    """One generation for each (task, sample), in batches that the budget allows."""
-    lengths = [len(task.rendered.token_ids) + sampling.max_new_tokens for task, _ in jobs]
-
-    def work(rows: list[int]) -> list[Generation]:
-        prompts = [jobs[row][0].rendered.token_ids for row in rows]
-        names = [f"{jobs[row][0].prompt.id}/{jobs[row][1]}" for row in rows]
-        return generate(student, prompts, names, sampling)
-
-    generations: dict[int, Generation] = {}
-    for rows, batch in budget.run(lengths, work):
-        generations |= zip(rows, batch, strict=True)
-        advance(len(rows), tokens=sum(len(generation.token_ids) for generation in batch))
-    return [generations[row] for row in range(len(jobs))]
-
-
 def _row(
-    student: LanguageModel,
-    task: _Task,
-    sample: int,
-    generation: Generation,
-    sampling: Sampling,
-    grader: str,
+    student: LanguageModel, job: _Job, generation: Generation, sampling: Sampling, grader: str
 ) -> dict[str, Any]:
     """One row of the rollout table."""
-    prompt, token_ids = task.prompt, generation.token_ids
+    task, prompt, token_ids = job.task, job.task.prompt, generation.token_ids
     text, bare_text = (
         str(student.tokenizer.decode(token_ids, skip_special_tokens=skip)) for skip in (False, True)
     )
     return {
-        "rollout_id": f"{prompt.id}/{sample}",
+        "rollout_id": job.rollout_id,
         "prompt_id": prompt.id,
-        "sample_index": sample,
-        "batch_id": task.batch_id,
+        "sample_index": job.sample,
+        "batch_id": job.batch_id,
         "source": "sampled",
         "messages": json.dumps(task.messages, ensure_ascii=False),
-        "prompt_text": task.rendered.text,
-        "prompt_token_ids": task.rendered.token_ids,
+        "prompt_text": task.shown.text,
+        "prompt_token_ids": task.shown.token_ids,
         "response_text": text,
         "response_token_ids": token_ids,
         "loss_mask": [True] * len(token_ids),
@@ -281,7 +243,7 @@ def _row(
         "solution": prompt.solution,
         "tokenizer_fingerprint": tokenizer_fingerprint(student.tokenizer),
         "ids_origin": "exact",
-        "template_origin": "exact" if task.rendered.is_chat else "none",
+        "template_origin": "exact" if task.shown.is_chat else "none",
         "planted_labels": planted_labels(student, prompt, token_ids),
     }
 

@@ -16,9 +16,8 @@ from tip_analysis.core.errors import (
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
+from tip_analysis.rollouts.encoded import TEACHER_CONTEXTS
 from tip_analysis.rollouts.prompts import render, teacher_messages
-
-TEACHER_CONTEXTS = ("none", "solution")
 
 
 def prepare_rollouts(

@@ -11,8 +11,9 @@ body.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -20,27 +21,15 @@ from torch import Tensor
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.progress import Advance
 from tip_analysis.core.schema import TokenTable, polars_schema
+from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import rows_per_block, token_statistics, worth_compiling
 from tip_analysis.models.batching import TokenBudget
-from tip_analysis.models.hidden_states import response_hidden_states
+from tip_analysis.models.hidden_states import chosen_hidden_states
 from tip_analysis.models.loading import LanguageModel, OutputHead, shared_vocabulary, token_texts
+from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
 
 SHARING_PAYS_FROM = 0.2
 """Share of a batch's positions that running each distinct prompt once must save."""
-
-Columns = dict[str, Tensor]
-"""Numbers of N counted tokens, [N] or [N, k] each, by the name of the column."""
-Row = Mapping[str, Any]
-"""What scoring reads of one rollout: `_READ`."""
-
-_READ = (
-    "rollout_id",
-    "prompt_id",
-    "prompt_token_ids",
-    "teacher_prompt_token_ids",
-    "response_token_ids",
-    "loss_mask",
-)
 
 
 class TeacherSide(Protocol):
@@ -139,16 +128,18 @@ class Scorer:
         return {token_id: self._texts[token_id] for token_id in wanted}
 
     @torch.no_grad()
-    def _score(self, rows: Sequence[Row], stored: StoredTeacher | None, compiled: bool) -> Columns:
+    def _score(
+        self, rows: Sequence[Rollout], stored: StoredTeacher | None, compiled: bool
+    ) -> Columns:
         """Columns of one batch's counted tokens."""
-        student = counted_states(self.student, rows, "prompt_token_ids", self.share_prompts)
+        student = counted_states(self.student, rows, share_prompts=self.share_prompts)
         if stored is None:
             hidden = counted_states(
-                self.teacher, rows, "teacher_prompt_token_ids", self.share_prompts
+                self.teacher, rows, teacher=True, share_prompts=self.share_prompts
             )
             teacher: TeacherSide = HiddenSide(hidden, self.teacher.head)
         else:
-            teacher = stored.side([row["rollout_id"] for row in rows])
+            teacher = stored.side([rollout.rollout_id for rollout in rows])
         try:
             return self._statistics(student, teacher, counted_tokens(rows), compiled)
         except LogitsError as error:
@@ -181,7 +172,7 @@ class Scorer:
 def in_batches(
     rollouts: pl.DataFrame,
     budget: TokenBudget,
-    work: Callable[[Sequence[Row]], Columns],
+    work: Callable[[Sequence[Rollout]], Columns],
     advance: Advance | None = None,
 ) -> Columns:
     """Columns of the counted tokens of some rollouts, in their order; `work` makes those of one
@@ -190,9 +181,9 @@ def in_batches(
     Both phases of a scoring in two cut their batches here, so that each body sees what it would see
     in one pass.
     """
-    rows = [row for row in rollouts.select(_READ).iter_rows(named=True) if any(row["loss_mask"])]
+    rows = [rollout for rollout in rollouts_in_memory(rollouts) if rollout.num_tokens]
     lengths = longer_lengths(rollouts.filter(pl.col("loss_mask").list.any())).to_list()
-    groups = [row["prompt_id"] for row in rows]
+    groups = [rollout.prompt_id for rollout in rows]
     made, order = [], []
     for batch, columns in budget.run(
         lengths, lambda batch: work([rows[index] for index in batch]), groups
@@ -200,12 +191,12 @@ def in_batches(
         made.append(columns)
         order += batch
         if advance is not None:
-            advance(len(batch), tokens=sum(sum(rows[index]["loss_mask"]) for index in batch))
+            advance(len(batch), tokens=sum(rows[index].num_tokens for index in batch))
     if advance is not None:
         advance(rollouts.height - len(rows))
     if not made:
         return {}
-    sizes = [sum(row["loss_mask"]) for row in rows]
+    sizes = [rollout.num_tokens for rollout in rows]
     pieces = dict(
         zip(order, torch.arange(sum(sizes)).split([sizes[index] for index in order]), strict=True)
     )
@@ -213,67 +204,31 @@ def in_batches(
     return {name: torch.cat([columns[name] for columns in made])[places] for name in made[0]}
 
 
-def in_blocks(num_rows: int, step: int, work: Callable[[slice], Columns]) -> Columns:
-    """Columns of `num_rows` rows, made by `work` for `step` rows at a time; an error names the row
-    among all."""
-    columns: Columns = {}
-    for start in range(0, num_rows, step):
-        try:
-            block = work(slice(start, start + step))
-        except LogitsError as error:
-            error.row = start + (error.row or 0)
-            raise
-        if (
-            not columns
-            # made once: small tensors left behind by every block would keep the blocks' memory in
-            # pieces
-        ):
-            columns = {
-                name: values.new_empty(num_rows, *values.shape[1:])
-                for name, values in block.items()
-            }
-        for name, values in block.items():
-            columns[name][start : start + step] = values
-    return columns
-
-
 def counted_states(
-    model: LanguageModel, rows: Sequence[Row], prompt: str, share_prompts: bool | None = None
+    model: LanguageModel,
+    rollouts: Sequence[Rollout],
+    *,
+    teacher: bool = False,
+    share_prompts: bool | None = None,
 ) -> Tensor:
     """Last hidden states [N, D] that predict the counted tokens of a batch.
 
     Args:
         model: student or teacher.
-        rows: the rollouts.
-        prompt: the column that holds this model's prompt; where it is null, the student's counts.
+        rollouts: the rollouts.
+        teacher: whether the teacher's prompts are shown.
         share_prompts: run each distinct prompt once; None does so where it pays.
     """
-    responses = [row["response_token_ids"] for row in rows]
-    prompts = [row["prompt_token_ids"] if row[prompt] is None else row[prompt] for row in rows]
+    responses = [rollout.response for rollout in rollouts]
+    prompts = [rollout.prompt_of(teacher=teacher) for rollout in rollouts]
     share = _sharing_pays(prompts, responses) if share_prompts is None else share_prompts
-    states = response_hidden_states(model.model, prompts, responses, share_prompts=share)
-    return torch.cat(
-        [
-            (
-                each
-                if all(row["loss_mask"])
-                else each[torch.tensor(row["loss_mask"], device=each.device)]
-            )
-            for each, row in zip(states, rows, strict=True)
-        ]
-    )
+    chosen = [rollout.positions for rollout in rollouts]
+    return chosen_hidden_states(model.model, prompts, responses, chosen, share_prompts=share)
 
 
-def counted_tokens(rows: Sequence[Row]) -> Tensor:
+def counted_tokens(rollouts: Sequence[Rollout]) -> Tensor:
     """The counted tokens of a batch, [N]."""
-    return torch.tensor(
-        [
-            token
-            for row in rows
-            for token, counted in zip(row["response_token_ids"], row["loss_mask"], strict=True)
-            if counted
-        ]
-    )
+    return torch.from_numpy(np.concatenate([rollout.written_tokens for rollout in rollouts]))
 
 
 def longer_lengths(rollouts: pl.DataFrame) -> pl.Series:
@@ -286,21 +241,16 @@ def longer_lengths(rollouts: pl.DataFrame) -> pl.Series:
     return rollouts.select(longer.cast(pl.Int64)).to_series()
 
 
-def located(error: LogitsError, rows: Sequence[Row]) -> LogitsError:
+def located(error: LogitsError, rollouts: Sequence[Rollout]) -> LogitsError:
     """The same error, saying which rollout and position it is."""
-    places = [
-        (row["rollout_id"], position)
-        for row in rows
-        for position, counted in enumerate(row["loss_mask"])
-        if counted
-    ]
+    places = [(rollout.rollout_id, at) for rollout in rollouts for at in rollout.positions]
     rollout_id, position = places[error.row or 0]
     return LogitsError(
         f"rollout {rollout_id!r}, position {position}: {error}", model=error.model, row=error.row
     )
 
 
-def _sharing_pays(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> bool:
+def _sharing_pays(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> bool:
     """Whether running each distinct prompt once saves enough positions."""
     alone = sum(map(len, prompts)) + sum(map(len, responses))
     saved = sum(map(len, prompts)) - sum(map(len, set(map(tuple, prompts))))

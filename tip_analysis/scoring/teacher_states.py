@@ -38,6 +38,7 @@ from tip_analysis.core.errors import (
 )
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
+from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import rows_per_block, token_statistics
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import (
@@ -46,15 +47,13 @@ from tip_analysis.models.loading import (
     OutputHead,
     weights_fingerprint,
 )
+from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part
 from tip_analysis.scoring.scorer import (
-    Columns,
     HiddenSide,
-    Row,
     counted_states,
     counted_tokens,
     in_batches,
-    in_blocks,
     located,
 )
 
@@ -158,9 +157,9 @@ def store_teacher_states(
 
 
 @torch.no_grad()
-def _side(teacher: LanguageModel, rows: Sequence[Row], top_k: dict[str, int]) -> Columns:
+def _side(teacher: LanguageModel, rows: Sequence[Rollout], top_k: dict[str, int]) -> Columns:
     """What is stored of one batch's counted tokens."""
-    hidden = counted_states(teacher, rows, "teacher_prompt_token_ids")
+    hidden = counted_states(teacher, rows, teacher=True)
     if not top_k:
         return {"hidden": hidden.cpu()}
     token_ids, size = counted_tokens(rows), top_k["shared_vocabulary"]

@@ -21,92 +21,14 @@ import polars as pl
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import rule as rule_of
 from tip_analysis.analysis.selection import select_tokens
-from tip_analysis.core.errors import (
-    ModelError,
-    OptionError,
-    PromptFileError,
-    RunError,
-    VocabularyMismatchError,
-)
+from tip_analysis.core.errors import ModelError, OptionError, RunError, VocabularyMismatchError
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
-from tip_analysis.rollouts.prompts import Prompt, render, student_messages, teacher_messages
-from tip_analysis.rollouts.sampling import Sampling, generate, uniforms
+from tip_analysis.rollouts.encoded import EncodedPrompt, Rollout, rollouts_in_memory
+from tip_analysis.rollouts.sampling import Generation, Sampling, sample, uniforms
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingPrompt:
-    """A prompt as token ids, for the student and for the teacher."""
-
-    id: str
-    token_ids: list[int]
-    teacher_token_ids: list[int]
-    """Differs from `token_ids` where the teacher is shown more (privileged context)."""
-    answer: str | None = None
-    """Reference answer, for a grader."""
-
-
-@dataclass(frozen=True)
-class TrainingRollout:
-    """One rollout to train on."""
-
-    rollout_id: str
-    prompt_id: str
-    prompt: list[int]
-    teacher_prompt: list[int]
-    response: list[int]
-    written: np.ndarray
-    """[R] bool: the tokens that the student wrote; tool output, for one, is false."""
-    logprobs: list[float] | None = None
-    """ln P of each token as its author saw it; None where unknown."""
-
-
-def encode_prompts(
-    prompts: Sequence[Prompt],
-    *,
-    student: LanguageModel,
-    teacher: LanguageModel,
-    template: str = "plain",
-    teacher_context: str = "none",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[TrainingPrompt]:
-    """Token ids of prompts, for student and teacher.
-
-    Args:
-        prompts: problems, as a file of prompts gives them.
-        student: its chat template makes the student's prompt.
-        teacher: its chat template makes the teacher's prompt where that differs.
-        template: what stands around a problem.
-        teacher_context: `none`, or `solution`: the teacher is shown the reference solution.
-        chat_template_kwargs: switches for the chat template.
-
-    Raises:
-        OptionError: no such context.
-        PromptFileError: a prompt lacks the solution that the teacher is to be shown.
-    """
-    if teacher_context not in ("none", "solution"):
-        raise OptionError(f"teacher_context must be none or solution; found {teacher_context!r}")
-    encoded = []
-    for prompt in prompts:
-        messages = student_messages(prompt, template)
-        token_ids = render(
-            student.tokenizer, messages, chat_template_kwargs=chat_template_kwargs
-        ).token_ids
-        teacher_ids = token_ids
-        if teacher_context == "solution":
-            if prompt.solution is None:
-                raise PromptFileError(
-                    f"prompt {prompt.id!r} has no solution, which the teacher is to be shown"
-                )
-            shown = teacher_messages(messages, prompt.solution)
-            teacher_ids = render(
-                teacher.tokenizer, shown, chat_template_kwargs=chat_template_kwargs
-            ).token_ids
-        encoded.append(TrainingPrompt(prompt.id, token_ids, teacher_ids, prompt.answer))
-    return encoded
 
 
 def prompts_of_step(
@@ -133,14 +55,14 @@ def prompts_of_step(
 class OnPolicyRollouts:
     """Fresh rollouts of the student as it is at each step."""
 
-    prompts: Sequence[TrainingPrompt]
+    prompts: Sequence[EncodedPrompt]
     sampling: Sampling
     prompts_per_step: int
     rollouts_per_prompt: int
     budget: TokenBudget
     """Tokens a batch of the sampler may hold, room for the response included."""
 
-    def rollouts(self, step: int, student: LanguageModel) -> list[TrainingRollout]:
+    def rollouts(self, step: int, student: LanguageModel) -> list[Rollout]:
         """The rollouts of one step: prompts × samples, named `step/prompt_id/sample_index`."""
         chosen = prompts_of_step(
             [p.id for p in self.prompts], step, self.prompts_per_step, self.sampling.seed
@@ -151,29 +73,24 @@ class OnPolicyRollouts:
             for sample in range(self.rollouts_per_prompt)
         ]
         names = [f"{step}/{prompt.id}/{sample}" for prompt, sample in jobs]
-        lengths = [len(prompt.token_ids) + self.sampling.max_new_tokens for prompt, _ in jobs]
-        made: dict[int, TrainingRollout] = {}
-        for rows, generations in self.budget.run(
-            lengths,
-            lambda rows: generate(
-                student,
-                [jobs[r][0].token_ids for r in rows],
-                [names[r] for r in rows],
-                self.sampling,
-            ),
-        ):
-            for row, generation in zip(rows, generations, strict=True):
-                prompt = jobs[row][0]
-                made[row] = TrainingRollout(
-                    rollout_id=names[row],
-                    prompt_id=prompt.id,
-                    prompt=prompt.token_ids,
-                    teacher_prompt=prompt.teacher_token_ids,
-                    response=generation.token_ids,
-                    written=np.ones(len(generation.token_ids), dtype=bool),
-                    logprobs=generation.logprobs,
-                )
-        return [made[row] for row in range(len(jobs))]
+        written = [prompt for prompt, _ in jobs]
+        generations = sample(student, written, names, self.sampling, self.budget)
+        return [
+            sampled_rollout(prompt, name, generation)
+            for prompt, name, generation in zip(written, names, generations, strict=True)
+        ]
+
+
+def sampled_rollout(prompt: EncodedPrompt, name: str, generation: Generation) -> Rollout:
+    """A response that a student has just written, as a rollout."""
+    return Rollout(
+        rollout_id=name,
+        prompt_id=prompt.id,
+        prompt=prompt.token_ids,
+        teacher_prompt=prompt.teacher_token_ids,
+        response=generation.token_ids,
+        logprobs=generation.logprobs,
+    )
 
 
 @dataclass(frozen=True)
@@ -181,23 +98,23 @@ class FixedRollouts:
     """The rollouts of a run folder, the same ones epoch after epoch: off-policy from the second
     step on."""
 
-    by_prompt: Mapping[str, list[TrainingRollout]]
+    by_prompt: Mapping[str, list[Rollout]]
     prompts_per_step: int
     seed: int
     masks: Mapping[str, np.ndarray]
     """Selected positions of each rollout, [R] bool; a rollout without an entry has none."""
 
-    def rollouts(self, step: int, student: LanguageModel) -> list[TrainingRollout]:
+    def rollouts(self, step: int, student: LanguageModel) -> list[Rollout]:
         """The rollouts of `prompts_per_step` prompts (all of them, where there are fewer)."""
         names = list(self.by_prompt)
         chosen = prompts_of_step(names, step, min(self.prompts_per_step, len(names)), self.seed)
         return [rollout for index in chosen for rollout in self.by_prompt[names[index]]]
 
-    def mask(self, rollout: TrainingRollout) -> np.ndarray:
+    def mask(self, rollout: Rollout) -> np.ndarray:
         """Which tokens of a rollout carry loss, [R] bool."""
         return self.masks.get(rollout.rollout_id, np.zeros(len(rollout.response), dtype=bool))
 
-    def all_rollouts(self) -> list[TrainingRollout]:
+    def all_rollouts(self) -> list[Rollout]:
         """Every rollout, by prompt."""
         return [rollout for rollouts in self.by_prompt.values() for rollout in rollouts]
 
@@ -235,10 +152,10 @@ def fixed_rollouts(
             f"rollout {foreign[0]!r} holds token ids of another tokenizer than that of"
             f" {student.name}"
         )
-    by_prompt: dict[str, list[TrainingRollout]] = {}
-    for row in table.iter_rows(named=True):
-        if any(row["loss_mask"]):
-            by_prompt.setdefault(row["prompt_id"], []).append(_rollout(row))
+    by_prompt: dict[str, list[Rollout]] = {}
+    for rollout in rollouts_in_memory(table):
+        if rollout.num_tokens:
+            by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
     if not by_prompt:
         raise RunError(
             f"{run.path}: no rollout has a token that the student wrote; there is nothing to"
@@ -258,20 +175,6 @@ def fixed_rollouts(
             _selected_positions(run, key, normalization_scope, divergence_clip), every
         )
     return FixedRollouts(by_prompt, prompts_per_step, seed, masks)
-
-
-def _rollout(row: Mapping[str, Any]) -> TrainingRollout:
-    logprobs = row["sampled_logprobs"]
-    teacher_prompt = row["teacher_prompt_token_ids"]
-    return TrainingRollout(
-        rollout_id=row["rollout_id"],
-        prompt_id=row["prompt_id"],
-        prompt=row["prompt_token_ids"],
-        teacher_prompt=row["prompt_token_ids"] if teacher_prompt is None else teacher_prompt,
-        response=row["response_token_ids"],
-        written=np.array(row["loss_mask"], dtype=bool),
-        logprobs=None if logprobs is None or None in logprobs else logprobs,
-    )
 
 
 def _selected_positions(
@@ -306,7 +209,7 @@ def _selected_positions(
 
 
 def _masks_by_rollout(
-    positions: pl.DataFrame, rollouts: Sequence[TrainingRollout]
+    positions: pl.DataFrame, rollouts: Sequence[Rollout]
 ) -> dict[str, np.ndarray]:
     lengths = {rollout.rollout_id: len(rollout.response) for rollout in rollouts}
     masks = {}
@@ -319,7 +222,7 @@ def _masks_by_rollout(
 
 
 def check_trainable(
-    student: LanguageModel, prompts: Sequence[TrainingPrompt], max_new_tokens: int
+    student: LanguageModel, prompts: Sequence[EncodedPrompt], max_new_tokens: int
 ) -> None:
     """Refuse prompts that leave no room for a response.
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import negative_logprob, reverse_kl, rows_per_block
 from tip_analysis.models.loading import LanguageModel
-from tip_analysis.training.data import TrainingRollout
+from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.training.trainer import Trainer
 
 
@@ -27,9 +28,7 @@ class Drift:
 
 
 @torch.no_grad()
-def measure_drift(
-    trainer: Trainer, author: LanguageModel, rollouts: Sequence[TrainingRollout]
-) -> Drift:
+def measure_drift(trainer: Trainer, author: LanguageModel, rollouts: Sequence[Rollout]) -> Drift:
     """Compare the student as it is with the model that wrote `rollouts`.
 
     Args:
@@ -41,29 +40,32 @@ def measure_drift(
     with trainer.precision():
         student = trainer.hidden(trainer.student, rollouts, written)
         theirs = trainer.hidden(author, rollouts, written)
-        tokens = torch.from_numpy(
-            np.concatenate([np.array(r.response)[r.written] for r in rollouts])
-        ).to(student.device)
-        divergences, logprobs = [], []
-        block = rows_per_block(trainer.vocab_size, device=student.device)
-        for start in range(0, len(tokens), block):
-            rows = slice(start, start + block)
+        tokens = torch.from_numpy(np.concatenate([r.written_tokens for r in rollouts])).to(
+            student.device
+        )
+
+        def block(rows: slice) -> Columns:
             logits = trainer.student.head(student[rows])
-            divergences.append(
-                reverse_kl(student=logits, teacher=author.head(theirs[rows]).to(logits.device))
-            )
-            logprobs.append(-negative_logprob(logits, tokens[rows]))
+            teacher = author.head(theirs[rows]).to(logits.device)
+            return {
+                "reverse_kl": reverse_kl(student=logits, teacher=teacher),
+                "logprob": -negative_logprob(logits, tokens[rows]),
+            }
+
+        step = rows_per_block(trainer.vocab_size, device=student.device)
+        found = {
+            name: values.double().cpu().numpy()
+            for name, values in in_blocks(len(tokens), step, block).items()
+        }
     index = np.repeat(np.arange(len(rollouts)), [int(mask.sum()) for mask in written])
-    per_rollout = np.bincount(
-        index, weights=torch.cat(divergences).double().cpu().numpy()
-    ) / np.bincount(index)
+    per_rollout = np.bincount(index, weights=found["reverse_kl"]) / np.bincount(index)
     known = [rollout.logprobs for rollout in rollouts]
     if any(logprobs is None for logprobs in known):
         return Drift(float(per_rollout.mean()), None)
     before = np.concatenate(
         [np.array(values)[mask] for values, mask in zip(known, written, strict=True)]
     )
-    log_weights = np.bincount(index, weights=torch.cat(logprobs).double().cpu().numpy() - before)
+    log_weights = np.bincount(index, weights=found["logprob"] - before)
     return Drift(float(per_rollout.mean()), effective_sample_size(log_weights))
 
 

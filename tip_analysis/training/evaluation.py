@@ -6,7 +6,7 @@ on the model, its problem and the seed only, so models that are evaluated under 
 random numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,33 +15,25 @@ import polars as pl
 
 from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
 from tip_analysis.core.errors import OptionError, PromptFileError
-from tip_analysis.core.progress import track
+from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.run_folder import Run, config_hash
 from tip_analysis.core.schema import EvaluationTable, polars_schema
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel
+from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
 from tip_analysis.rollouts.grading import grade, resolve_grader
-from tip_analysis.rollouts.prompts import Prompt, render, resolve_template, student_messages
-from tip_analysis.rollouts.sampling import Generation, Sampling, generate
+from tip_analysis.rollouts.prompts import Prompt, resolve_template
+from tip_analysis.rollouts.sampling import Generation, Sampling, sample
 
 PROBLEMS_PER_SHARD = 32
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A problem as the model is shown it, with its answer."""
-
-    id: str
-    token_ids: list[int]
-    answer: str
 
 
 @dataclass(frozen=True)
 class Samples:
     """The samples of some problems, in the order of problems and then samples."""
 
-    problems: Sequence[Problem]
+    problems: Sequence[EncodedPrompt]
     num_samples: int
     generations: Sequence[Generation]
     texts: Sequence[str]
@@ -55,33 +47,29 @@ def encode_problems(
     *,
     template: str = "plain",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Problem]:
+) -> list[EncodedPrompt]:
     """Problems as token ids.
 
     Raises:
         PromptFileError: a prompt has no answer to grade against.
     """
-    problems = []
     for prompt in prompts:
         if prompt.answer is None:
             raise PromptFileError(f"prompt {prompt.id!r} has no answer, which an evaluation needs")
-        messages = student_messages(prompt, template)
-        token_ids = render(
-            model.tokenizer, messages, chat_template_kwargs=chat_template_kwargs
-        ).token_ids
-        problems.append(Problem(prompt.id, token_ids, prompt.answer))
-    return problems
+    return encode_prompts(
+        prompts, student=model, template=template, chat_template_kwargs=chat_template_kwargs
+    )
 
 
 def sample_problems(
     model: LanguageModel,
-    problems: Sequence[Problem],
+    problems: Sequence[EncodedPrompt],
     *,
     num_samples: int,
     sampling: Sampling,
     grader: str,
     budget: TokenBudget,
-    advance: Callable[..., None] | None = None,
+    advance: Advance | None = None,
 ) -> Samples:
     """Sample and grade `num_samples` responses to each problem.
 
@@ -100,23 +88,14 @@ def sample_problems(
     if num_samples < 1:
         raise OptionError(f"--num-samples must be at least 1, found {num_samples}")
     jobs = [(problem, index) for problem in problems for index in range(num_samples)]
-    lengths = [len(problem.token_ids) + sampling.max_new_tokens for problem, _ in jobs]
-    made: dict[int, Generation] = {}
-
-    def work(rows: list[int]) -> list[Generation]:
-        names = [f"evaluation/{jobs[row][0].id}/{jobs[row][1]}" for row in rows]
-        return generate(model, [jobs[row][0].token_ids for row in rows], names, sampling)
-
-    for rows, generations in budget.run(lengths, work, groups=[problem.id for problem, _ in jobs]):
-        made |= zip(rows, generations, strict=True)
-        if advance is not None:
-            advance(len(rows), tokens=sum(len(generation.token_ids) for generation in generations))
-    ordered = [made[row] for row in range(len(jobs))]
+    names = [f"evaluation/{problem.id}/{index}" for problem, index in jobs]
+    ordered = sample(model, [problem for problem, _ in jobs], names, sampling, budget, advance)
     texts = model.tokenizer.batch_decode(
         [generation.token_ids for generation in ordered], skip_special_tokens=True
     )
     rewards = [
-        grade(grader, text, problem.answer) for text, (problem, _) in zip(texts, jobs, strict=True)
+        grade(grader, text, problem.answer or "")
+        for text, (problem, _) in zip(texts, jobs, strict=True)
     ]
     if None in rewards:
         problem = jobs[rewards.index(None)][0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import Loss
+from tip_analysis.logits.blocks import row_blocks
 from tip_analysis.logits.row_statistics import LOSSES
 from tip_analysis.models.loading import OutputHead
 
@@ -141,8 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
         parameter_grads: Sequence[Tensor] = [
             torch.zeros_like(parameter) for parameter in parameters
         ]
-        for start in range(0, hidden.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
+        for rows in row_blocks(hidden.shape[0], chunk_size):
             with torch.enable_grad():
                 states = hidden[rows].detach().requires_grad_()
                 value = chunk_loss(rows, states)

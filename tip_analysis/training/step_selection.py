@@ -20,6 +20,7 @@ from tip_analysis.analysis.selection import Rule, select_tokens
 from tip_analysis.analysis.selection import rule as rule_of
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.schema import TokenTable
+from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import (
     entropy,
     forward_kl,
@@ -29,7 +30,7 @@ from tip_analysis.logits.row_statistics import (
     token_statistics,
 )
 from tip_analysis.models.loading import OutputHead
-from tip_analysis.training.data import TrainingRollout
+from tip_analysis.rollouts.encoded import Rollout
 
 KEY_COLUMNS = ("rollout_id", "prompt_id", "position", "batch_id", "token_id", "loss_mask")
 """What a row has without any statistic."""
@@ -103,26 +104,17 @@ def step_statistics(
     Raises:
         LogitsError: a statistic is NaN: the student has diverged, or a model answers nonsense.
     """
-    num_tokens = student_hidden.shape[0]
-    block = rows_per_block(vocab_size, device=student_hidden.device)
-    # Results go into arrays that are there beforehand: small ones made between large blocks would
-    # scatter the heap.
-    found: dict[str, Tensor] = {}
-    for start in range(0, num_tokens, block):
-        rows = slice(start, start + block)
+
+    def block(rows: slice) -> Columns:
         student = student_head(student_hidden[rows])[:, :vocab_size]
         teacher = teacher_head(teacher_hidden[rows])[:, :vocab_size].to(student.device)
         if columns <= _SINGLE.keys():
-            values = {name: _SINGLE[name](student, teacher) for name in sorted(columns)}
-        else:
-            every = token_statistics(student=student, teacher=teacher)
-            values = {
-                name: value for name, value in every.items() if name in columns and value.ndim == 1
-            }
-        if not found:
-            found = {name: value.new_empty(num_tokens) for name, value in values.items()}
-        for name, value in values.items():
-            found[name][rows] = value
+            return {name: _SINGLE[name](student, teacher) for name in sorted(columns)}
+        every = token_statistics(student=student, teacher=teacher)
+        return {name: value for name, value in every.items() if name in columns and value.ndim == 1}
+
+    step = rows_per_block(vocab_size, device=student_hidden.device)
+    found = in_blocks(student_hidden.shape[0], step, block)
     statistics = {name: values.cpu().numpy() for name, values in found.items()}
     for name, values in statistics.items():
         if values.dtype.kind == "f" and name != "w_local" and np.isnan(values).any():
@@ -134,7 +126,7 @@ def step_statistics(
 
 
 def select_step(
-    rollouts: Sequence[TrainingRollout],
+    rollouts: Sequence[Rollout],
     statistics: dict[str, np.ndarray],
     *,
     step: int,

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from tip_analysis.core.errors import LogitsError, OptionError
-from tip_analysis.models.batching import pad_sequences, plan_batches
-from tip_analysis.models.hidden_states import last_hidden_states, predicting_positions
+from tip_analysis.models.batching import plan_batches
+from tip_analysis.models.hidden_states import chosen_hidden_states
 from tip_analysis.models.loading import LanguageModel, shared_vocabulary
-from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, TrainingRollout
+from tip_analysis.rollouts.encoded import Rollout
+from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts
 from tip_analysis.training.masked_loss import token_weights, weighted_divergence
 from tip_analysis.training.options import TrainingOptions, learning_rate_at
 from tip_analysis.training.step_selection import needed_statistics, select_step, step_statistics
@@ -130,7 +131,7 @@ class Trainer:
         self.step += 1
         return record
 
-    def update_on(self, rollouts: Sequence[TrainingRollout]) -> StepRecord:
+    def update_on(self, rollouts: Sequence[Rollout]) -> StepRecord:
         """One optimizer step on given rollouts, each with a token that the student wrote."""
         options = self.options
         micro_batches = _micro_batches(rollouts, options.micro_batch_size)
@@ -186,9 +187,7 @@ class Trainer:
         self.optimizer.step()
         return replace(record, loss=loss, grad_norm=float(norm), updated=True)
 
-    def select(
-        self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]
-    ) -> np.ndarray:
+    def select(self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]) -> np.ndarray:
         """[N] bool over the tokens that the student wrote: by the rule, or as the fixed masks
         say."""
         if isinstance(self.source, FixedRollouts):
@@ -198,7 +197,7 @@ class Trainer:
         return self._by_rule(rollouts, statistics)
 
     def _by_rule(
-        self, rollouts: Sequence[TrainingRollout], statistics: dict[str, np.ndarray]
+        self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]
     ) -> np.ndarray:
         options = self.options
         return select_step(
@@ -213,9 +212,7 @@ class Trainer:
             seed=options.seed,
         )
 
-    def _score(
-        self, rollouts: Sequence[TrainingRollout], micro_batches: list[list[int]]
-    ) -> "_Scored":
+    def _score(self, rollouts: Sequence[Rollout], micro_batches: list[list[int]]) -> "_Scored":
         """Statistics of every written token, and the hidden states that the loss can use again.
 
         The teacher's are kept, on the host where there are several micro-batches; the student's,
@@ -238,11 +235,7 @@ class Trainer:
         return kept
 
     def _statistics(
-        self,
-        rollouts: Sequence[TrainingRollout],
-        columns: frozenset[str],
-        *,
-        keep_graph: bool = False,
+        self, rollouts: Sequence[Rollout], columns: frozenset[str], *, keep_graph: bool = False
     ) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
         """Statistics of the written tokens of some rollouts, and both models' hidden states that
         they come from."""
@@ -264,7 +257,7 @@ class Trainer:
 
     def _backward(
         self,
-        rollouts: list[TrainingRollout],
+        rollouts: list[Rollout],
         weights: list[np.ndarray],
         states: "tuple[Tensor | None, Tensor] | None",
     ) -> float:
@@ -305,7 +298,7 @@ class Trainer:
     def hidden(
         self,
         model: LanguageModel,
-        rollouts: Sequence[TrainingRollout],
+        rollouts: Sequence[Rollout],
         chosen: Sequence[np.ndarray],
         *,
         teacher: bool = False,
@@ -319,7 +312,7 @@ class Trainer:
             chosen: [R] bool for each rollout.
             teacher: whether the teacher's prompts are shown.
         """
-        prompts = [r.teacher_prompt if teacher else r.prompt for r in rollouts]
+        prompts = [rollout.prompt_of(teacher=teacher) for rollout in rollouts]
         lengths = [
             len(prompt) + len(r.response) - 1 for prompt, r in zip(prompts, rollouts, strict=True)
         ]
@@ -328,28 +321,17 @@ class Trainer:
         )
         if checkpointed:
             model.model.train()  # transformers checkpoints in training mode only; dropout is off
-        parts, order = [], []
-        for batch in plan_batches(lengths, self.options.token_budget):
-            padded = pad_sequences(
-                [[*prompts[i], *rollouts[i].response[:-1]] for i in batch], device=model.device
+        batches = plan_batches(lengths, self.options.token_budget)
+        parts = [
+            chosen_hidden_states(
+                model.model,
+                [prompts[i] for i in batch],
+                [rollouts[i].response for i in batch],
+                [np.flatnonzero(chosen[i]) for i in batch],
             )
-            states = last_hidden_states(
-                model.model, padded.input_ids, padded.attention_mask, padded.position_ids
-            )
-            width = padded.input_ids.shape[1]
-            rows = []
-            for row, i in enumerate(batch):
-                first = (
-                    row * width
-                    + predicting_positions(len(prompts[i]), len(rollouts[i].response)).start
-                )
-                rows.append(first + np.flatnonzero(chosen[i]))
-            parts.append(
-                states.flatten(0, 1).index_select(
-                    0, torch.from_numpy(np.concatenate(rows)).to(states.device)
-                )
-            )
-            order += batch
+            for batch in batches
+        ]
+        order = [i for batch in batches for i in batch]
         if checkpointed:
             model.model.eval()
         states = torch.cat(parts)
@@ -405,7 +387,7 @@ class _Scored:
     states: "list[tuple[Tensor | None, Tensor] | None]"
 
 
-def _micro_batches(rollouts: Sequence[TrainingRollout], size: int | None) -> list[list[int]]:
+def _micro_batches(rollouts: Sequence[Rollout], size: int | None) -> list[list[int]]:
     """Indices of the rollouts of each backward pass, those of like length together."""
     if size is None or size >= len(rollouts):
         return [list(range(len(rollouts)))] if rollouts else []
@@ -416,7 +398,7 @@ def _micro_batches(rollouts: Sequence[TrainingRollout], size: int | None) -> lis
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _token_order(rollouts: Sequence[TrainingRollout], micro_batches: list[list[int]]) -> np.ndarray:
+def _token_order(rollouts: Sequence[Rollout], micro_batches: list[list[int]]) -> np.ndarray:
     order = [i for batch in micro_batches for i in batch]
     return _restoring_order(order, [int(rollout.written.sum()) for rollout in rollouts])
 
@@ -431,7 +413,7 @@ def _restoring_order(order: Sequence[int], counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in range(len(counts))])
 
 
-def _per_rollout(values: np.ndarray, rollouts: Sequence[TrainingRollout]) -> list[np.ndarray]:
+def _per_rollout(values: np.ndarray, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
     """[N] values of the written tokens, cut into rollouts."""
     return np.split(values, np.cumsum([int(rollout.written.sum()) for rollout in rollouts])[:-1])
 

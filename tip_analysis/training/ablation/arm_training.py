@@ -27,20 +27,19 @@ from tip_analysis.core.run_folder import Run, Stage, config_hash
 from tip_analysis.core.schema import AblationTable, polars_schema
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, load_model
+from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
 from tip_analysis.rollouts.prompts import Prompt, resolve_template
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from tip_analysis.training.data import (
     FixedRollouts,
     OnPolicyRollouts,
-    TrainingPrompt,
-    TrainingRollout,
     check_trainable,
-    encode_prompts,
     fixed_rollouts,
+    sampled_rollout,
 )
 from tip_analysis.training.drift import measure_drift
-from tip_analysis.training.evaluation import Problem, Samples, sample_problems
+from tip_analysis.training.evaluation import Samples, sample_problems
 from tip_analysis.training.options import TrainingOptions
 from tip_analysis.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from tip_analysis.training.step_selection import step_statistics
@@ -158,7 +157,7 @@ class ArmRunner:
 
     def _encode(
         self, student: LanguageModel, prompts: Sequence[Prompt], teacher_context: str
-    ) -> list[TrainingPrompt]:
+    ) -> list[EncodedPrompt]:
         study = self.study
         return encode_prompts(
             prompts,
@@ -169,7 +168,7 @@ class ArmRunner:
             chat_template_kwargs=study.chat_template_kwargs,
         )
 
-    def _without_long(self, prompts: list[TrainingPrompt]) -> list[TrainingPrompt]:
+    def _without_long(self, prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
         longest = self.study.max_prompt_tokens
         kept = [prompt for prompt in prompts if longest is None or len(prompt.token_ids) <= longest]
         if len(kept) < len(prompts):
@@ -314,11 +313,10 @@ class ArmRunner:
     def _evaluate(self, trainer: Trainer, seed: int) -> dict[str, Any]:
         """Accuracy, divergence from the teacher and drift of the student as it is."""
         study = self.study
-        problems = [Problem(p.id, p.token_ids, p.answer or "") for p in self.problems]
         with trainer.precision():
             samples = sample_problems(
                 trainer.student,
-                problems,
+                self.problems,
                 num_samples=study.num_samples,
                 sampling=replace(study.evaluation_sampling, seed=seed),
                 grader=study.grader,
@@ -336,7 +334,7 @@ class ArmRunner:
                 if self.teacher_knows_problems
                 else None
             ),
-            "problem_ids": [problem.id for problem in problems],
+            "problem_ids": [problem.id for problem in self.problems],
             "problem_accuracy": samples.rewards.mean(1).tolist(),
             "problem_best": samples.rewards.max(1).tolist(),
             "drift_reverse_kl": None,
@@ -391,22 +389,14 @@ class ArmRunner:
 
 @torch.no_grad()
 def heldout_reverse_kl(
-    trainer: Trainer, prompts: Sequence[TrainingPrompt], samples: Samples
+    trainer: Trainer, prompts: Sequence[EncodedPrompt], samples: Samples
 ) -> float:
     """Mean over problems of the mean over tokens of KL(P_S ‖ P_T), nats, on the first sample of
     each problem."""
+    first = samples.generations[:: samples.num_samples]
     rollouts = [
-        TrainingRollout(
-            rollout_id=prompt.id,
-            prompt_id=prompt.id,
-            prompt=prompt.token_ids,
-            teacher_prompt=prompt.teacher_token_ids,
-            response=generation.token_ids,
-            written=np.ones(len(generation.token_ids), dtype=bool),
-        )
-        for prompt, generation in zip(
-            prompts, samples.generations[:: samples.num_samples], strict=True
-        )
+        sampled_rollout(prompt, prompt.id, generation)
+        for prompt, generation in zip(prompts, first, strict=True)
     ]
     written = [rollout.written for rollout in rollouts]
     with trainer.precision():
