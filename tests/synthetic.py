@@ -211,6 +211,7 @@ def write_run(path: Path, tables: Tables, *, config: dict | None = None) -> Path
     scoring = {"student": "synthetic-student", "teacher": "synthetic-teacher", **(config or {})}
     for stage, frame, settings in (
         ("rollout", tables.rollouts, sampling),
+        ("vocabulary", _vocabulary_table(tables.vocabulary), {}),
         ("score", tables.tokens, scoring),
         ("gradients", tables.gradients, {"loss": ["reverse_kl", "forward_kl"], "num_probes": 32}),
         ("select", tables.masks, {"rules": ["entropy", "divergence", "q3"]}),
@@ -219,12 +220,12 @@ def write_run(path: Path, tables: Tables, *, config: dict | None = None) -> Path
             work = run.begin(stage, config=settings, additive=stage in ("gradients", "select"))
             work.write(0, frame)
             work.finish(tokens_per_second=1234.5, num_rows=frame.height)
-    ids = range(len(tables.vocabulary))
-    vocabulary = pl.DataFrame(
-        {"token_id": pl.Series(ids, dtype=pl.Int32), "token": list(tables.vocabulary)}
-    )
-    vocabulary.write_parquet(path / "vocabulary.parquet")
     return path
+
+
+def _vocabulary_table(texts: tuple[str, ...]) -> pl.DataFrame:
+    ids = pl.Series(range(len(texts)), dtype=pl.Int32)
+    return pl.DataFrame({"token_id": ids, "token": list(texts)})
 
 
 def make_ablations(

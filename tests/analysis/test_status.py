@@ -42,7 +42,14 @@ def test_a_finished_run_has_its_report_left(tmp_path) -> None:
     run = create_run(tmp_path / "run")
     assert [step.split()[1] for step in next_steps(run)] == ["report"]
     table = stage_table(run)
-    assert table["stage"].to_list() == ["rollout", "score", "gradients", "select", "ablate"]
+    assert table["stage"].to_list() == [
+        "rollout",
+        "vocabulary",
+        "score",
+        "gradients",
+        "select",
+        "ablate",
+    ]
     assert table["state"].unique().to_list() == ["done"]
     rows = dict(table.select("stage", "rows").iter_rows())
     assert rows["score"] == run.tokens().collect().height

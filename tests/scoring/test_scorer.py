@@ -394,3 +394,28 @@ def test_a_run_killed_three_times_ends_as_an_uninterrupted_one(run, student, tea
     assert open_run(killed.path).tokens().collect().equals(whole.tokens().collect())
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert not list(killed.path.rglob("*.part"))
+
+
+def test_the_vocabulary_is_a_table_like_the_others(run, tokens, student, teacher) -> None:
+    table = run.vocabulary().collect()
+    assert table["token_id"].to_list() == list(range(student.model.config.vocab_size))
+    named = table.join(tokens.unique("token_id"), on="token_id", how="right")
+    assert (named["token"] == named["token_right"]).all()
+    record = run.stages()["vocabulary"]
+    assert list(record["shards"]) == ["part-00000.parquet"]
+    assert record["finished"]
+    run.stage("vocabulary").path(0).write_bytes(b"altered")
+    assert "vocabulary/part-00000.parquet" in run.altered_shards()
+    score_rollouts(run, Scorer(student, teacher), shard_size=8)
+    assert run.altered_shards() == []
+    assert run.vocabulary().collect().equals(table)
+
+
+def test_a_vocabulary_of_scoring_that_left_nothing_makes_way(run, student, teacher, tmp_path):
+    other = create_run(tmp_path / "other")
+    work = other.begin("rollout", config={})
+    work.write(0, run.rollouts().collect())
+    stale = other.begin("vocabulary", config={"tokenizer_fingerprint": "?", "shared_vocabulary": 1})
+    stale.write(0, run.vocabulary().collect().head(1))
+    score_rollouts(other, Scorer(student, teacher), shard_size=64)
+    assert other.vocabulary().collect().equals(run.vocabulary().collect())

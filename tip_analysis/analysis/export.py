@@ -2,10 +2,10 @@
 trainers read.
 
 Written: `tokens.parquet` (every token column, the scores, `quadrant`), `rollouts.parquet`, and
-where they were made `gradients.parquet`, `masks.parquet` (one row per selected token) and
-`labels/RULE-RATIO-SCOPE-SEED.parquet`: one row per rollout with `input_ids` and `labels` (−100
-where a token is not selected), as most trainers take them, and `selected`, one bool per response
-token.
+where they were made `vocabulary.parquet`, `gradients.parquet`, `masks.parquet` (one row per
+selected token) and `labels/RULE-RATIO-SCOPE-SEED.parquet`: one row per rollout with `input_ids` and
+`labels` (−100 where a token is not selected), as most trainers take them, and `selected`, one bool
+per response token.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def export_run(
     }
     tables |= {
         name: run.table(name)
-        for name in ("gradients", "masks", "ablations", "evaluations")
+        for name in ("vocabulary", "gradients", "masks", "ablations", "evaluations")
         if run.has(name)
     }
     if run.has("masks"):

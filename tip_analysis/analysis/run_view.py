@@ -1,10 +1,9 @@
 """One run, read for the report: its tables with scores and quadrants, its cuts, counts, texts and
 warnings.
 
-Reads a run folder (`artifacts.open_run`) and `vocabulary.parquet` in it (token_id, token) for the
-texts of tokens that were likely but not sampled; where that file is missing, texts come from the
-sampled tokens, and other ids show as `#123`. Tables stay lazy: only aggregates, and the rows that
-are shown, are collected.
+Reads a run folder; the texts of tokens that were likely but not sampled come from its vocabulary
+table, or, where there is none, from the sampled tokens: other ids then show as `#123`. Tables stay
+lazy: only aggregates, and the rows that are shown, are collected.
 
 The prompt bootstrap of `statistics` costs time in proportion to tokens × resamples. Beyond
 `ReportOptions.resampled_tokens` a random sample of p of the P prompts is resampled instead, and
@@ -264,9 +263,8 @@ class RunView:
     def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """The text of each token id."""
         wanted = pl.LazyFrame({"token_id": pl.Series(sorted(set(ids)), dtype=pl.Int32)})
-        path = self.run.path / "vocabulary.parquet"
-        if path.is_file():
-            texts = pl.scan_parquet(path).select(pl.col("token_id").cast(pl.Int32), "token")
+        if self.run.has("vocabulary"):
+            texts = self.run.vocabulary()
         else:
             texts = (
                 self.raw.select("token_id", "token")

@@ -3,7 +3,7 @@ only."""
 
 import polars as pl
 
-from tip_analysis.core.run_folder import TABLE_OF_STAGE, Run
+from tip_analysis.core.run_folder import COMMAND_OF_STAGE, TABLE_OF_STAGE, Run
 
 
 def stage_table(run: Run) -> pl.DataFrame:
@@ -50,11 +50,10 @@ def next_steps(run: Run) -> list[str]:
             f"tip-analysis import {path} --from FORMAT …",
         ]
     if unfinished := [stage for stage, state in done.items() if state == "unfinished"]:
-        commands = {"teacher": "score --phase teacher"}
+        commands = dict.fromkeys(COMMAND_OF_STAGE.get(stage, stage) for stage in unfinished)
         return [
-            f"run `{commands.get(stage, stage)}` again with the same options: it goes on where it"
-            " stopped"
-            for stage in unfinished
+            f"run `{command}` again with the same options: it goes on where it stopped"
+            for command in commands
         ]
     if not run.has("tokens") and "teacher" in done:
         return [f"tip-analysis score {path} --teacher MODEL --phase student"]

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 TABLE_OF_STAGE = {
     "rollout": "rollouts",
     "teacher": "teacher_states",
+    "vocabulary": "vocabulary",
     "score": "tokens",
     "gradients": "gradients",
     "select": "masks",
@@ -50,12 +51,15 @@ TABLE_OF_STAGE = {
 }
 """The folder that each stage fills."""
 
+COMMAND_OF_STAGE = {"teacher": "score --phase teacher", "vocabulary": "score"}
+"""The command that does a stage, where it has another name."""
+
 SHARD_SUFFIX = {"teacher_states": ".safetensors"}
 """How shards are called that are no Parquet files."""
 
 BUILT_ON = {
-    "rollout": ("teacher", "score", "gradients", "select"),
-    "score": ("gradients", "select"),
+    "rollout": ("teacher", "vocabulary", "score", "gradients", "select"),
+    "score": ("vocabulary", "gradients", "select"),
 }
 """Stages whose rows lose their meaning when a stage starts afresh."""
 
@@ -118,6 +122,10 @@ class Run:
         """One row per rollout (`schema.RolloutTable`)."""
         return self.table("rollouts")
 
+    def vocabulary(self) -> pl.LazyFrame:
+        """One row per token that both models share (`schema.VocabularyTable`)."""
+        return self.table("vocabulary")
+
     def tokens(self) -> pl.LazyFrame:
         """One row per response token (`schema.TokenTable`)."""
         return self.table("tokens")
@@ -153,6 +161,7 @@ class Run:
         files = self._files(name)
         if not files:
             stage = next(stage for stage, table in TABLE_OF_STAGE.items() if table == name)
+            stage = COMMAND_OF_STAGE.get(stage, stage)
             raise RunError(
                 f"{self.path} has no {name} yet; `tip-analysis {stage} {self.path} …` makes them"
             )

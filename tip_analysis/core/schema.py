@@ -191,6 +191,14 @@ class TokenTable(dy.Schema):
         return pl.col("student_entropy").is_not_null() == pl.col("loss_mask")
 
 
+class VocabularyTable(dy.Schema):
+    """One row per token that both models share: names for tokens that were likely but not
+    sampled."""
+
+    token_id = dy.Int32(primary_key=True, min=0, description="The token")
+    token = dy.String(description="Its text; bytes that are no text on their own appear as U+FFFD")
+
+
 class GradientTable(dy.Schema):
     """One row per response token, loss and parameter scope: the size of its own gradient and where
     it points."""
@@ -341,6 +349,7 @@ class AblationTable(dy.Schema):
 
 TABLES: dict[str, type[dy.Schema]] = {
     "rollouts": RolloutTable,
+    "vocabulary": VocabularyTable,
     "tokens": TokenTable,
     "gradients": GradientTable,
     "masks": MaskTable,

@@ -1,8 +1,8 @@
 """The `score` stage: rollouts in, token table out, shard by shard.
 
 Reads `rollouts/*.parquet`; writes `tokens/*.parquet` (`schema.TokenTable`), one shard for every
-`shard_size` rollouts, and `vocabulary.parquet`, the text of every shared token. How the numbers are
-made is told in `tip_analysis.scoring.scorer`.
+`shard_size` rollouts, and `vocabulary/*.parquet` (`schema.VocabularyTable`), the text of every
+shared token. How the numbers are made is told in `tip_analysis.scoring.scorer`.
 
 Where student and teacher do not fit together, the teacher's phase comes first
 (`tip_analysis.scoring.teacher_states`), and its stored states take the place of the teacher's body
@@ -14,10 +14,12 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.core.atomic_files import write_atomically
+from tip_analysis.core.errors import ConfigurationMismatchError
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.run_folder import Run, Stage
+from tip_analysis.core.schema import VocabularyTable, polars_schema
 from tip_analysis.models.batching import padding_waste, plan_batches
+from tip_analysis.models.loading import tokenizer_fingerprint
 from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part
 from tip_analysis.scoring.scorer import Scorer, longer_lengths
 from tip_analysis.scoring.teacher_states import TeacherStore
@@ -146,19 +148,37 @@ def begin_scoring(
         overwrite=overwrite,
     )
     scorer = replace(scorer, compile=scorer.compiles(rollouts))
-    write_vocabulary(run, scorer, overwrite=overwrite)
+    write_vocabulary(run, scorer, may_replace=not stage.shards())
     return ScoringWork(stage, scorer, rollouts, shard_size, mine, stored)
 
 
-def write_vocabulary(run: Run, scorer: Scorer, *, overwrite: bool = False) -> None:
-    """Write `vocabulary.parquet` (token_id, token), so that a report can name tokens that were
-    likely but not sampled."""
-    path = run.path / "vocabulary.parquet"
-    if path.is_file() and not overwrite:
-        return
-    texts = sorted(scorer.texts(range(scorer.vocab_size)).items())
-    frame = pl.DataFrame(texts, schema={"token_id": pl.Int32, "token": pl.String}, orient="row")
-    write_atomically(path, frame.write_parquet)
+def write_vocabulary(run: Run, scorer: Scorer, *, may_replace: bool) -> None:
+    """Write the vocabulary table, so that a report can name tokens that were likely but not
+    sampled.
+
+    Args:
+        run: the run that is scored.
+        scorer: student and teacher, whose shared tokens are meant.
+        may_replace: another vocabulary may be there: of scoring that left no shard behind.
+    """
+    stage = _begin_vocabulary(run, scorer, may_replace)
+    if not stage.is_whole(0):
+        texts = sorted(scorer.texts(range(scorer.vocab_size)).items())
+        stage.write(0, pl.DataFrame(texts, schema=polars_schema(VocabularyTable), orient="row"))
+    stage.finish(num_texts=scorer.vocab_size)
+
+
+def _begin_vocabulary(run: Run, scorer: Scorer, may_replace: bool) -> Stage:
+    config = {
+        "tokenizer_fingerprint": tokenizer_fingerprint(scorer.student.tokenizer),
+        "shared_vocabulary": scorer.vocab_size,
+    }
+    try:
+        return run.begin("vocabulary", config=config)
+    except ConfigurationMismatchError:
+        if not may_replace:
+            raise
+        return run.begin("vocabulary", config=config, overwrite=True)
 
 
 def finish_scoring(run: Run, stage: Stage) -> dict[str, Any]:
