@@ -1,12 +1,18 @@
 """What the command line prints: a stage's summary, a result table, the verdicts on the paper's
-claims."""
+claims.
+
+Texts are shown as they are: no markup, no emoji codes, and control characters spelled out, since
+names come from files. Styles of our own are `rich.text.Text`.
+"""
 
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from tip_analysis.core.terminal import PlainConsole
 
 if TYPE_CHECKING:
     import polars as pl
@@ -14,7 +20,14 @@ if TYPE_CHECKING:
 WIDTH_OF_FILES = 120
 """Columns of what is printed into a file or a pipe, which has no width of its own."""
 
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES)
+
+
+def _width() -> int | None:
+    has_width = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
+    return None if has_width else WIDTH_OF_FILES
+
+
+console = PlainConsole(width=_width())
 
 
 def show_claims(claims: "pl.DataFrame") -> None:
@@ -37,9 +50,8 @@ def show_claims(claims: "pl.DataFrame") -> None:
         )
         arms = f"{row['arm_a']} {row['relation']} {row['arm_b']}"
         table.add_row(row["claim"], arms, ours, _shown(row["num_seeds"]), row["verdict"], paper)
-    console.print(
-        "[bold]the paper's claims on this pair[/] (differences in points of accuracy, over seeds)"
-    )
+    title = Text("the paper's claims on this pair", style="bold")
+    console.print(title.append(" (differences in points of accuracy, over seeds)", style="not bold"))
     console.print(table)
 
 
@@ -49,16 +61,21 @@ def _points(share: float | None) -> str:
 
 def show_summary(title: str, summary: dict[str, Any]) -> None:
     """Print a stage's summary, one line a figure."""
-    console.print(f"[bold]{title}", soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     table = Table(show_header=False, box=None)
     for name, value in summary.items():
         table.add_row(name.replace("_", " "), _shown(value))
     console.print(table)
 
 
+def show_note(label: str, text: str) -> None:
+    """Print a remark under a coloured label."""
+    console.print(Text(f"{label} ", style="yellow"), text, soft_wrap=True, sep="")
+
+
 def show_table(title: str, frame: "pl.DataFrame") -> None:
     """Print a result table; headings give way before cells do."""
-    console.print(f"[bold]{title}", soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     table = Table(box=None, header_style="dim")
     for name, dtype in frame.schema.items():
         numeric = dtype.is_numeric()

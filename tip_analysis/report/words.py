@@ -1,51 +1,10 @@
-"""Numbers as words, and token texts that may be shown anywhere.
-
-A token can be half a character, markup, a line break, a control or a direction mark, or very long.
-`visible` makes of each a short string without control characters, so that a page, a terminal or an
-attribute can carry it; escaping is left to the template.
-"""
+"""Numbers as words; token texts are those of `core.text`."""
 
 import math
-import unicodedata
 from collections.abc import Sequence
 
-MAX_TOKEN = 48
-"""Characters of a token that are shown; the rest is counted."""
-
-_NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_JOINERS = {"\u200c", "\u200d"}
-"""Zero-width (non-)joiners belong to Persian, Indic scripts and emoji; alone they are shown by
-number."""
-_MAX_MARKS = 4
-
-
-def visible(text: str, limit: int = MAX_TOKEN) -> str:
-    """The text with line breaks, controls and direction marks spelled out, cut at `limit`
-    characters with their number."""
-    kept = text if len(text) <= limit else text[:limit]
-    shown, marks = [], 0
-    for character in kept:
-        marks = marks + 1 if unicodedata.combining(character) else 0
-        if character in _NAMED:
-            shown.append(_NAMED[character])
-        elif unicodedata.category(character) in _HIDDEN and not (
-            character in _JOINERS and len(kept) > 1
-        ):
-            shown.append(f"⟨{ord(character):02X}⟩")
-        elif marks <= _MAX_MARKS:
-            shown.append(character)
-    if len(text) > limit:
-        shown.append(f"… ({len(text):,} characters)")
-    return "".join(shown)
-
-
-def visible_lines(text: str, limit: int = 4000) -> str:
-    """Longer text (a prompt, an answer): as `visible`, but line breaks stay line breaks."""
-    lines = text[:limit].splitlines() or [""]
-    shown = "\n".join(visible(line, limit) for line in lines)
-    return shown if len(text) <= limit else f"{shown}… ({len(text):,} characters)"
-
+from tip_analysis.core.text import visible as visible
+from tip_analysis.core.text import visible_lines as visible_lines
 
 def percent(share: float | None, decimals: int = 1) -> str:
     """0.123 as 12.3%; an en dash where there is none."""

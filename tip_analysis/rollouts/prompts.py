@@ -129,10 +129,20 @@ def read_prompts(source: str | Path, *, limit: int | None = None) -> list[Prompt
     return list(prompts.values())
 
 
+def is_file(source: str) -> bool:
+    """Whether a source of prompts means a file, there or not, rather than a hub dataset."""
+    path = Path(source)
+    return (
+        path.suffix.lower() in _FILE_SUFFIXES
+        or _HUB_NAME.fullmatch(source) is None
+        or path.exists()
+    )
+
+
 def _source_rows(source: str) -> tuple[Iterable[Row], str]:
     path = Path(source)
     name = _HUB_NAME.fullmatch(source)
-    if path.exists() or path.suffix.lower() in _FILE_SUFFIXES or name is None:
+    if is_file(source) or name is None:
         return read_rows(path, error=PromptFileError), path.stem
     config, split = name["config"], name["split"]
     if split is None:

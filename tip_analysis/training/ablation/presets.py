@@ -12,7 +12,7 @@ from typing import Any
 from tip_analysis.analysis.arms import PAPER_ARMS, Arm, parse_arms
 from tip_analysis.core.errors import OptionError, UnknownNameError
 from tip_analysis.core.toy_pairs import toy_pairs
-from tip_analysis.rollouts.prompts import Prompt, read_prompts
+from tip_analysis.rollouts.prompts import Prompt, is_file, read_prompts
 from tip_analysis.training.options import TrainingOptions
 
 
@@ -254,6 +254,18 @@ def load_prompts(source: str, *, limit: int | None = None, prefix: bool = False)
         if prefix
         else prompts
     )
+
+
+def check_prompts(source: str) -> None:
+    """Refuse a source of prompts that cannot be read: an arithmetic source or a file by its first
+    prompt, a hub dataset by its name only.
+
+    Raises:
+        PromptFileError: there is no such file, or its first row is no prompt.
+        OptionError: a malformed arithmetic source.
+    """
+    if source.split(":", maxsplit=1)[0] in toy_pairs() or is_file(source):
+        load_prompts(source, limit=1)
 
 
 def load_evaluation_sets(sources: Sequence[str], *, limit: int | None = None) -> list[Prompt]:

@@ -1,0 +1,160 @@
+"""Options and files are checked here, before anything slow is imported: a typing error costs no
+minute of loading, and nothing is written before it is found.
+
+A check belongs to an option's name, whichever command has it. What can only be judged with the
+model or the run at hand is checked where it is used.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from tip_analysis.cli.ranges import check_options
+from tip_analysis.core.errors import OptionError, UnknownNameError
+
+
+def check_command(command: Any) -> None:
+    """Check what can be checked of a parsed command without a model.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    check_options(command)
+    for name, value in _given(command):
+        if value is not None and name in CHECKS:
+            CHECKS[name](value)
+
+
+def _given(command: Any) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for field in fields(command):
+        value = getattr(command, field.name)
+        pairs += _given(value) if is_dataclass(value) else [(field.name, value)]
+    return pairs
+
+
+def _model(name: str) -> None:
+    from tip_analysis.models.locating import check_model
+
+    check_model(name)
+
+
+def _prompts(source: str) -> None:
+    from tip_analysis.training.ablation.presets import check_prompts
+
+    check_prompts(source)
+
+
+def _all_prompts(sources: Sequence[str]) -> None:
+    for source in sources:
+        _prompts(source)
+
+
+def _files(paths: Sequence[Path]) -> None:
+    from tip_analysis.core.errors import ImportFormatError
+    from tip_analysis.rollouts.row_files import check_file
+
+    for path in paths:
+        if not path.is_dir():
+            check_file(path, error=ImportFormatError)
+
+
+def _format(name: str) -> None:
+    from tip_analysis.rollouts.importers.formats import FORMATS
+
+    if name not in FORMATS:
+        raise UnknownNameError("format", name, FORMATS)
+
+
+def _template(template: str) -> None:
+    from tip_analysis.rollouts.prompts import resolve_template
+
+    resolve_template(template)
+
+
+def _switches(pairs: Sequence[str]) -> None:
+    from tip_analysis.cli.option_values import parse_switches
+
+    parse_switches(pairs)
+
+
+def _part(text: str) -> None:
+    from tip_analysis.cli.option_values import parse_part
+
+    parse_part(text)
+
+
+def _grader(name: str) -> None:
+    from tip_analysis.rollouts.grading import resolve_grader
+
+    resolve_grader(name)
+
+
+def _rules(entries: Sequence[str]) -> None:
+    from tip_analysis.analysis.selection import rule
+
+    for entry in entries:
+        rule(entry.split(":", maxsplit=1)[0])
+
+
+def _preset(name: str) -> None:
+    from tip_analysis.training.ablation.presets import PRESETS
+
+    if name not in PRESETS:
+        raise UnknownNameError("preset", name, PRESETS)
+
+
+def _losses(names: str | Sequence[str]) -> None:
+    from tip_analysis.core.names import Loss
+
+    for name in [names] if isinstance(names, str) else names:
+        Loss(name)
+
+
+def _params(name: str) -> None:
+    if name in ("all", "body", "head", "lora"):
+        return
+    if not re.fullmatch(r"last:[1-9][0-9]{0,5}", name):
+        raise UnknownNameError("parameter scope", name, ["all", "body", "head", "last:N", "lora"])
+
+
+def _dtype(name: str) -> None:
+    from tip_analysis.models.locating import DTYPE_NAMES
+
+    if name not in ("auto", *DTYPE_NAMES):
+        raise UnknownNameError("dtype", name, ["auto", *DTYPE_NAMES])
+
+
+def _device(name: str) -> None:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise OptionError(f"--device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def _runs(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise OptionError("expected at least one run folder, as in `tip-analysis report runs/demo`")
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "device": _device,
+    "dtype": _dtype,
+    "evaluation_prompts": _all_prompts,
+    "files": _files,
+    "from_": _format,
+    "grader": _grader,
+    "loss": _losses,
+    "model": _model,
+    "params": _params,
+    "preset": _preset,
+    "prompts": _prompts,
+    "rules": _rules,
+    "runs": _runs,
+    "shard": _part,
+    "student": _model,
+    "teacher": _model,
+    "template": _template,
+    "chat_template_kwargs": _switches,
+}
+"""By the field's name in `options`."""
