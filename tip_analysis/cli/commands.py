@@ -4,19 +4,20 @@ Every function loads only the modules that its command needs.
 """
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tip_analysis.cli import options
-from tip_analysis.cli.console import console, show_claims, show_summary, show_table
+from tip_analysis.cli.console import console, show_claims, show_note, show_summary, show_table
 from tip_analysis.cli.option_values import parse_part, parse_switches
 from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.terminal import stderr_console
+from tip_analysis.core.text import one_line
 
 if TYPE_CHECKING:
     from tip_analysis.analysis.taxonomy import Taxonomy
@@ -29,8 +30,8 @@ def run(command: Any) -> None:
     """Carry out one parsed command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours know by themselves
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     _COMMANDS[type(command)](command)
 
 
@@ -133,7 +134,7 @@ def import_(command: options.Import) -> None:
         run, rollouts, report, student=command.student, options=how, overwrite=command.overwrite
     )
     for warning in summary.pop("import_report")["warnings"]:
-        console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+        show_note("note:", warning)
     show_summary(f"{command.run}: rollouts", summary)
 
 
@@ -411,7 +412,7 @@ def _experiment(command: options.Ablate) -> "Preset":
     """The preset that is named, or else the run's own pair, with the user's options in place of its
     own."""
     from tip_analysis.core.run_folder import open_run
-    from tip_analysis.models.loading import ARITHMETIC_PAIR
+    from tip_analysis.models.locating import ARITHMETIC_PAIR
     from tip_analysis.training.ablation.presets import change_preset, pair_preset, resolve_preset
 
     renamed = {
@@ -514,7 +515,7 @@ def status(command: options.Status) -> None:
     show_table(str(command.run), stage_table(run))
     altered = run.altered_shards() if command.verify else []
     for shard in altered:
-        console.print(f"[yellow]altered or missing:[/] {shard}")
+        show_note("altered or missing:", shard)
     if command.verify and not altered:
         console.print("every shard is as it was written")
     console.print("next: " + "\n      ".join(next_steps(run)), soft_wrap=True)
@@ -538,7 +539,7 @@ def _load(name: str, models: options.ModelOptions) -> "LanguageModel":
     """Load a model, saying so where somebody is looking."""
     from tip_analysis.models.loading import load_model
 
-    with Console(stderr=True).status(f"loading {name}"):
+    with stderr_console().status(Text(one_line(f"loading {name}", 80))):
         return load_model(name, dtype=models.dtype, device=models.device)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from tip_analysis.core.terminal import PlainConsole
+from tip_analysis.core.terminal import stdout_console
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,13 +21,12 @@ WIDTH_OF_FILES = 120
 """Columns of what is printed into a file or a pipe, which has no width of its own."""
 
 
-
 def _width() -> int | None:
     has_width = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
     return None if has_width else WIDTH_OF_FILES
 
 
-console = PlainConsole(width=_width())
+console = stdout_console(width=_width())
 
 
 def show_claims(claims: "pl.DataFrame") -> None:
@@ -51,7 +50,9 @@ def show_claims(claims: "pl.DataFrame") -> None:
         arms = f"{row['arm_a']} {row['relation']} {row['arm_b']}"
         table.add_row(row["claim"], arms, ours, _shown(row["num_seeds"]), row["verdict"], paper)
     title = Text("the paper's claims on this pair", style="bold")
-    console.print(title.append(" (differences in points of accuracy, over seeds)", style="not bold"))
+    console.print(
+        title.append(" (differences in points of accuracy, over seeds)", style="not bold")
+    )
     console.print(table)
 
 

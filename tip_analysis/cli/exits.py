@@ -22,19 +22,33 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tip_analysis.core.errors import InputError, TipAnalysisError
+from tip_analysis.core.streams import OutputError, open_standard_streams, output_errors, silence
 from tip_analysis.core.text import one_line
 
 INPUT, OURS, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
 
 _OF_THE_MACHINE = {
-    getattr(errno, name)
-    for name in (
-        "EACCES EPERM ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP EROFS ENOSPC EDQUOT"
-        " EFBIG EMFILE ENFILE EIO ESTALE EBUSY ETXTBSY ENODEV ENXIO"
-    ).split()
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EIO,
+    errno.EBUSY,
+    errno.ENXIO,
 }
 """What the operating system says of files: never a failure of ours."""
 
@@ -97,13 +111,25 @@ def ending(*, debug: bool, own_process: bool) -> Iterator[None]:
         warnings.simplefilter("ignore")  # of libraries: ours are log records
     with _interrupts(own_process) as interrupted:
         try:
-            yield
-            flush()
+            with _flushing():
+                yield
         except SystemExit:
-            flush()
             raise
         except BaseException as error:
             _end(error, debug, interrupted=bool(interrupted))
+
+
+@contextlib.contextmanager
+def _flushing() -> Iterator[None]:
+    """Write all of stdout before the block is over, be it by `SystemExit`."""
+    try:
+        yield
+    except SystemExit:
+        with output_errors():
+            sys.stdout.flush()
+        raise
+    with output_errors():
+        sys.stdout.flush()
 
 
 def _end(error: BaseException, debug: bool, *, interrupted: bool) -> None:
@@ -112,27 +138,18 @@ def _end(error: BaseException, debug: bool, *, interrupted: bool) -> None:
     if interrupted or isinstance(error, KeyboardInterrupt):
         _say("interrupted; the same command goes on from here")
         sys.exit(INTERRUPTED)
-    if isinstance(error, OSError):
-        flush()  # raises SystemExit where it is the output that failed
+    if isinstance(error, OutputError):
+        _end_for_output(error)
     _say(f"error: {message(error)}")
     sys.exit(status_of(error))
 
 
-def flush() -> None:
-    """Write what is still to be written to stdout.
-
-    Raises:
-        SystemExit: the reader is gone, or there is no space.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        silence(sys.stdout)
+def _end_for_output(error: OutputError) -> NoReturn:
+    silence(sys.stdout)
+    if isinstance(error.__cause__, BrokenPipeError):
         sys.exit(CLOSED_PIPE)
-    except OSError as error:
-        silence(sys.stdout)
-        _say(f"error: cannot write to standard output: {error.strerror}; files are complete")
-        sys.exit(INPUT)
+    _say(f"error: cannot write to standard output: {one_line(str(error))}")
+    sys.exit(INPUT)
 
 
 def _say(text: str) -> None:
@@ -141,31 +158,6 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
-
-
-def silence(stream: Any) -> None:
-    """Send what is still written to a stream nowhere, so that no later flush fails."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
-
-def open_standard_streams() -> None:
-    """Give every closed standard stream a place, or files opened later would take its descriptor;
-    spell out characters that a stream cannot encode."""
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_RDWR)
-                if nowhere != descriptor:
-                    os.dup2(nowhere, descriptor)
-                    os.close(nowhere)
-                os.set_inheritable(descriptor, True)
-            mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
-        if name != "stdin" and hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 class _Lines(logging.Formatter):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tip_analysis.cli import exits
+from tip_analysis.core.streams import output_errors
 
 DESCRIPTION = """Which tokens matter when a student language model is distilled on its own rollouts,
 and why.
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     with exits.ending(debug="--debug" in typed, own_process=arguments is None):
         if typed[:1] == ["--version"]:
-            print(f"tip-analysis {_version()}")
+            with output_errors():
+                print(f"tip-analysis {_version()}")
             return
         _carry_out(_parse(typed))
 
@@ -42,7 +44,8 @@ def _parse(typed: Sequence[str]) -> Any:
 
     from tip_analysis.cli import options
 
-    return tyro.cli(options.Command, args=typed, prog="tip-analysis", description=DESCRIPTION)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with output_errors():  # help and complaints are all that is written here
+        return tyro.cli(options.Command, args=typed, prog="tip-analysis", description=DESCRIPTION)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _version() -> str:

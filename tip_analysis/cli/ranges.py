@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from tip_analysis.core.errors import OptionError
@@ -47,7 +47,7 @@ class Range:
         except ValueError:
             return text
 
-    def problem(self, value: Value) -> str | None:
+    def problem(self, value: Any) -> str | None:
         """What is wrong with a value, or None."""
         read = self.read(value) if isinstance(value, str) else value
         if isinstance(read, str):
@@ -146,7 +146,7 @@ def _options(command: Any) -> Iterator[tuple[str, Any, Range | None]]:
             yield from _options(value)
         else:
             name = typed_name(field.name)
-            yield name, value, declared.get(name)
+            yield _shown_name(command, field.name), value, declared.get(name)
 
 
 def _range_in(hint: Any) -> Range | None:
@@ -156,6 +156,13 @@ def _range_in(hint: Any) -> Range | None:
             if isinstance(extra, Range):
                 return extra
     return next((found for part in get_args(hint) if (found := _range_in(part))), None)
+
+
+def _shown_name(command: Any, field: str) -> str:
+    """An option as it is typed, or what stands for a positional argument in `--help`."""
+    hint = get_type_hints(type(command), include_extras=True)[field]
+    is_positional = get_origin(hint) is Annotated and Positional in get_args(hint)
+    return field.upper().removesuffix("S") if is_positional else typed_name(field)
 
 
 def typed_name(field: str) -> str:
@@ -179,9 +186,7 @@ RATE = Range(0, 10, whole=False)
 RANK = Range(0, 4096)
 TOY_PROMPTS = Range(1, 50_000)
 TOP_K = Range(1, 1000)
-CUT = Range(
-    0, 1e4, whole=False, names=("median", "mean", "otsu", "paper"), quantiles=True
-)
+CUT = Range(0, 1e4, whole=False, names=("median", "mean", "otsu", "paper"), quantiles=True)
 
 Count = Annotated[int, COUNT, COUNT.parser()]
 CountOrNone = Annotated[int, COUNT_OR_NONE, COUNT_OR_NONE.parser()]

@@ -1,12 +1,11 @@
 """A terminal's output for texts from anywhere: names come from files, and files from strangers."""
 
-import contextlib
-import sys
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.text import Text
 
+from tip_analysis.core.streams import Output, Remarks
 from tip_analysis.core.text import without_controls
 
 
@@ -21,28 +20,12 @@ class PlainConsole(Console):
         """Text as it stands, its control characters spelled out."""
         return super().render_str(without_controls(text), **options)
 
-    def on_broken_pipe(self) -> None:
-        """Whoever read our output is gone, which the command line ends with."""
-        self.quiet = True
-        raise BrokenPipeError
 
-
-class _Stderr:
-    """`sys.stderr` as it is at the time; that it cannot be written to stops nobody."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+def stdout_console(**options: Any) -> PlainConsole:
+    """For what a command has to say."""
+    return PlainConsole(file=cast(IO[str], Output()), **options)
 
 
 def stderr_console() -> PlainConsole:
     """For progress and the like."""
-    return PlainConsole(file=_Stderr())
+    return PlainConsole(file=cast(IO[str], Remarks()))

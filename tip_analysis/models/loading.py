@@ -14,7 +14,6 @@ import copy
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from tip_analysis.core.errors import (
     UnknownNameError,
     VocabularyMismatchError,
 )
-from tip_analysis.models.locating import BUILT_IN, DEVICE_TYPES, DTYPE_NAMES, locate
+from tip_analysis.models.locating import DEVICE_TYPES, DTYPE_NAMES, locate
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ def load_model(
     if placement == "several":
         kwargs["device_map"] = "auto"
     try:
-        with _quiet_unless_watched():
+        with _without_bars():
             model = _load_weights(folder, options, kwargs)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         if placement != "several":
@@ -342,9 +341,9 @@ def resolve_device(device: str) -> torch.device:
 
 
 @contextmanager
-def _quiet_unless_watched() -> Iterator[None]:
-    """No progress bars of transformers where stderr is no terminal."""
-    shown = transformers.utils.logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+def _without_bars() -> Iterator[None]:
+    """No progress bars of transformers: a line of ours says what is loaded."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
     if shown:
         transformers.utils.logging.disable_progress_bar()
     try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from tip_analysis.core.text import visible as visible
 from tip_analysis.core.text import visible_lines as visible_lines
 
+
 def percent(share: float | None, decimals: int = 1) -> str:
     """0.123 as 12.3%; an en dash where there is none."""
     if share is None or math.isnan(share):

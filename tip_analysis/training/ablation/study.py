@@ -26,14 +26,15 @@ from typing import Any
 
 import polars as pl
 import torch
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from tip_analysis.analysis.arms import UNTRAINED, Arm
 from tip_analysis.core.errors import OptionError, PromptFileError, TipAnalysisError
 from tip_analysis.core.run_folder import Run
+from tip_analysis.core.terminal import stderr_console
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.ablation.arm_training import ArmRunner, StudyOptions
@@ -297,20 +298,15 @@ class _Board:
         return table
 
 
-def _cell(state: Mapping[str, Any]) -> str:
+def _cell(state: Mapping[str, Any]) -> Text:
     status = state["status"]
-    if status == "waiting":
-        return "[dim]·[/dim]"
-    if status == "kept":
-        return "[dim]kept[/dim]"
+    if status in ("waiting", "kept"):
+        return Text("·" if status == "waiting" else "kept", style="dim")
     if status == "running":
         loss = f" {state['loss']:.3f}" if "loss" in state else ""
-        return f"[cyan]{state.get('step', 0)}/{state.get('num_steps', '…')}{loss}[/cyan]"
-    return (
-        f"[green]{100 * state['accuracy']:.1f} %[/green]"
-        if "accuracy" in state
-        else "[green]done[/green]"
-    )
+        return Text(f"{state.get('step', 0)}/{state.get('num_steps', '…')}{loss}", style="cyan")
+    accuracy = f"{100 * state['accuracy']:.1f} %" if "accuracy" in state else "done"
+    return Text(accuracy, style="green")
 
 
 @contextlib.contextmanager
@@ -318,7 +314,7 @@ def _board(tasks: Sequence[Task]) -> Iterator[_Board]:
     if not sys.stderr.isatty():
         yield _Board(tasks, None)
         return
-    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+    with Live(console=stderr_console(), refresh_per_second=4) as live:
         board = _Board(tasks, live)
         live.update(board.table())
         yield board
