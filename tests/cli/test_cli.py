@@ -271,11 +271,6 @@ def test_mismatched_tokenizers_are_refused_by_the_first_token(capsys, run, tmp_p
     assert "'seven' for the teacher" in line
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(Exception, match="no run at"):
-        tip("status", tmp_path, "--debug")
-
-
 def test_the_rules_are_listed(capsys):
     tip("select", "--list")
     shown = capsys.readouterr().out

@@ -22,11 +22,11 @@ from tip_analysis.models.loading import (
     load_model,
     resolve_device,
     shared_vocabulary,
-    smollm2_path,
     token_texts,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from tip_analysis.models.locating import smollm2_path
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_unknown_dtypes_and_devices_are_refused(saved):
 
 
 def test_smollm2_is_found_by_its_metadata_or_named_in_the_error(monkeypatch):
-    from tip_analysis.models import loading as module
+    from tip_analysis.models import locating as module
 
     def absent(name):
         raise module.metadata.PackageNotFoundError(name)
