@@ -36,7 +36,7 @@ slow = [
 
 def test_ray_that_is_not_installed_is_named(monkeypatch, job):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'tip-analysis\[ray\]'"):
+    with pytest.raises(InputError, match=r'pip install "tip-analysis\[ray\]"'):
         score_with_ray(job)
 
 

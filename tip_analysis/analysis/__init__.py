@@ -5,6 +5,6 @@ intervals. `run_view` is a run with scores and quadrants under given options: re
 figures ask it. Read first: `scores`, `taxonomy` and `quadrants`, then `quadrant_tables`.
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

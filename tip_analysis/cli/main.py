@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tip_analysis.cli import exits
+from tip_analysis.core.optional import extras_named
 from tip_analysis.core.streams import output_errors
 
 DESCRIPTION = """Which tokens matter when a student language model is distilled on its own rollouts,
@@ -33,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _carry_out(command: Any) -> None:
     from tip_analysis.cli.checks import check_command
 
-    check_command(command)
-    from tip_analysis.cli import commands  # only now: help needs none of what the commands do
+    with extras_named(f"`tip-analysis {type(command).__name__.lower()}`"):
+        check_command(command)
+        from tip_analysis.cli import commands  # only now: help needs none of what the commands do
 
-    commands.run(command)
+        commands.run(command)
 
 
 def _parse(typed: Sequence[str]) -> Any:

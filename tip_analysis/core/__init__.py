@@ -5,6 +5,6 @@ absent. Nothing here knows a model, a statistic or a page. Read first: `schema` 
 then `run_folder` (how rows get to disk).
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

@@ -36,6 +36,24 @@ class UnknownNameError(InputError, LookupError):
         return type(self), self._arguments  # so that it crosses from one process to another
 
 
+class MissingExtraError(InputError, ImportError):
+    """A package is not installed that an extra of tip-analysis brings."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self._arguments = (package, extra, purpose)
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed;"
+            f' pip install "tip-analysis[{extra}]" brings it'
+        )
+        self.package = package
+        """The name it is imported under."""
+        self.extra = extra
+        """The extra that brings it."""
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), self._arguments  # so that it crosses from one process to another
+
+
 class SchemaError(InputError):
     """A table does not keep its contract (see `tip_analysis.core.schema`)."""
 

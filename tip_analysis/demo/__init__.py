@@ -5,6 +5,6 @@ The pair's language is registered under `tip_analysis.pairs`, so that rooms belo
 grade it. Read first: `demo_run`, then `arithmetic.language`.
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

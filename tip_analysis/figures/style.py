@@ -1,5 +1,11 @@
 """The look of all figures: sizes, colours, text as text, and what the paper's own values look
-like."""
+like.
+
+Colours are the Okabe-Ito set, told apart with any common colour-vision deficiency: the blues are
+the uncertain half of the taxonomy (Q1, Q2), vermilion the overconfident tokens (Q3), grey the
+solved ones (Q4). The paper's own values are always drawn as hollow marks or hatched bands, never in
+a colour of ours.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

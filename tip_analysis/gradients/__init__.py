@@ -5,6 +5,6 @@ method and seed (`core.schema.GradientTable`). One backward pass for the loss, f
 for the tokens. Read first: `measuring`, then `forward_mode`.
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

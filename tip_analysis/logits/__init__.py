@@ -5,6 +5,6 @@ written-out gradients. `cpu_kernel` and `torch_kernel` are two ways through the 
 (`totals.RowTotals`). Read first: `row_statistics`, then `probabilities` (why float32 is enough).
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

@@ -5,6 +5,6 @@ hidden states that predict a response. `hidden_states` owns the next-token shift
 subtracts one. Read first: `loading`, then `hidden_states`.
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

@@ -37,6 +37,7 @@ from tip_analysis.core.errors import (
     UnknownNameError,
     VocabularyMismatchError,
 )
+from tip_analysis.core.optional import require
 from tip_analysis.models.locating import DEVICE_TYPES, DTYPE_NAMES, locate
 
 logger = logging.getLogger(__name__)
@@ -368,6 +369,7 @@ def _load_weights(
 
 def _load_adapter(folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A LoRA adapter on the base model that its config names."""
+    require("peft", f"the LoRA adapter in {folder}")
     from peft import PeftModel  # slow to import, seldom needed
 
     base_name = json.loads((folder / "adapter_config.json").read_text("utf-8"))[

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tip_analysis.core.errors import ModelError, UnknownNameError
+from tip_analysis.core.optional import require
 from tip_analysis.core.resources import data_path
 
 ARITHMETIC_PAIR = ("arithmetic-student", "arithmetic-teacher")
@@ -115,4 +116,5 @@ def smollm2_path() -> Path:
 
 
 def _gguf(path: Path) -> tuple[str, dict[str, Any]]:
+    require("gguf", f"the model {path.name}")
     return str(path.parent), {"gguf_file": path.name}

@@ -5,6 +5,6 @@ notebooks. Statistics come from `analysis`, drawings from `figures`; here findin
 laid out. Read first: `build`, then `page` and one of `sections`.
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

@@ -6,6 +6,6 @@ an answer. Read first: `stage`, then `prompts` and `sampling`; formats of other 
 `importers`.
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

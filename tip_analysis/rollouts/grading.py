@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from tip_analysis.core.errors import InputError, OptionError, TipAnalysisError, UnknownNameError
+from tip_analysis.core.optional import require
 from tip_analysis.core.toy_pairs import toy_pairs
 
 Grader = Callable[[str, str | None], float | None]
@@ -226,6 +227,8 @@ def resolve_grader(grader: str) -> Grader:
         UnknownNameError: no grader of this name.
         OptionError: the user's function cannot be loaded.
     """
+    if GRADERS.get(grader) is _math_grader:
+        require("math_verify", "the grader `math`")
     if grader in GRADERS:
         return GRADERS[grader]
     place, colon, name = grader.rpartition(":")

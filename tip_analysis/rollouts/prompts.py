@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from tip_analysis.core.errors import InputError, OptionError, PromptFileError, UnknownNameError
+from tip_analysis.core.optional import require
 from tip_analysis.rollouts.row_files import (
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -151,6 +152,7 @@ def _source_rows(source: str) -> tuple[Iterable[Row], str]:
 
 
 def _hub_rows(source: str, name: str, config: str | None, split: str | None) -> Iterator[Row]:
+    require("datasets", f"the hub dataset {source!r}")
     import datasets  # slow to import, and needed for hub datasets only
 
     try:

@@ -5,6 +5,6 @@ Out: `tokens/*.parquet`, one row per response token (`core.schema.TokenTable`).
 Read first: `scorer` (in memory), then `stage` (shard by shard) and `teacher_states` (two phases).
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

@@ -24,6 +24,7 @@ import polars as pl
 import torch
 
 from tip_analysis.core.errors import InputError, OptionError
+from tip_analysis.core.optional import require
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import open_run
 from tip_analysis.models.batching import TokenBudget
@@ -120,7 +121,8 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
         The stage's summary, as `run.json` has it.
 
     Raises:
-        InputError: as `scoring.score_rollouts`; or Ray is not installed, or does not start.
+        InputError: as `scoring.score_rollouts`; or Ray does not start.
+        MissingExtraError: Ray is not installed.
         OptionError: more workers than there are processors.
     """
     run = open_run(job.run)
@@ -168,11 +170,10 @@ def _cluster() -> Iterator[Any]:
     """Ray, started if need be, and stopped again if it was."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    try:
-        import ray  # pyright: ignore[reportMissingImports]  # an optional extra
-        import ray.data  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError("--engine ray needs Ray: pip install 'tip-analysis[ray]'") from error
+    require("ray", "--engine ray")
+    import ray  # pyright: ignore[reportMissingImports]  # an optional extra
+    import ray.data  # pyright: ignore[reportMissingImports]
+
     ours = not ray.is_initialized()
     if ours:
         _start(ray)

@@ -5,6 +5,6 @@ Out: `ablations/*.parquet` and `evaluations/*.parquet`; checkpoints from which a
 exactly. Read first: `trainer`, then `masked_loss` (Eq. 9) and `ablation.study`.
 """
 
-import lazy_loader
+from tip_analysis.core.optional import attach_room
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

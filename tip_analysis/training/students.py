@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tip_analysis.core.optional import require
 from tip_analysis.models.loading import LanguageModel, OutputHead
 from tip_analysis.training.options import TrainingOptions
 
@@ -42,6 +43,7 @@ def prepare_student(
 def _with_adapters(network: Any, options: TrainingOptions, name: str) -> Any:
     """LoRA adapters whose first weights belong to the seed; a network that has adapters already
     keeps and trains those."""
+    require("peft", "training LoRA adapters (--lora-rank)")
     from peft import LoraConfig, PeftModel, get_peft_model  # slow to import, seldom needed
 
     if isinstance(network, PeftModel):

@@ -10,18 +10,6 @@ Token texts are shown, never run: each goes through `words.visible` (controls an
 spelled out) and is then escaped for HTML, or handed to rich as plain text.
 """
 
-from tip_analysis.report.notebook.frame import OPACITY, SCALE_COLOR
-from tip_analysis.report.notebook.rollouts import RolloutView, ShownToken, show_rollout
-from tip_analysis.report.notebook.runs import QuadrantSummary, cuts_html, run_html, show_quadrants
+from tip_analysis.core.optional import attach_room
 
-__all__ = [
-    "OPACITY",
-    "SCALE_COLOR",
-    "QuadrantSummary",
-    "RolloutView",
-    "ShownToken",
-    "cuts_html",
-    "run_html",
-    "show_quadrants",
-    "show_rollout",
-]
+__getattr__, __dir__, __all__ = attach_room(__name__, __file__)

@@ -1,0 +1,9 @@
+from .frame import OPACITY as OPACITY
+from .frame import SCALE_COLOR as SCALE_COLOR
+from .rollouts import RolloutView as RolloutView
+from .rollouts import ShownToken as ShownToken
+from .rollouts import show_rollout as show_rollout
+from .runs import QuadrantSummary as QuadrantSummary
+from .runs import cuts_html as cuts_html
+from .runs import run_html as run_html
+from .runs import show_quadrants as show_quadrants
