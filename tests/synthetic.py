@@ -228,6 +228,36 @@ def _vocabulary_table(texts: tuple[str, ...]) -> pl.DataFrame:
     return pl.DataFrame({"token_id": ids, "token": list(texts)})
 
 
+def make_three_measurements(tables: Tables, *, seed: int = 0) -> list[pl.DataFrame]:
+    """Three measurements of the reverse KL's gradients that differ in every number: two scopes, two
+    methods."""
+    first = tables.gradients.filter(pl.col("loss") == "reverse_kl")
+    rng = np.random.default_rng(seed)
+    made = [first]
+    for scope, method, probes in (("head", "probe", 32), ("all", "exact", 0)):
+        norm, phi = (rng.normal(size=first.height) for _ in range(2))
+        made.append(
+            first.with_columns(
+                param_scope=pl.lit(scope),
+                method=pl.lit(method, first.schema["method"]),
+                num_probes=pl.lit(probes, pl.Int32),
+                grad_norm_sq=pl.Series(norm**2),
+                grad_norm_sq_se=pl.Series(norm**2 * (0.25 if probes else 0.0)),
+                grad_dot_loss=pl.Series(phi),
+            )
+        )
+    return [validate(frame, GradientTable) for frame in made]
+
+
+def write_measurement(path: Path, gradients: pl.DataFrame) -> None:
+    """Add one measurement to a run folder, with a record of its own as the package makes it."""
+    names = ["loss", "param_scope", "method", "num_probes", "seed"]
+    key = gradients.select(names).unique().row(0, named=True)
+    stage = create_run(path).begin("gradients", key=key, config=key)
+    stage.write(0, gradients)
+    stage.finish(num_rows=gradients.height)
+
+
 def make_ablations(
     *, seeds: int = 3, problems: int = 40, samples: int = 4, seed: int = 0
 ) -> pl.DataFrame:

@@ -16,9 +16,10 @@ from tip_analysis.analysis.correlations import (
     auc,
     correlation_matrix,
     correlation_table,
+    equation_6,
     partial_correlations,
 )
-from tip_analysis.analysis.quadrant_tables import equation_6, join_gradients
+from tip_analysis.analysis.measurements import join_gradients
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.core.errors import SchemaError, UnknownNameError
 

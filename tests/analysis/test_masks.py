@@ -4,7 +4,8 @@ import polars as pl
 import pytest
 from synthetic import Tables, make_tables, write_run
 
-from tip_analysis.analysis.masks import measured_alignment, write_masks
+from tip_analysis.analysis.masks import recorded_measurements, write_masks
+from tip_analysis.analysis.measurements import join_gradients, run_measurement
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import to_masks
 from tip_analysis.core.errors import ConfigurationMismatchError, OptionError, RunError
@@ -57,8 +58,11 @@ def test_a_mask_that_is_there_is_kept(tmp_path) -> None:
 def test_the_oracle_selects_among_measured_tokens(tmp_path) -> None:
     run = fresh_run(tmp_path / "run")
     masks = write_masks(run, rules=["gradient_oracle"], retention_ratios=[0.2])
-    measured = measured_alignment(run, "gradient_oracle").collect()
-    chosen = masks.join(measured, on=["rollout_id", "position"], how="left")
+    measured = join_gradients(run.tokens(), run).collect()
+    assert recorded_measurements(run) == [run_measurement(run)]
+    chosen = masks.join(
+        measured.drop("seed", strict=False), on=["rollout_id", "position"], how="left"
+    )
     assert chosen.height
     assert chosen["grad_dot_loss"].null_count() == 0
     best = measured.group_by("rollout_id").agg(pl.col("grad_dot_loss").max())

@@ -4,6 +4,7 @@ from end to end."""
 import ast
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,39 @@ def test_a_run_from_end_to_end(run, tmp_path, capsys):
             label in (-100, token)
             for label, token in zip(row["labels"], row["input_ids"], strict=True)
         )
+
+
+def test_a_run_keeps_to_its_first_measurement_until_another_is_preferred(run, tmp_path, capsys):
+    few = ("--limit", 4, "--loss", "reverse_kl")
+    measured = tmp_path / "run"
+    shutil.copytree(run, measured, ignore=shutil.ignore_patterns("gradients", "masks"))
+    record = json.loads((measured / "run.json").read_text())
+    record["stages"] = {
+        key: stage
+        for key, stage in record["stages"].items()
+        if stage["table"] not in ("gradients", "masks")
+    }
+    record.pop("preferences", None)
+    (measured / "run.json").write_text(json.dumps(record))
+    tip("gradients", measured, "--params", "head", "--num-probes", 4, *few)
+    tip("gradients", measured, "--params", "head", "--method", "exact", *few)
+    tip("gradients", measured, "--params", "body", "--num-probes", 4, *few)
+    oracle = ("select", measured, "--rules", "gradient_oracle", "--ratios", 0.5)
+    page = tmp_path / "page.html"
+
+    def shown(*options) -> str:
+        tip("report", measured, "-o", page, *options)
+        return page.read_text()
+
+    tip(*oracle)
+    assert "Gradients of the reverse KL (the head, 4 probes, seed 0)" in shown()
+    assert "reverse_kl over the body, 4 probes" in page.read_text(), "the others are named"
+    assert "Gradients of the reverse KL (the body, 4" in shown("--measurement", "param_scope=body")
+    assert "--measurement param_scope=body" in page.read_text(), "the page says how it was made"
+    tip("gradients", measured, "--params", "head", "--method", "exact", "--prefer", *few)
+    assert "Gradients of the reverse KL (the head, exact, seed 0)" in shown()
+    assert "measurement.method: probe" in refused(capsys, *map(str, oracle)).replace('"', "")
+    assert "KEY=VALUE" in refused(capsys, "report", measured, "--measurement", "exact")
 
 
 def test_a_command_run_again_does_nothing_twice(run, prompts):

@@ -6,6 +6,9 @@ from .claims import claims_table as claims_table
 from .claims import paper_differences as paper_differences
 from .comparison import compare_runs as compare_runs
 from .correlations import correlation_table as correlation_table
+from .correlations import equation_6 as equation_6
+from .coverage_tables import coverage_curve as coverage_curve
+from .coverage_tables import proposition_2 as proposition_2
 from .cuts import Cuts as Cuts
 from .densities import density as density
 from .densities import strongest as strongest
@@ -16,11 +19,14 @@ from .mask_tables import coverage as coverage
 from .mask_tables import overlap as overlap
 from .mask_tables import planted_recall as planted_recall
 from .masks import write_masks as write_masks
+from .measurements import Measurement as Measurement
+from .measurements import Preference as Preference
+from .measurements import choose_measurement as choose_measurement
+from .measurements import join_gradients as join_gradients
+from .measurements import measurements_in as measurements_in
+from .measurements import prefer_measurement as prefer_measurement
 from .paper_preset import PAPER_RANGES as PAPER_RANGES
 from .planted import planted_detection as planted_detection
-from .quadrant_tables import coverage_curve as coverage_curve
-from .quadrant_tables import join_gradients as join_gradients
-from .quadrant_tables import proposition_2 as proposition_2
 from .quadrant_tables import quadrant_statistics as quadrant_statistics
 from .quadrant_tables import widen as widen
 from .quadrants import DEFAULT_GRID as DEFAULT_GRID

@@ -208,3 +208,23 @@ def interval_frame(interval: Interval, names: Sequence[str] = ("value",)) -> pl.
     if tuple(names) == ("value",):
         frame = frame.rename(lambda column: column.removeprefix("value_"))
     return frame.with_columns(pl.when(pl.all().is_finite()).then(pl.all()))
+
+
+@dataclass(frozen=True)
+class Summands:
+    """Per-token values whose sums over a set of tokens make shares and means."""
+
+    names: list[str]
+    values: Floats
+    """[N, S]; 0 where unknown."""
+    known: Floats
+    """[N, S] 1 where known and finite."""
+
+
+def summands(frame: pl.DataFrame, columns: list[str]) -> Summands:
+    """Numeric columns as what sums are made of."""
+    raw = np.stack(
+        [frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in columns], axis=1
+    )
+    known = np.isfinite(raw)
+    return Summands(columns, np.where(known, raw, 0.0), known.astype(np.float64))

@@ -1,7 +1,7 @@
 """Rank correlations of gradients with the axes and scores, partial ones, and what probe noise does
 to them.
 
-Reads the token table joined with gradients (`statistics.join_gradients`); writes nothing.
+Reads the token table joined with gradients (`measurements.join_gradients`); writes nothing.
 
 Spearman: Pearson's correlation of midranks. Partial: from the inverse of the rank correlation
 matrix of both variables and the controls. Both are measured again, ranks included, in each resample
@@ -44,7 +44,7 @@ CONTROLS = ("position", "token_frequency")
 _NO_CUTS = Taxonomy(0.0, 0.0)
 """For resamples whose quadrants nobody asks for: nothing to measure."""
 CORRELATION_COST = 8
-"""How much dearer than a table of shares a resample of correlations is."""
+"""How many times the cost of a table of shares a resample of correlations has."""
 NOISY_TARGETS = ("grad_norm", "oracle_weight")
 _NOISE_REPEATS = 8
 _LARGEST_NOISE_SHARE = 0.9
@@ -103,15 +103,15 @@ def auc(scores: Floats, positive: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting
     one half.
 
-    (R₊ − n₊(n₊ + 1)/2) / (n₊·n₋), R₊ being the sum of the midranks of the positives. NaN without
-    both classes.
+    Mann–Whitney's U of the positives over n₊·n₋. NaN without both classes.
     """
     positive = np.asarray(positive, dtype=bool)
-    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
-    if not num_positive or not num_negative:
+    scores = np.asarray(scores, dtype=np.float64)
+    if positive.all() or not positive.any():
         return float("nan")
-    rank_sum = float(stats.rankdata(np.asarray(scores, dtype=np.float64))[positive].sum())
-    return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+    above, below = scores[positive], scores[~positive]
+    u = stats.mannwhitneyu(above, below, method="asymptotic").statistic
+    return float(u) / (above.size * below.size)
 
 
 def probed_share(frame: pl.DataFrame) -> Floats:
@@ -361,3 +361,24 @@ def _normal_scale(spearman: Floats) -> Floats:
 
 def _rank_scale(pearson: Floats) -> Floats:
     return 6.0 / np.pi * np.arcsin(pearson / 2.0)
+
+
+def equation_6(
+    tokens: pl.LazyFrame | pl.DataFrame, *, num_resamples: int | None = None, seed: int = 0
+) -> pl.DataFrame:
+    """Eq. 6 on data: rank correlation of the local weight ‖g‖²/gᵀHg over logits with the oracle
+    weight φ/M.
+
+    Returns:
+        As `correlation_table`, one row: target `oracle_weight`, predictor `w_local`.
+
+    Raises:
+        SchemaError: a column is missing, or fewer than three tokens have all of them.
+    """
+    return correlation_table(
+        tokens,
+        targets=["oracle_weight"],
+        predictors=["w_local"],
+        num_resamples=num_resamples,
+        seed=seed,
+    )

@@ -6,13 +6,21 @@ there already is kept.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import polars as pl
 
+from tip_analysis.analysis.measurements import (
+    Measurement,
+    Preference,
+    measurement_hash,
+    run_measurement,
+    with_gradients,
+)
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import exact_ratio, rule, to_masks
-from tip_analysis.core.errors import OptionError, RunError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.errors import OptionError
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run
 
@@ -29,9 +37,18 @@ def write_masks(
     seeds: Sequence[int] = (0,),
     normalization_scope: str = "run",
     divergence_clip: float | None = None,
+    measurement: Preference | None = None,
     overwrite: bool = False,
 ) -> pl.DataFrame:
     """Add one mask for every rule, ratio and (for rules that sample) seed.
+
+    Args:
+        run: a run folder with scored tokens.
+        rules, retention_ratios, selection_scope, seeds: as in `selection.select_tokens`.
+        normalization_scope, divergence_clip: as in `scores.add_scores`.
+        measurement: whose φ `gradient_oracle` selects by, where several were measured; by default
+            the run's own preference. The mask's record names it.
+        overwrite: make masks again that are there.
 
     Returns:
         The masks asked for, those that were there already included (`schema.MaskTable`).
@@ -39,28 +56,16 @@ def write_masks(
     Raises:
         UnknownNameError, OptionError: a rule, ratio or scope is not valid.
         RunError: tokens are not scored, or a rule needs gradients that were not measured.
-        ConfigurationMismatchError: a mask of that name was made with another normalization or from
-            other tokens.
+        SchemaError, OptionError: no such measurement, or several and none is preferred.
+        ConfigurationMismatchError: a mask of that name was made with another normalization, from
+            other tokens or from another measurement.
     """
     wanted = _wanted(rules, retention_ratios, seeds)
-    scores = add_scores(
-        run.tokens(), normalization_scope=normalization_scope, divergence_clip=divergence_clip
-    ).collect()
-    tables = {False: (scores.lazy(), {"tokens": run.table_hash("tokens")})}
-    if needing := [name for name in rules if name in NEEDS_GRADIENTS]:
-        measured = (
-            scores.lazy()
-            .join(
-                measured_alignment(run, needing[0]),
-                on=["rollout_id", "position"],
-                maintain_order="left",
-            )
-            .collect()
-        )
-        tables[True] = (
-            measured.lazy(),
-            tables[False][1] | {"gradients": run.table_hash("gradients")},
-        )
+    how = {"normalization_scope": normalization_scope, "divergence_clip": divergence_clip}
+    tables = {
+        needs: candidates(run, needs_gradients=needs, measurement=measurement, **how)
+        for needs in {name in NEEDS_GRADIENTS for name in rules}
+    }
     masks = []
     with track("selecting", len(wanted), unit="masks") as advance:
         for name, ratio, seed in wanted:
@@ -70,17 +75,14 @@ def write_masks(
                 "selection_scope": selection_scope,
                 "seed": seed,
             }
-            normalization = {
-                "normalization_scope": normalization_scope,
-                "divergence_clip": divergence_clip,
-            }
-            scored, inputs = tables[name in NEEDS_GRADIENTS]
+            among = tables[name in NEEDS_GRADIENTS]
+            config = key | how | among.recorded
             stage = run.begin(
-                "select", key=key, config=key | normalization, inputs=inputs, overwrite=overwrite
+                "select", key=key, config=config, inputs=among.inputs, overwrite=overwrite
             )
             if not stage.is_whole(0):
                 mask = to_masks(
-                    scored,
+                    among.scored,
                     rules=[name],
                     retention_ratios=[ratio],
                     selection_scope=selection_scope,
@@ -93,26 +95,57 @@ def write_masks(
     return pl.concat(masks)
 
 
-def measured_alignment(run: Run, purpose: str) -> pl.LazyFrame:
-    """φ_t of each token under the reverse KL, over the widest parameter scope that was measured.
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that a rule selects among, and where they come from."""
+
+    scored: pl.LazyFrame
+    """Token table with scores, and with φ where the rule needs it."""
+    inputs: dict[str, str]
+    """Hashes of the tables that it was made from."""
+    measurement: Measurement | None = None
+    """Whose φ, where the rule needs it."""
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a mask's record says of the measurement; nothing without one."""
+        return {} if self.measurement is None else {"measurement": asdict(self.measurement)}
+
+
+def candidates(
+    run: Run,
+    *,
+    needs_gradients: bool,
+    measurement: Preference | None = None,
+    normalization_scope: str = "run",
+    divergence_clip: float | None = None,
+) -> Candidates:
+    """The tokens of a run that a rule selects among: all, or those whose gradients of the reverse
+    KL were measured (`measurements.run_measurement`).
 
     Raises:
-        RunError: no gradients were measured.
+        RunError: tokens are not scored, or no gradients were measured.
+        SchemaError, OptionError: no such measurement, or several and none is preferred.
     """
-    if not run.has("gradients"):
-        raise RunError(
-            f"{purpose} needs gradient norms; `tip-analysis gradients {run.path}` measures them"
-        )
-    measured = run.gradients().filter(pl.col("loss") == Loss.REVERSE_KL.value)
-    scopes = measured.select(pl.col("param_scope").unique()).collect()["param_scope"].to_list()
-    if not scopes:
-        raise RunError(
-            f"{purpose} needs gradients of the reverse KL; `tip-analysis gradients {run.path}`"
-            " measures them"
-        )
-    scope = "all" if "all" in scopes else sorted(scopes)[0]
-    of_token = measured.filter(pl.col("param_scope") == scope).group_by("rollout_id", "position")
-    return of_token.agg(pl.col("grad_dot_loss").first())
+    chosen = run_measurement(run, wanted=measurement) if needs_gradients else None
+    scored = add_scores(
+        run.tokens(), normalization_scope=normalization_scope, divergence_clip=divergence_clip
+    )
+    inputs = {"tokens": run.table_hash("tokens")}
+    if chosen is not None:
+        scored = with_gradients(scored, run.gradients(), chosen)
+        inputs["gradients"] = measurement_hash(run, chosen)
+    return Candidates(scored.collect().lazy(), inputs, chosen)
+
+
+def recorded_measurements(run: Run) -> list[Measurement]:
+    """The measurements whose φ some stored mask was made from, as `run.json` has them."""
+    found = [
+        Measurement(**stage["config"]["measurement"])
+        for stage in run.stages().values()
+        if stage["table"] == "masks" and stage["config"].get("measurement")
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _wanted(

@@ -13,7 +13,7 @@ number of prompts (the m-out-of-n bootstrap). Values are those of the whole run.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,27 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.analysis.cuts import Cuts
+from tip_analysis.analysis.measurements import (
+    Measurement,
+    Preference,
+    choose_measurement,
+    measurements_in,
+    preferred_measurement,
+    with_gradients,
+)
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.analysis.scores import Normalization, add_scores
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
-from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.errors import OptionError, RunError, SchemaError
+from tip_analysis.core.names import Loss
 from tip_analysis.core.run_folder import Run, open_run
 
 Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]
 """(tokens, number of resamples) -> a result table."""
+
+GRADIENT_SCORES = ("grad_norm", "grad_dot_loss", "reward_alignment")
+"""What a reader of single tokens sees of their gradients."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,9 @@ class ReportOptions:
 
     taxonomy: Taxonomy = DEFAULT_TAXONOMY
     """Where the cuts lie, and how scores are normalised."""
+    measurement: Preference = field(default_factory=Preference)
+    """Which measurement of gradients, where there are several; what is left open is settled by the
+    run's own preference."""
     num_strong: int = 6
     """Tokens in each list of the strongest."""
     browser_tokens: int = 12_000
@@ -47,6 +62,11 @@ class ReportOptions:
     resampled_tokens: int = 60_000
     """Tokens that intervals are resampled from; a longer run lends a sample of its prompts, and
     intervals are scaled."""
+
+    def arguments(self) -> str:
+        """The options as they are typed."""
+        chosen = f" --measurement {self.measurement}" if self.measurement.given else ""
+        return f"{self.taxonomy.arguments()}{chosen}"
 
 
 @dataclass(frozen=True)
@@ -203,20 +223,78 @@ class RunView:
         )
 
     @cached_property
-    def gradients(self) -> pl.LazyFrame:
-        """Norm and alignment of each token's own gradient: of the reverse KL, over the parameters
-        measured first."""
-        measured = self.run.gradients().filter(pl.col("loss") == "reverse_kl")
-        first = measured.select("param_scope", "method", "num_probes", "seed").head(1).collect()
-        if first.height:
-            measured = measured.filter(pl.col(name) == first[name][0] for name in first.columns)
-        return measured.select(
-            "rollout_id",
-            "position",
-            pl.col("grad_norm_sq").sqrt().alias("grad_norm"),
-            "grad_dot_loss",
-            "reward_alignment",
+    def measurements(self) -> list[Measurement]:
+        """Every measurement of gradients that the run holds, the reverse KL's first."""
+        return measurements_in(self.run.gradients()) if self.run.has("gradients") else []
+
+    @cached_property
+    def losses(self) -> list[str]:
+        """Losses whose gradients are shown, the reverse KL first: those with a measurement that
+        fits the options, but for `unsettled` ones.
+
+        Raises:
+            SchemaError: gradients were measured, and none fits the options.
+        """
+        fitting = [one.loss for one in self.measurements if one.fits(self.options.measurement)]
+        if self.measurements and not fitting:
+            self.measurement()
+        return [loss for loss in dict.fromkeys(fitting) if loss not in self.unsettled]
+
+    @cached_property
+    def unsettled(self) -> dict[str, str]:
+        """Losses other than the reverse KL with several measurements of which the run prefers
+        none, and what is to be done about each."""
+        reasons = {}
+        for loss in {one.loss for one in self.measurements} - {Loss.REVERSE_KL.value}:
+            try:
+                self.measurement(loss)
+            except SchemaError:
+                continue
+            except OptionError as error:
+                reasons[loss] = str(error)
+        return reasons
+
+    def measurement(self, loss: str = Loss.REVERSE_KL) -> Measurement:
+        """The one measurement that every number about gradients of a loss comes from.
+
+        Raises:
+            SchemaError: none fits the options.
+            OptionError: several do, and the run prefers none of them.
+        """
+        return choose_measurement(
+            self.measurements,
+            loss=loss,
+            wanted=self.options.measurement,
+            preferred=preferred_measurement(self.run),
         )
+
+    def measured(self, loss: str = Loss.REVERSE_KL) -> pl.LazyFrame:
+        """Scored tokens whose gradient of a loss was measured, with `measurement`'s columns."""
+        return with_gradients(self.tokens, self.run.gradients(), self.measurement(loss))
+
+    @cached_property
+    def gradients(self) -> pl.LazyFrame | None:
+        """Norm and alignment of each token's own gradient of the reverse KL (`measurement`); None
+        where that was not measured."""
+        if Loss.REVERSE_KL not in self.losses:
+            return None
+        return (
+            self.measurement()
+            .rows(self.run.gradients())
+            .select(
+                "rollout_id",
+                "position",
+                pl.col("grad_norm_sq").sqrt().alias("grad_norm"),
+                "grad_dot_loss",
+                "reward_alignment",
+            )
+        )
+
+    def with_gradients(self, tokens: pl.LazyFrame) -> pl.LazyFrame:
+        """Tokens with the columns of `gradients`, null where nothing was measured."""
+        if self.gradients is None:
+            return tokens.with_columns(pl.lit(None, pl.Float64).alias(c) for c in GRADIENT_SCORES)
+        return tokens.join(self.gradients, on=["rollout_id", "position"], how="left")
 
     @cached_property
     def shares(self) -> pl.DataFrame:

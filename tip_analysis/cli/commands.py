@@ -266,6 +266,7 @@ def select(command: options.Select) -> None:
 
     from tip_analysis.analysis.mask_tables import composition
     from tip_analysis.analysis.masks import write_masks
+    from tip_analysis.analysis.measurements import Preference
     from tip_analysis.analysis.quadrants import assign_quadrants
     from tip_analysis.core.run_folder import open_run
 
@@ -278,6 +279,7 @@ def select(command: options.Select) -> None:
         seeds=command.seeds,
         normalization_scope=taxonomy.normalization_scope,
         divergence_clip=taxonomy.divergence_clip,
+        measurement=Preference.parse(command.measurement),
         overwrite=command.overwrite,
     )
     cuts = taxonomy.measure(run.tokens())
@@ -299,9 +301,10 @@ def select(command: options.Select) -> None:
 
 def gradients(command: options.Gradients) -> None:
     """Measure gradient norms and alignment."""
+    from tip_analysis.analysis.measurements import prefer_measurement
     from tip_analysis.core.run_folder import open_run
     from tip_analysis.gradients.rollout_gradients import GradientSettings
-    from tip_analysis.gradients.stage import measure_run
+    from tip_analysis.gradients.stage import measure_run, setting_of
 
     run = open_run(command.run)
     settings = GradientSettings(
@@ -330,6 +333,8 @@ def gradients(command: options.Gradients) -> None:
         limit=command.limit,
         overwrite=command.overwrite,
     )
+    if command.prefer:
+        prefer_measurement(run, setting_of(settings))
     for loss, summary in found.items():
         show_summary(f"{command.run}: gradients of {loss} over {command.params}", summary)
 
@@ -468,10 +473,14 @@ _PRESET_OPTIONS = (
 
 def report(command: options.Report) -> None:
     """Write the HTML page."""
+    from tip_analysis.analysis.measurements import Preference
     from tip_analysis.report.build import ReportOptions, write_report
 
     output = command.output or Path("reports") / f"{command.runs[0].resolve().name}.html"
-    written = write_report(command.runs, output, ReportOptions(taxonomy_of(command)))
+    report_options = ReportOptions(
+        taxonomy_of(command), measurement=Preference.parse(command.measurement)
+    )
+    written = write_report(command.runs, output, report_options)
     console.print(f"report: {written}", soft_wrap=True)
 
 

@@ -85,6 +85,7 @@ class CommonOptions:
     """Show the traceback of an error."""
 
 
+Pairs = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")]
 Models = OmitArgPrefixes[ModelOptions]
 Taxonomy = OmitArgPrefixes[TaxonomyOptions]
 Common = OmitArgPrefixes[CommonOptions]
@@ -244,6 +245,9 @@ class Select:
     """Seeds of the sampling rules."""
     selection_scope: Literal["rollout", "batch", "run"] = "rollout"
     """Within what tokens compete."""
+    measurement: Pairs = ()
+    """Whose gradients gradient_oracle selects by, where several were measured: param_scope=…,
+    method=…, num_probes=…, seed=…; by default what the run prefers (its first)."""
     list: Flag = False
     """Show every rule with what it does, and stop."""
     overwrite: Flag = False
@@ -298,6 +302,9 @@ class Report:
     """Run folders with scored tokens; several are compared side by side."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
     """Where the page is written; by default reports/NAME.html, NAME being the first run's."""
+    measurement: Pairs = ()
+    """Which gradients, where several were measured: param_scope=…, method=…, num_probes=…, seed=…;
+    by default what the run prefers (its first)."""
     taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
     common: Common = field(default_factory=CommonOptions)
 
@@ -325,6 +332,8 @@ class Gradients:
     """Use the first N rollouts only."""
     overwrite: Flag = False
     """Measure again what this configuration has measured."""
+    prefer: Flag = False
+    """Take the numbers of this run from this measurement from now on; else from its first."""
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
 

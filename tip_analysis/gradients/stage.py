@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from tip_analysis.analysis.measurements import Preference, settle_preference
 from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
@@ -69,6 +70,7 @@ def measure_run(
         "teacher_context": teacher_context,
         "limit": limit,
     }
+    settle_preference(run, setting_of(settings))
     stages = {
         loss: _begin(run, loss, settings, shown, overwrite=overwrite) for loss in settings.losses
     }
@@ -123,13 +125,7 @@ def _begin(
     run: Run, loss: str, settings: GradientSettings, shown: dict[str, Any], *, overwrite: bool
 ) -> Stage:
     """The record of one loss of a measurement; `shown` says which models saw what."""
-    key = {
-        "loss": str(loss),
-        "param_scope": settings.param_scope,
-        "method": settings.method,
-        "num_probes": settings.num_probes if settings.method == "probe" else 0,
-        "seed": settings.seed,
-    }
+    key = {"loss": str(loss), **setting_of(settings).given}
     token_set = {
         "loss_aggregation": settings.loss_aggregation,
         "tokens_per_rollout": settings.tokens_per_rollout,
@@ -138,6 +134,12 @@ def _begin(
     return run.begin(
         "gradients", key=key, config=key | shown | token_set, inputs=inputs, overwrite=overwrite
     )
+
+
+def setting_of(settings: GradientSettings) -> Preference:
+    """What tells a measurement from others of the same loss."""
+    num_probes = settings.num_probes if settings.method == "probe" else 0
+    return Preference(settings.param_scope, str(settings.method), num_probes, settings.seed)
 
 
 def _summary(stage: Stage, num_shards: int) -> dict[str, Any]:

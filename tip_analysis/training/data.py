@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tip_analysis.analysis.scores import add_scores
+from tip_analysis.analysis.masks import NEEDS_GRADIENTS, candidates
 from tip_analysis.analysis.selection import rule as rule_of
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.core.errors import ModelError, OptionError, RunError, VocabularyMismatchError
@@ -200,12 +200,14 @@ def _selected_positions(
     logger.info(
         "%s holds no mask %s: it is made from the token table", run.path, json.dumps(dict(key))
     )
-    scored = add_scores(
-        run.tokens(), normalization_scope=normalization_scope, divergence_clip=divergence_clip
+    among = candidates(
+        run,
+        needs_gradients=key["rule"] in NEEDS_GRADIENTS,
+        normalization_scope=normalization_scope,
+        divergence_clip=divergence_clip,
     )
-    return (
-        select_tokens(scored, **key).filter("selected").select("rollout_id", "position").collect()
-    )
+    chosen = select_tokens(among.scored, **key).filter("selected")
+    return chosen.select("rollout_id", "position").collect()
 
 
 def _masks_by_rollout(

@@ -14,7 +14,8 @@ from rich.console import Group
 from rich.text import Text
 
 from tip_analysis.analysis.densities import strongest
-from tip_analysis.analysis.run_view import ReportOptions, RunView
+from tip_analysis.analysis.measurements import Preference
+from tip_analysis.analysis.run_view import GRADIENT_SCORES, ReportOptions, RunView
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import RunError, SchemaError, UnknownNameError
 from tip_analysis.core.run_folder import Run
@@ -29,10 +30,10 @@ from tip_analysis.report.notebook.frame import (
 )
 from tip_analysis.report.notebook.runs import open_view
 from tip_analysis.report.sections.browser import MAX_ROLLOUT_TOKENS, SCORES
+from tip_analysis.report.sections.gradients import measurement_words
 from tip_analysis.report.words import listed, number, percent, plural, visible, visible_lines
 
 _UNITS = {name: (label, unit) for name, label, unit in SCORES}
-_GRADIENT_SCORES = ("grad_norm", "grad_dot_loss", "reward_alignment")
 _LISTED = (
     "student_entropy",
     "teacher_entropy",
@@ -40,7 +41,7 @@ _LISTED = (
     "forward_kl",
     "soft_or",
     "q3_score",
-    *_GRADIENT_SCORES,
+    *GRADIENT_SCORES,
 )
 
 
@@ -160,6 +161,7 @@ def show_rollout(
     *,
     colour_by: str = "quadrant",
     taxonomy: Taxonomy = DEFAULT_TAXONOMY,
+    measurement: Preference | None = None,
     max_tokens: int = MAX_ROLLOUT_TOKENS,
     **cuts: Unpack[CutOptions],
 ) -> RolloutView:
@@ -173,17 +175,19 @@ def show_rollout(
         colour_by: `quadrant`, or a score of `report.browser.SCORES`; its scale runs from the run's
             1st to its 99th percentile.
         taxonomy: where the cuts lie, and how scores are normalised, over the whole run.
+        measurement: which gradients, where several were measured; the heading names them.
         max_tokens: how many of its tokens are shown.
         cuts: `entropy_cut`, `divergence_cut`, `cut_scope` in place of the taxonomy's.
 
     Raises:
         UnknownNameError: there is no such rollout, or no such score.
         RunError: no tokens are scored, or a gradient score is wanted and none was measured.
-        OptionError: a cut has no valid form.
+        OptionError: a cut has no valid form, or several measurements of gradients fit.
     """
     if colour_by not in ("quadrant", *_UNITS):
         raise UnknownNameError("score to colour by", colour_by, ["quadrant", *_UNITS])
-    view = open_view(run, ReportOptions(taxonomy.changed(**cuts)))
+    options = ReportOptions(taxonomy.changed(**cuts), measurement or Preference())
+    view = open_view(run, options)
     if rollout_id is None:
         rollout_id = _strongest_rollout(view)
     rows = _rows(view, rollout_id)
@@ -221,12 +225,7 @@ def _strongest_rollout(view: RunView) -> str:
 def _rows(view: RunView, rollout_id: str) -> pl.DataFrame:
     """The tokens of one rollout in order, with scores, quadrant and, where measured, gradients."""
     chosen = pl.col("rollout_id") == rollout_id
-    rows = view.tokens.filter(chosen)
-    if view.run.has("gradients"):
-        rows = rows.join(view.gradients.filter(chosen), on=["rollout_id", "position"], how="left")
-    else:
-        rows = rows.with_columns(pl.lit(None, pl.Float64).alias(name) for name in _GRADIENT_SCORES)
-    frame = rows.collect().sort("position")
+    frame = view.with_gradients(view.tokens.filter(chosen)).collect().sort("position")
     if frame.is_empty():
         first = (
             view.raw.select("rollout_id")
@@ -240,12 +239,12 @@ def _rows(view: RunView, rollout_id: str) -> pl.DataFrame:
 
 def _scale(view: RunView, column: str) -> tuple[float, float]:
     """The 1st and the 99th percentile of a score over the run."""
-    if column in _GRADIENT_SCORES and not view.run.has("gradients"):
+    table = view.gradients if column in GRADIENT_SCORES else view.tokens
+    if table is None:
         raise RunError(
-            f"{view.run.path} has no gradients yet; `tip-analysis gradients {view.run.path}`"
-            " measures them"
+            f"{view.run.path} has no gradients of the reverse KL yet; `tip-analysis gradients"
+            f" {view.run.path}` measures them"
         )
-    table = view.gradients if column in _GRADIENT_SCORES else view.tokens
     value = pl.col(column).cast(pl.Float64)
     finite = value.filter(value.is_finite())
     low, high = (
@@ -307,6 +306,8 @@ def _details(row: dict[str, Any], texts: dict[int, str], selected: str) -> Itera
 def _about(view: RunView, rollout_id: str, num_tokens: int) -> tuple[tuple[str, ...], str]:
     """What is known of a rollout, and its prompt."""
     facts = [plural(num_tokens, "token")]
+    if view.gradients is not None:
+        facts.append(f"gradients of the {measurement_words(view)}")
     if not view.run.has("rollouts"):
         return tuple(facts), ""
     wanted = ("prompt_text", "ground_truth", "reward", "finish_reason")

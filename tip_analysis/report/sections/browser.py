@@ -17,7 +17,10 @@ import polars as pl
 from tip_analysis.analysis import selection
 from tip_analysis.analysis.densities import STRENGTH, strongest
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.names import Loss
 from tip_analysis.report.page import Part, Section
+from tip_analysis.report.sections.gradients import measurement_words
+from tip_analysis.report.sections.overview import label_of
 from tip_analysis.report.words import count, percent, plural, visible, visible_lines
 
 DEFAULT_RULES = ("entropy", "soft_or", "q3", "divergence", "teachability")
@@ -75,7 +78,7 @@ def browser(views: Sequence[RunView]) -> Section:
     return Section(
         "browser",
         "Token browser",
-        [Part(finding)],
+        [Part(finding, population=_gradient_words(views))],
         shows=(
             "what the student wrote, which quadrant each token fell into, and what both models"
             " expected there."
@@ -83,6 +86,15 @@ def browser(views: Sequence[RunView]) -> Section:
         shows_not="a random sample: rollouts with the strongest tokens were put first on purpose.",
         template="browser.html.j2",
         extra={"payload": {"runs": runs, "scores": [list(score) for score in SCORES]}},
+    )
+
+
+def _gradient_words(views: Sequence[RunView]) -> str:
+    """Which measurement the gradients of single tokens are from, run by run."""
+    return " ".join(
+        f"Gradients of {label_of(view, views) or 'single tokens'}: {measurement_words(view)}."
+        for view in views
+        if Loss.REVERSE_KL in view.losses
     )
 
 
@@ -142,15 +154,7 @@ def _rows(view: RunView, chosen: Sequence[str]) -> pl.DataFrame:
     rows = view.tokens.join(wanted, on="rollout_id", how="semi").filter(
         pl.col("position") < MAX_ROLLOUT_TOKENS
     )
-    gradients = pl.lit(None, pl.Float64)
-    if view.run.has("gradients"):
-        measured = view.gradients.join(wanted, on="rollout_id", how="semi")
-        rows = rows.join(measured, on=["rollout_id", "position"], how="left")
-    else:
-        rows = rows.with_columns(
-            gradients.alias(name) for name in ("grad_norm", "grad_dot_loss", "reward_alignment")
-        )
-    return rows.collect().sort("rollout_id", "position")
+    return view.with_gradients(rows).collect().sort("rollout_id", "position")
 
 
 def _listed_ids(frame: pl.DataFrame) -> Iterable[int]:

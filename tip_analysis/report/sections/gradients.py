@@ -7,16 +7,21 @@ from typing import Any
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.analysis.correlations import correlation_table
-from tip_analysis.analysis.quadrant_tables import (
-    equation_6,
-    join_gradients,
-    quadrant_statistics,
-    widen,
-)
+from tip_analysis.analysis.correlations import correlation_table, equation_6
+from tip_analysis.analysis.quadrant_tables import quadrant_statistics, widen
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.figures.gradients import LOSS_NAMES
-from tip_analysis.report.page import Block, Measured, Missing, Part, Section, Table, Tag, picture
+from tip_analysis.report.page import (
+    Block,
+    Measured,
+    Missing,
+    Part,
+    Section,
+    Table,
+    Tag,
+    Warnings,
+    picture,
+)
 from tip_analysis.report.sections.overview import label_of, population, slug_of
 from tip_analysis.report.words import count, interval, listed, number, percent, plural
 
@@ -34,7 +39,6 @@ _SHARES = {
     "grad_norm_sq": "share_grad_norm_sq",
     "grad_dot_loss": "share_grad_dot_loss",
 }
-_KEYS = ("param_scope", "method", "num_probes", "seed")
 
 
 def gradients(views: Sequence[RunView]) -> Section:
@@ -56,34 +60,19 @@ def gradients(views: Sequence[RunView]) -> Section:
     )
 
 
-def measured_losses(view: RunView) -> list[str]:
-    """Losses whose gradients were measured, the reverse KL first."""
-    found = (
-        view.run.gradients()
-        .select(pl.col("loss").cast(pl.String).unique())
-        .collect()["loss"]
-        .to_list()
-    )
-    return sorted(
-        found, key=lambda name: (list(LOSS_NAMES).index(name) if name in LOSS_NAMES else 99, name)
-    )
+def measurement_words(view: RunView, loss: str = "reverse_kl") -> str:
+    """`reverse KL (all parameters, 32 probes, seed 0)`: which measurement the numbers are from."""
+    return f"{LOSS_NAMES.get(loss, loss)} ({view.measurement(loss).setting_words()})"
 
 
-def joined(view: RunView, loss: str) -> pl.LazyFrame:
-    """Scored tokens with one measurement of a loss's gradients: over all parameters if there is
-    one, else the first."""
-    table = view.run.gradients()
-    there = table.filter(pl.col("loss").cast(pl.String) == loss).select(
-        pl.col("method").cast(pl.String), *(k for k in _KEYS if k != "method")
-    )
-    first = (
-        there.unique()
-        .sort(pl.col("param_scope") != "all", *_KEYS)
-        .head(1)
-        .collect()
-        .row(0, named=True)
-    )
-    return join_gradients(view.tokens, table, loss=loss, **first)
+def _other_words(view: RunView) -> str:
+    """Measurements that the page shows no number of."""
+    shown = [view.measurement(loss) for loss in view.losses]
+    rest = [one for one in view.measurements if one not in shown]
+    if not rest:
+        return ""
+    named = "; ".join(one.words() for one in rest)
+    return f" Also measured, and shown with --measurement: {named}."
 
 
 def quadrant_table(view: RunView, loss: str) -> pl.DataFrame:
@@ -97,7 +86,7 @@ def quadrant_table(view: RunView, loss: str) -> pl.DataFrame:
 
     return widen(
         view.with_intervals(
-            joined(view, loss), compute, keys=["quadrant", "statistic"], names=["value"]
+            view.measured(loss), compute, keys=["quadrant", "statistic"], names=["value"]
         )
     )
 
@@ -112,11 +101,15 @@ def _part(view: RunView, label: str) -> Part:
             f"tip-analysis gradients {view.run.path} --loss reverse_kl forward_kl",
         )
         return Part(_logit_finding(view), [missing, _logit_picture(view)], population(view), label)
-    losses = measured_losses(view)
+    losses = view.losses
+    unsettled = [Warnings(list(view.unsettled.values()))] if view.unsettled else []
+    if not losses:
+        return Part("No measurement of gradients is preferred.", unsettled, run=label)
     tables = {loss: quadrant_table(view, loss) for loss in losses}
     blocks: list[Block] = [_profile_picture(view, tables), _energy_picture(view, tables)]
-    blocks += [_quadrant_block(loss, table) for loss, table in tables.items()]
+    blocks += [_quadrant_block(view, loss, table) for loss, table in tables.items()]
     blocks.append(_correlation_block(view, losses[0]))
+    blocks += unsettled
     return Part(
         _finding(losses[0], tables[losses[0]]),
         blocks,
@@ -252,7 +245,7 @@ def _energy_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
     )
 
 
-def _quadrant_block(loss: str, table: pl.DataFrame) -> Table:
+def _quadrant_block(view: RunView, loss: str, table: pl.DataFrame) -> Table:
     rewards = "positive_reward_alignment_share" in table.columns
     rows = []
     for row in table.iter_rows(named=True):
@@ -271,10 +264,9 @@ def _quadrant_block(loss: str, table: pl.DataFrame) -> Table:
         rows.append(cells)
     columns = ["quadrant", "tokens", "of Σ‖g‖²", "of Σφ", "Σφ / ΣM", "median φ/M", "φ < 0"]
     columns += ["raises the reward"] if rewards else []
-    name = LOSS_NAMES.get(loss, loss)
     caption = (
-        f"Gradients of the {name}: shares and ratios with 95% intervals. The median of φ/M is"
-        " corrected for probe noise."
+        f"Gradients of the {measurement_words(view, loss)}: shares and ratios with 95% intervals."
+        " The median of φ/M is corrected for probe noise."
     )
     return Table(columns, rows, caption, frozenset(range(1, len(columns))))
 
@@ -284,7 +276,7 @@ def _correlation_block(view: RunView, loss: str) -> Table:
         main = correlation_table(tokens, num_resamples=num_resamples)
         return pl.concat([main, equation_6(tokens, num_resamples=num_resamples)])
 
-    sample = view.sampled(joined(view, loss))
+    sample = view.sampled(view.measured(loss))
     table = compute(sample, min(100, view.options.num_resamples))
     names = {"grad_norm": "‖g‖", "grad_dot_loss": "φ", "oracle_weight": "φ/M"}
     rows = [
@@ -298,8 +290,9 @@ def _correlation_block(view: RunView, loss: str) -> Table:
         for row in table.iter_rows(named=True)
     ]
     caption = (
-        f"Rank correlations over {plural(table['num_tokens'][0], 'token')} with 95% intervals from "
-        f"{table['num_resamples'][0]} resamples; "
+        f"Rank correlations over {plural(table['num_tokens'][0], 'token')} with gradients of the"
+        f" {measurement_words(view, loss)}; 95% intervals from {table['num_resamples'][0]}"
+        " resamples; "
         "the last column holds position and token frequency. The last row is Eq. 6."
     )
     return Table(
@@ -314,7 +307,8 @@ def _measured_words(table: pl.DataFrame, view: RunView) -> str:
     total = int(table["num_tokens"].sum())
     return (
         f"Gradients of {count(total)} tokens, {percent(total / view.population.num_tokens)} of the"
-        f" run. {view.interval_words()}"
+        f" run: {listed([measurement_words(view, loss) for loss in view.losses])}."
+        f"{_other_words(view)} {view.interval_words()}"
     )
 
 

@@ -152,7 +152,7 @@ def command_of(views: Sequence[RunView], output: str) -> str:
     paths = " ".join(shlex.quote(str(view.run.path)) for view in views)
     return (
         f"python -m tip_analysis.report {paths} -o {shlex.quote(output)}"
-        f" {views[0].options.taxonomy.arguments()}"
+        f" {views[0].options.arguments()}"
     )
 
 

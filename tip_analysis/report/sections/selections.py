@@ -6,13 +6,15 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis import mask_tables as composition
-from tip_analysis.analysis.quadrant_tables import ENTROPY_ONLY_RULES, coverage_curve, proposition_2
+from tip_analysis.analysis.coverage_tables import ENTROPY_ONLY_RULES, coverage_curve, proposition_2
+from tip_analysis.analysis.masks import recorded_measurements
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.errors import SchemaError
+from tip_analysis.core.names import Loss
 from tip_analysis.report.page import Block, Missing, Part, Section, Table, picture
-from tip_analysis.report.sections.gradients import joined, measured_losses
+from tip_analysis.report.sections.gradients import measurement_words
 from tip_analysis.report.sections.overview import label_of, slug_of
-from tip_analysis.report.words import count, interval, number, percent, plural
+from tip_analysis.report.words import count, interval, listed, number, percent, plural
 
 MAX_MASKS = 48
 """Masks that are compared; of more, those of the first seeds and scope."""
@@ -49,14 +51,15 @@ def _part(view: RunView, label: str) -> Part:
     pairs = _pairs_at_one_ratio(masks)
     if pairs is not None:
         blocks.append(_overlap_picture(view, *pairs))
+    aligned = _aligned(view, tokens)
     missed = proposition_2(
         masks,
-        _aligned(view, tokens),
+        aligned,
         num_resamples=min(200, view.options.num_resamples),
         taxonomy=view.options.taxonomy,
     )
-    blocks += _coverage_pictures(view, masks, tokens)
-    blocks.append(_missed_block(missed))
+    blocks += _coverage_pictures(view, masks, aligned)
+    blocks.append(_missed_block(view, missed))
     if view.has_planted_labels:
         blocks.append(_planted_block(composition.planted_recall(masks, tokens)))
     n = missed.row(0, named=True)
@@ -64,9 +67,24 @@ def _part(view: RunView, label: str) -> Part:
         "Masks as recorded, on"
         f" {plural(int(made.filter(pl.col('quadrant') == 'Q1').height), 'mask')};"
         f" {plural(n['num_rollouts'], 'rollout')}, {plural(n['num_prompts'], 'prompt')}."
-        f" {view.interval_words()}"
+        f" {view.interval_words()}{_oracle_words(view)}"
     )
     return Part(_finding(missed), blocks, words, label)
+
+
+def _measured_words(view: RunView) -> str:
+    return f" φ of the {measurement_words(view)}."
+
+
+def _oracle_words(view: RunView) -> str:
+    """Whose φ the rule `gradient_oracle` selected by, and whether the page shows another."""
+    made_from = recorded_measurements(view.run)
+    if not made_from:
+        return ""
+    named = listed([one.setting_words() for one in made_from])
+    shown = [view.measurement()] if Loss.REVERSE_KL in view.losses else []
+    differs = "" if made_from == shown else "; φ on this page is another measurement’s"
+    return f" gradient_oracle selected by φ of the reverse KL ({named}){differs}."
 
 
 def _chosen_masks(view: RunView) -> tuple[pl.DataFrame, pl.LazyFrame]:
@@ -95,9 +113,9 @@ def _chosen_masks(view: RunView) -> tuple[pl.DataFrame, pl.LazyFrame]:
 
 def _aligned(view: RunView, tokens: pl.LazyFrame) -> pl.LazyFrame:
     """The tokens, with φ of the reverse KL where all of them have it."""
-    if not view.run.has("gradients") or "reverse_kl" not in measured_losses(view):
+    if "reverse_kl" not in view.losses:
         return tokens
-    measured = view.sampled(joined(view, "reverse_kl"))
+    measured = view.sampled(view.measured()).filter("loss_mask")
     same = measured.select(pl.len()).collect().item() == tokens.select(pl.len()).collect().item()
     return measured if same else tokens
 
@@ -179,9 +197,8 @@ def _overlap_picture(view: RunView, ratio: float, pairs: pl.DataFrame) -> Block:
     )
 
 
-def _coverage_pictures(view: RunView, masks: pl.DataFrame, tokens: pl.LazyFrame) -> list[Block]:
+def _coverage_pictures(view: RunView, masks: pl.DataFrame, aligned: pl.LazyFrame) -> list[Block]:
     columns = {"reverse_kl": "Σ reverse KL", "forward_kl": "Σ forward KL"}
-    aligned = _aligned(view, tokens)
     if "grad_dot_loss" in aligned.collect_schema().names():
         columns = {"grad_dot_loss": "Σφ", "reverse_kl": "Σ reverse KL"}
     try:
@@ -201,7 +218,7 @@ def _coverage_pictures(view: RunView, masks: pl.DataFrame, tokens: pl.LazyFrame)
             key=f"coverage-{column.replace('_', '-')}-{slug_of(view)}",
             caption=(
                 f"How much of {label} each rule keeps at each ρ, with 95% intervals; dotted: what"
-                " chance keeps."
+                f" chance keeps.{_measured_words(view) if column == 'grad_dot_loss' else ''}"
             ),
             alt=f"Lines of the share of {label} kept by each rule.",
         )
@@ -209,7 +226,7 @@ def _coverage_pictures(view: RunView, masks: pl.DataFrame, tokens: pl.LazyFrame)
     ]
 
 
-def _missed_block(missed: pl.DataFrame) -> Table:
+def _missed_block(view: RunView, missed: pl.DataFrame) -> Table:
     has_phi = "q3_alignment_missed" in missed.columns
     rows = []
     for row in missed.sort("retention_ratio", "q3_missed", nulls_last=True).iter_rows(named=True):
@@ -237,7 +254,10 @@ def _missed_block(missed: pl.DataFrame) -> Table:
         "95% interval",
     ]
     columns += ["of Σφ in Q3 missed"] if has_phi else []
-    caption = "What each selection takes from Q3 and what it misses (Proposition 2 on data)."
+    caption = (
+        "What each selection takes from Q3 and what it misses (Proposition 2 on data)."
+        f"{_measured_words(view) if has_phi else ''}"
+    )
     return Table(columns, rows, caption, frozenset({1, *range(3, len(columns))}))
 
 
