@@ -143,6 +143,8 @@ def exact_statistics(
         numbers = _exact_divergences(p, q, log_p, log_q)
         numbers |= _exact_gradients(p, q, log_p, log_q)
         order_s, order_t = stable_order(student).tolist(), stable_order(teacher).tolist()
+        numbers |= _exact_estimators(p, log_p, log_q, numbers["reverse_kl"])
+        numbers |= _exact_candidates(p, q, log_p, log_q, order_s[:support_k], numbers["reverse_kl"])
         numbers |= {
             "student_entropy_norm": (
                 numbers["student_entropy"] / mpmath.log(len(p)) if len(p) > 1 else 0
@@ -199,6 +201,59 @@ def _exact_gradients(p: list, q: list, log_p: list, log_q: list) -> dict:
         "logit_curvature": curvature,
         "w_local": square_norm / curvature if curvature else mpmath.nan,
     }
+
+
+def _exact_estimators(p: list, log_p: list, log_q: list, delta) -> dict:
+    """Variance of g_y = (ρ_y − b)(e_y − P_S), y ~ P_S, by its definition: E‖g_y − μ‖² over all y."""
+    if not mpmath.isfinite(delta):
+        return {"k1_variance": mpmath.inf, "k1_variance_centred": mpmath.inf, "k1_snr": mpmath.nan}
+    alive = [i for i, x in enumerate(p) if x]
+    rho = {i: log_p[i] - log_q[i] for i in alive}
+    square = mpmath.fsum(x * x for x in p)
+    distance = {i: 1 - 2 * p[i] + square for i in alive}
+    square_mean = mpmath.fsum((p[i] * (rho[i] - delta)) ** 2 for i in alive)
+
+    def variance(b):
+        return mpmath.fsum(p[i] * (rho[i] - b) ** 2 * distance[i] for i in alive) - square_mean
+
+    weight = mpmath.fsum(p[i] * distance[i] for i in alive)
+    best = mpmath.fsum(p[i] * rho[i] * distance[i] for i in alive) / weight if weight else 0
+    noise = variance(best)
+    return {
+        "k1_variance": variance(0),
+        "k1_variance_centred": variance(delta),
+        "k1_snr": square_mean / noise
+        if noise > mpmath.mpf(10) ** -60 * square_mean
+        else mpmath.nan,
+    }
+
+
+def _exact_candidates(p: list, q: list, log_p: list, log_q: list, ids: list, delta) -> dict:
+    """IER (arXiv 2609.24432) over renormalised candidates, and what a top-k reverse KL misses."""
+    alive = [i for i in ids if p[i]]
+    masked = any(not q[i] for i in alive)
+    ratio = mpmath.nan
+    if len(alive) > 2 and not masked:
+        mass = mpmath.fsum(p[i] for i in alive)
+        own, rho = [p[i] / mass for i in alive], [log_p[i] - log_q[i] for i in alive]
+        odds = [(1 - x) / x for x in own]
+        weights = [x * o for x, o in zip(own, odds, strict=True)]
+        centre = mpmath.fsum(w * r for w, r in zip(weights, rho, strict=True)) / mpmath.fsum(
+            weights
+        )
+        mean = mpmath.fsum(x * r for x, r in zip(own, rho, strict=True))
+        spread = mpmath.fsum(w * (r - centre) ** 2 for w, r in zip(weights, rho, strict=True))
+        variance = mpmath.fsum(x * (r - mean) ** 2 for x, r in zip(own, rho, strict=True))
+        if spread - variance > mpmath.mpf(10) ** -60 * spread:
+            ratio = variance / (spread - variance)
+    if len(ids) == len(p):
+        return {"ier": ratio, "topk_bias": 0, "topk_bias_no_tail": 0}
+    if masked:
+        return {"ier": ratio, "topk_bias": mpmath.nan, "topk_bias_no_tail": mpmath.nan}
+    inside = mpmath.fsum(p[i] * (log_p[i] - log_q[i]) for i in alive)
+    tail = [mpmath.fsum(row[i] for i in range(len(p)) if i not in ids) for row in (p, q)]
+    coarse = inside + (tail[0] * mpmath.log(tail[0] / tail[1]) if tail[0] and tail[1] else 0)
+    return {"ier": ratio, "topk_bias": delta - coarse, "topk_bias_no_tail": delta - inside}
 
 
 def extended_statistics(
@@ -261,6 +316,9 @@ def extended_statistics(
         "logit_curvature": curvature,
         "w_local": square_norm / curvature if curvature > 0 else np.nan,
     }
+    numbers |= _extended_estimators(p, centred, reverse, order_s)
+    logits = student.astype(np.longdouble), teacher.astype(np.longdouble)
+    numbers |= _extended_candidates(p, q, d, order_s[:support_k], reverse, *logits)
     result: dict = {name: float(value) for name, value in numbers.items()}
     result["top1_agree"] = bool(order_s[0] == order_t[0])
     result["student_topk_ids"], result["teacher_topk_ids"] = (
@@ -270,6 +328,59 @@ def extended_statistics(
     result["student_topk_logprobs"] = log_p[order_s[:top_k]].astype(float).tolist()
     result["teacher_topk_logprobs"] = log_q[order_t[:top_k]].astype(float).tolist()
     return result
+
+
+def _extended_estimators(p: np.ndarray, centred: np.ndarray, delta, order: np.ndarray) -> dict:
+    """`centred`: d less that of the top token."""
+    if not np.isfinite(delta):
+        return {"k1_variance": np.inf, "k1_variance_centred": np.inf, "k1_snr": np.nan}
+    rest = p.copy()
+    rest[order[0]] = 0
+    squares, others = np.sum(rest * rest), np.sum(rest)
+    distance = (1 - 2 * p) + (p[order[0]] ** 2 + squares)
+    distance[order[0]] = others**2 + squares
+    c = centred - np.sum(p * centred)
+    weights = p * distance
+    square_mean = np.sum((p * c) ** 2)
+
+    def variance(shift):
+        return np.sum(weights * (c - shift) ** 2) - square_mean
+
+    best = np.sum(weights * c) / np.sum(weights) if np.any(weights > 0) else 0
+    noise = variance(best)
+    resolved = noise > 1e-9 * square_mean and noise > 0
+    return {
+        "k1_variance": variance(-delta),
+        "k1_variance_centred": variance(0),
+        "k1_snr": square_mean / noise if resolved else np.nan,
+    }
+
+
+def _extended_candidates(
+    p: np.ndarray,
+    q: np.ndarray,
+    d: np.ndarray,
+    ids: np.ndarray,
+    delta,
+    student: np.ndarray,
+    teacher: np.ndarray,
+) -> dict:
+    alive = ids[p[ids] > 0]
+    masked, ratio = not np.all(np.isfinite(d[alive])), np.nan
+    if len(alive) > 2 and not masked:
+        own, rho = p[alive] / np.sum(p[alive]), student[alive] - teacher[alive]
+        rho = rho - rho[0]
+        weights = np.array([np.sum(np.delete(own, i)) for i in range(len(own))])
+        centre = np.sum(weights * rho) / np.sum(weights)
+        spread = np.sum(weights * (rho - centre) ** 2)
+        variance = np.sum(own * (rho - np.sum(own * rho)) ** 2)
+        ratio = variance / (spread - variance) if spread - variance > 1e-12 * spread else np.nan
+    if masked:
+        return {"ier": ratio, "topk_bias": np.nan, "topk_bias_no_tail": np.nan}
+    inside = np.sum(p[alive] * d[alive])
+    tail_p, tail_q = (np.sum(np.delete(row, ids)) for row in (p, q))
+    coarse = inside + (tail_p * np.log(tail_p / tail_q) if tail_p > 0 and tail_q > 0 else 0)
+    return {"ier": ratio, "topk_bias": delta - coarse, "topk_bias_no_tail": delta - inside}
 
 
 def _extended_row(row: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np.longdouble]:

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import reference
 import torch
-from expected_statistics import DTYPES, FLOORS, assert_statistics, oracle
+from expected_statistics import (
+    DIFFERENCES,
+    DTYPES,
+    FLOORS,
+    assert_estimators,
+    assert_statistics,
+    oracle,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import LOGIT_KINDS, as_rows, logit_pair, logit_pairs
@@ -40,7 +47,9 @@ def test_the_two_oracles_agree(kind: str) -> None:
         f(student, teacher, 3) for f in (reference.exact_statistics, reference.extended_statistics)
     )
     for name, value in exact.items():
-        np.testing.assert_allclose(extended[name], value, rtol=1e-6, atol=1e-70, err_msg=name)
+        # the extended oracle takes what a top-k misses from δ
+        atol = 1e-15 * exact["reverse_kl"] if name.startswith("topk_bias") else 1e-70
+        np.testing.assert_allclose(extended[name], value, rtol=1e-6, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,7 +76,10 @@ def test_float32_keeps_all_but_its_last_digits(apart: float) -> None:
     found = token_statistics(student=student, teacher=teacher)
     expected = token_statistics(student=student.double(), teacher=teacher.double())
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name].double(), values, rtol=2e-5, atol=0, err_msg=name)
+        atol = (
+            2e-6 if name.startswith("topk_bias") else 0
+        )  # differences of δ and the candidates' part
+        np.testing.assert_allclose(found[name].double(), values, rtol=2e-5, atol=atol, err_msg=name)
 
 
 @given(logit_pairs(40), st.integers(0, 1))
@@ -76,6 +88,7 @@ def test_float64_is_kept(pair: tuple[np.ndarray, np.ndarray], token_id: int) -> 
     student, teacher = as_rows([pair], torch.float64)
     columns = token_statistics(student=student, teacher=teacher, token_ids=torch.tensor([token_id]))
     expected = reference.exact_statistics(*pair, token_id)
+    assert_estimators(columns, 0, expected, rounding=1e-11)
     for name, value in expected.items():
         if name.endswith(("ids", "agree")):
             assert columns[name][0].tolist() == value
@@ -90,10 +103,17 @@ def test_the_columns_are_those_of_the_token_table() -> None:
     student, teacher = as_rows([logit_pair("random", 20, 0)], torch.float32)
     names = TokenTable.column_names()
     statistics = names[names.index("student_entropy") : names.index("teacher_topk_logprobs") + 1]
-    with_tokens = token_statistics(student=student, teacher=teacher, token_ids=torch.tensor([1]))
+    ids = torch.tensor([1])
+    with_tokens = token_statistics(student=student, teacher=teacher, token_ids=ids, stop_ids=ids)
     assert sorted(with_tokens) == sorted(statistics)
     without = token_statistics(student=student, teacher=teacher)
-    assert set(with_tokens) - set(without) == {"student_logprob", "teacher_logprob"}
+    assert set(with_tokens) - set(without) == {
+        "student_logprob",
+        "teacher_logprob",
+        "student_stop_mass",
+        "teacher_stop_mass",
+        "stop_mismatch",
+    }
 
 
 def test_two_tokens_by_hand() -> None:
@@ -169,7 +189,9 @@ def test_ranges_and_symmetries(pair: tuple[np.ndarray, np.ndarray], dtype: str) 
         assert bool((there[name][:, 1:] <= there[name][:, :-1]).all())  # two may be -inf
         assert bool((there[name] <= 0).all())
     assert bool((there["student_topk_ids"] < vocab_size).all())
-    assert not any(values.isnan().any() for name, values in there.items() if name != "w_local")
+    may_be_nan = {"w_local", "k1_snr", "ier", "topk_bias", "topk_bias_no_tail"}
+    assert not any(values.isnan().any() for name, values in there.items() if name not in may_be_nan)
+    assert float(there["topk_bias"].nan_to_num()) >= 0
 
 
 @given(logit_pairs(60), st.floats(-50, 50))
@@ -215,9 +237,11 @@ def test_constants_added_to_a_row_change_nothing(
     plain = token_statistics(student=student, teacher=teacher)
     shifted = token_statistics(student=student + first, teacher=teacher + second)
     for name in plain:
-        assert torch.allclose(
-            plain[name].double(), shifted[name].double(), rtol=1e-5, atol=0, equal_nan=True
-        ), name
+        atol = 2e-6 if name in DIFFERENCES else 0
+        if name != "k1_snr":  # whether a variance is resolved may hang on the last bit
+            assert torch.allclose(
+                plain[name].double(), shifted[name].double(), rtol=1e-5, atol=atol, equal_nan=True
+            ), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -170,6 +170,48 @@ class TokenTable(dy.Schema):
     w_local = dy.Float32(
         **_NATS, description="‖g‖² / gᵀHg (Eq. 6 at η = 1); null where either underflows"
     )
+    k1_variance = dy.Float32(
+        **_NATS_OR_INF,
+        description=(
+            "Variance (trace) of (ρ_y − b)(e_y − P_S), y ~ P_S, ρ = ln P_S/P_T, at b = 0: the "
+            "one-sample estimate of ∂δ/∂z"
+        ),
+    )
+    k1_variance_centred = dy.Float32(**_NATS_OR_INF, description="The same at b = δ")
+    k1_snr = dy.Float32(
+        **_NATS_OR_INF,
+        description=(
+            "‖∂δ/∂z‖² over that variance at the best scalar b; null where the variance is not told "
+            "from rounding"
+        ),
+    )
+    ier = dy.Float32(
+        **_NATS_OR_INF,
+        description=(
+            "Information-geometric ratio over the student's min(16, V) most likely tokens, "
+            "renormalised (arXiv 2609.24432); null for fewer than three"
+        ),
+    )
+    topk_bias = dy.Float32(
+        **_NATS_OR_INF,
+        description=(
+            "δ less the reverse KL of the student's min(16, V) most likely tokens and one bucket "
+            "for the rest, nats"
+        ),
+    )
+    topk_bias_no_tail = dy.Float32(
+        nullable=True,
+        allow_inf=True,
+        description="δ less Σ P_S ln P_S/P_T over these tokens alone, nats; of either sign",
+    )
+    student_stop_mass = dy.Float32(
+        **_UNIT_INTERVAL, description="Σ P_S over the tokens with which either model stops"
+    )
+    teacher_stop_mass = dy.Float32(**_UNIT_INTERVAL, description="Σ P_T over these")
+    stop_mismatch = dy.Float32(
+        **_NATS_OR_INF,
+        description="The part of δ that is which of these tokens to stop with, nats (arXiv 2609.20511)",
+    )
     student_topk_ids = dy.List(
         dy.Int32(min=0), nullable=True, description="The student's most likely tokens"
     )

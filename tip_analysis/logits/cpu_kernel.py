@@ -243,10 +243,11 @@ def _sums_for_normalising(student, teacher, top_s, top_t, r_top):
     """Over a stretch of a row, with e = exp x and r = x_S − x_T.
 
     Sums of e_S and e_T over all but the top tokens, of e_S x_S, e_T x_T, e_S − e_T, e_S², e_S e_T,
-    and e_S (r − r_top); then the number of top tokens of each model, and whether any r, any −r is
-    infinite.
+    e_S (r − r_top), and of e_S² over all but the top tokens; then the number of top tokens of each
+    model, and whether any r, any −r is infinite.
     """
     rest_s = rest_t = moment_s = moment_t = difference = squares = products = ratio = _ZERO
+    rest_squares = _ZERO
     tops_s = tops_t = np.int32(0)
     infinite_s = infinite_t = np.int32(0)
     for i in range(len(student)):
@@ -268,11 +269,12 @@ def _sums_for_normalising(student, teacher, top_s, top_t, r_top):
         far = e_s - e_t
         difference = _plus(difference, _where(abs(r) < _NEAR, near, far))
         squares = _plus(squares, e_s * e_s)
+        rest_squares = _plus(rest_squares, _where(x_s == _ZERO, _ZERO, e_s * e_s))
         products = _plus(products, e_s * e_t)
         ratio = _plus(ratio, e_s * (r - r_top))
         infinite_s = np.int32(infinite_s | np.int32(r > _INFINITE))
         infinite_t = np.int32(infinite_t | np.int32(r < -_INFINITE))
-    sums = (rest_s, rest_t, moment_s, moment_t, difference, squares, products, ratio)
+    sums = (rest_s, rest_t, moment_s, moment_t, difference, squares, products, ratio, rest_squares)
     return sums, (tops_s, tops_t, infinite_s, infinite_t)
 
 
@@ -289,12 +291,18 @@ def _sums_of_divergences(
     mean_ratio,
     top_gradient,
     centre,
+    top_distance,
+    distance,
 ):
     """Over a stretch of a row: the sums of `RowTotals`; for curvature Σ P_S c and Σ P_S c², c = g
-    less its centre."""
+    less its centre.
+
+    ‖e_y − P_S‖² is `top_distance` of a top token, and `distance` − 2 P_S(y) of any other.
+    """
     reverse_kl = forward_kl = jsd = hellinger = reverse_gradient = difference = first = second = (
         _ZERO
     )
+    first_moment = second_moment = _ZERO
     for i in range(len(student)):
         x_s, x_t = _relative(student[i], top_s), _relative(teacher[i], top_t)
         p, q = _exp(x_s) * top_prob_s, _exp(x_t) * top_prob_t
@@ -332,13 +340,17 @@ def _sums_of_divergences(
         relative = r - r_top
         in_reverse = p * _ROOT_SCALE * (relative - mean_ratio)
         reverse_gradient = _plus(reverse_gradient, in_reverse * in_reverse)
+        moment = in_reverse * _where(x_s == _ZERO, top_distance, distance - _TWO * p)
+        first_moment = _plus(first_moment, moment)
+        second_moment = _plus(second_moment, moment * (relative - mean_ratio))
         g = g * _SCALE
         difference = _plus(difference, g * g)
         centred = _where((x_s == _ZERO) & (relative == _ZERO), top_gradient, g) - centre
         weighted = p * centred
         first = _plus(first, weighted)
         second = _plus(second, weighted * centred)
-    return reverse_kl, forward_kl, jsd, hellinger, reverse_gradient, difference, first, second
+    sums = (reverse_kl, forward_kl, jsd, hellinger, reverse_gradient, difference, first, second)
+    return *sums, first_moment, second_moment
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -349,7 +361,7 @@ def _row_totals(student, teacher, row, out):
     x_t = _relative(teacher[first_token], top_t)
     r_top = -x_t - _rounding_error(teacher[first_token], top_t, x_t)
 
-    sums, counts = np.zeros(8), np.zeros(4, np.int64)
+    sums, counts = np.zeros(9), np.zeros(4, np.int64)
     for start in range(0, len(student), _CHUNK):
         part = slice(start, start + _CHUNK)
         sums_of_part, counts_of_part = _sums_for_normalising(
@@ -378,8 +390,11 @@ def _row_totals(student, teacher, row, out):
         log_sum_t - sums[3] * top_prob_t,
     )
     out.reverse_is_infinite[row], out.forward_is_infinite[row] = counts[2] > 0, counts[3] > 0
+    rest_squares = (sums[8] + (counts[0] - 1)) * top_prob_s * top_prob_s
+    rest_prob = rest_s * top_prob_s
+    out.log_sum_ratio[row], out.rest_squares[row] = shift, rest_squares
 
-    sums = np.zeros(8)
+    sums = np.zeros(10)
     constants = (
         np.float32(top_prob_s),
         np.float32(top_prob_t),
@@ -387,6 +402,8 @@ def _row_totals(student, teacher, row, out):
         np.float32(mean_ratio),
         np.float32(top_gradient),
         np.float32(centre),
+        np.float32(rest_prob * rest_prob + rest_squares),
+        np.float32(1 + top_prob_s * top_prob_s + rest_squares),
     )
     for start in range(0, len(student), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -400,6 +417,7 @@ def _row_totals(student, teacher, row, out):
         sums[5],
     )
     out.curvature[row] = sums[7] - sums[6] ** 2
+    out.first_estimator_moment[row], out.second_estimator_moment[row] = sums[8], sums[9]
 
 
 def _kept_on_disk(function: Callable[..., None]) -> Callable[..., None]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.logits import torch_kernel
+from tip_analysis.logits.estimators import candidate_columns, estimator_columns
 from tip_analysis.logits.losses import (
     LOSSES,
     entropy,
@@ -31,6 +32,7 @@ from tip_analysis.logits.losses import (
     reverse_kl,
 )
 from tip_analysis.logits.probabilities import SCALE, compute_dtype
+from tip_analysis.logits.stop_tokens import stop_columns
 from tip_analysis.logits.totals import RowTotals
 
 __all__ = [
@@ -61,6 +63,7 @@ def token_statistics(
     token_ids: Tensor | None = None,
     top_k: int = 5,
     support_k: int = 16,
+    stop_ids: Tensor | None = None,
     compile: bool | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a token row carries, off its two rows of logits, in one pass (natural
@@ -72,7 +75,10 @@ def token_statistics(
         token_ids: The sampled tokens, [N]; without them the two sampled-token log-probabilities are
             left out.
         top_k: How many of the most likely tokens of each model to return; at most V are.
-        support_k: How many of the student's most likely tokens the teacher's mass is summed over.
+        support_k: How many of the student's most likely tokens the teacher's mass is summed over,
+            and are the candidates of `ier` and `topk_bias`.
+        stop_ids: The tokens that end a response for either model, [k]; without them the three
+            columns on stop tokens are left out.
         compile: Whether the pass is compiled: on a processor in seconds, once for a machine; on an
             accelerator in some tens of seconds, once for each V and dtype. None compiles where it
             is worth it, see `worth_compiling`. The two ways differ in rounding. float64 logits on a
@@ -82,7 +88,9 @@ def token_statistics(
         The columns of `tip_analysis.core.schema.TokenTable` by name, each [N] (top-k: [N, k]), in
         float32 (float64 for float64 logits), ids in int64, `top1_agree` in bool. Top-k ids go by
         falling probability, the lower id first where tied. `w_local` is NaN where gᵀHg or ‖g‖² is
-        below the smallest normal number of the dtype; nothing else is ever NaN. A Kullback-Leibler
+        below the smallest normal number of the dtype, `k1_snr` and `ier` where the variance that
+        they divide by is not told from rounding, `ier` and `topk_bias` where the teacher masks a
+        candidate; nothing else is ever NaN. A Kullback-Leibler
         divergence, and with it the norm of its gradient, is +inf where a masked token has
         probability under the other model.
 
@@ -99,6 +107,10 @@ def token_statistics(
         _check_maxima("student", totals.student_max)
         _check_maxima("teacher", totals.teacher_max)
         columns = _columns(student, teacher, token_ids, top_k, totals)
+        columns |= estimator_columns(totals, compute_dtype(student, teacher))
+        columns |= candidate_columns(student, teacher, totals.student_ids[:, :support_k], totals)
+        if stop_ids is not None:
+            columns |= stop_columns(student, teacher, stop_ids.to(student.device), totals)
     dtype = compute_dtype(student, teacher)
     return {
         name: values.to(dtype) if values.is_floating_point() else values

@@ -110,7 +110,7 @@ class _Normalised(NamedTuple):
     teacher_entropy: Tensor
     reverse_is_infinite: Tensor
     forward_is_infinite: Tensor
-    shift: Tensor
+    log_sum_ratio: Tensor
     """r − d: what the log-ratio of the exponentials is above that of the probabilities."""
     mean_ratio: Tensor
     """E (r − r_top) under P_S."""
@@ -119,6 +119,10 @@ class _Normalised(NamedTuple):
     centre: Tensor
     """What curvature is centred on, times `SCALE`: g of the top token or, where that is a small
     part, about E g."""
+    rest_squares: Tensor
+    """Σ P_S² over all but the top token."""
+    rest_prob: Tensor
+    """Σ P_S over all but the top token."""
 
 
 class _Sums(NamedTuple):
@@ -132,6 +136,8 @@ class _Sums(NamedTuple):
     square_reverse_gradient: Tensor
     square_difference: Tensor
     curvature: Tensor
+    first_estimator_moment: Tensor
+    second_estimator_moment: Tensor
 
 
 class _Stages(NamedTuple):
@@ -231,10 +237,12 @@ def _first_pass(
         teacher_entropy=log_sum_t - (e_t * row_t.x).sum(-1, keepdim=True) * top_t,
         reverse_is_infinite=is_infinite(r.amax(-1, keepdim=True)),
         forward_is_infinite=is_infinite(-r.amin(-1, keepdim=True)),
-        shift=shift,
+        log_sum_ratio=shift,
         mean_ratio=(e_s * (r - tops.r_top)).sum(-1, keepdim=True) * top_s,
         top_gradient=top_gradient,
         centre=torch.where(at_top.p > CENTRE_ON_TOP_ABOVE, top_gradient, mean),
+        rest_squares=rest_of_sum(row_s.x, e_s * e_s) * top_s.square(),
+        rest_prob=rest_s * top_s,
     )
 
 
@@ -246,12 +254,15 @@ def _second_pass(
     kept: _Exponentials | None = None,
 ) -> _Sums:
     row_s, _, e_s, e_t, r = kept or _exponentials(student, teacher, tops)
-    ratio = ratio_of(e_s * first.student_top_prob, e_t * first.teacher_top_prob, r - first.shift)
+    ratio = ratio_of(
+        e_s * first.student_top_prob, e_t * first.teacher_top_prob, r - first.log_sum_ratio
+    )
     g = ratio.difference * SCALE
     # P_S (d − δ), from d relative to the top token's: nearly one-hot rows keep what is left of it
     # there
     relative = r - tops.r_top
     reverse_gradient = ratio.p * math.sqrt(SCALE) * (relative - first.mean_ratio)
+    moment = reverse_gradient * _square_distance(row_s.x, ratio.p, first)
     # gᵀHg = Var(g) under P_S = E(g − a)² − (E g − a)²
     centred = torch.where((row_s.x == 0) & (relative == 0), first.top_gradient, g) - first.centre
     weighted = ratio.p * centred
@@ -264,7 +275,16 @@ def _second_pass(
         square_difference=g.square().sum(-1, keepdim=True),
         curvature=(weighted * centred).sum(-1, keepdim=True)
         - weighted.sum(-1, keepdim=True).square(),
+        first_estimator_moment=moment.sum(-1, keepdim=True),
+        second_estimator_moment=(moment * (relative - first.mean_ratio)).sum(-1, keepdim=True),
     )
+
+
+def _square_distance(x: Tensor, p: Tensor, first: _Normalised) -> Tensor:
+    """‖e_y − P_S‖² of each token y, [N, V], about the top token so that it does not cancel there."""
+    at_top = first.rest_prob.square() + first.rest_squares
+    elsewhere = 1 + first.student_top_prob.square() + first.rest_squares - 2 * p
+    return torch.where(x == 0, at_top, elsewhere)
 
 
 _UNCOMPILED = _Stages(_tops, _first_pass, _second_pass, keeps_exponentials=True)

@@ -43,6 +43,14 @@ class RowTotals(NamedTuple):
     """‖g‖², g = P_S − P_T, times `SCALE`²."""
     curvature: Tensor
     """gᵀHg, times `SCALE`²."""
+    log_sum_ratio: Tensor
+    """ln Σ exp x_S − ln Σ exp x_T, exact to its own size: d = x_S − x_T less this."""
+    rest_squares: Tensor
+    """Σ P_S² over all but the top token."""
+    first_estimator_moment: Tensor
+    """Σ P_S c ‖e_y − P_S‖², c = d − δ, times √`SCALE`."""
+    second_estimator_moment: Tensor
+    """Σ P_S c² ‖e_y − P_S‖², times √`SCALE`."""
 
     @classmethod
     def empty(cls, num_rows: int, num_student: int, num_teacher: int) -> "RowTotals":
