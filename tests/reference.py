@@ -204,7 +204,7 @@ def _exact_gradients(p: list, q: list, log_p: list, log_q: list) -> dict:
 
 
 def _exact_estimators(p: list, log_p: list, log_q: list, delta) -> dict:
-    """Variance of g_y = (ρ_y − b)(e_y − P_S), y ~ P_S, by its definition: E‖g_y − μ‖² over all y."""
+    """Variance of g_y = (ρ_y − b)(e_y − P_S), y ~ P_S: E‖g_y‖² − ‖μ‖² over all y."""
     if not mpmath.isfinite(delta):
         return {"k1_variance": mpmath.inf, "k1_variance_centred": mpmath.inf, "k1_snr": mpmath.nan}
     alive = [i for i, x in enumerate(p) if x]

@@ -193,7 +193,13 @@ def _score_here(
         )
     summary = score_rollouts(
         run,
-        Scorer(student, teacher, TokenBudget(command.models.tokens_a_batch()), command.top_k),
+        Scorer(
+            student,
+            teacher,
+            TokenBudget(command.models.tokens_a_batch()),
+            command.top_k,
+            stop_tokens=command.stop_tokens,
+        ),
         teacher_context=command.teacher_context,
         shard_size=command.shard_size,
         part=part,
@@ -240,6 +246,7 @@ def _score_with_ray(command: options.Score, student: str) -> dict[str, Any]:
         teacher_context=command.teacher_context,
         shard_size=command.shard_size,
         top_k=command.top_k,
+        stop_tokens=command.stop_tokens,
         token_budget=command.models.tokens_a_batch(),
         dtype=command.models.dtype,
         device=command.models.device,

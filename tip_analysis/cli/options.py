@@ -34,6 +34,7 @@ from tip_analysis.cli.ranges import (
     TopK,
     ToyPrompts,
 )
+from tip_analysis.core.names import StopTokens
 
 Flag = FlagCreatePairsOff[bool]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -207,6 +208,9 @@ class Score:
     turn."""
     top_k: TopK = 5
     """How many of each model's most likely tokens are kept."""
+    stop_tokens: StopTokens = StopTokens.DECLARED
+    """Tokens with which student or teacher stop: as they are declared, or merged into one, so that
+    which of them a model prefers is no disagreement."""
     shard_size: Count = 64
     """Rollouts a shard: what is done again after an interruption."""
     shard: str = "0/1"

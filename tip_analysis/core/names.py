@@ -82,6 +82,15 @@ class SelectionScope(Name):
     RUN = "run"
 
 
+class StopTokens(Name):
+    """What scoring takes the tokens for with which student or teacher stop."""
+
+    DECLARED = "declared"
+    """Different tokens, as the vocabulary has them."""
+    MERGED = "merged"
+    """One token: which of them a model prefers is no disagreement."""
+
+
 class FinishReason(Name):
     """Why a rollout ends where it ends."""
 

@@ -210,7 +210,9 @@ class TokenTable(dy.Schema):
     teacher_stop_mass = dy.Float32(**_UNIT_INTERVAL, description="Σ P_T over these")
     stop_mismatch = dy.Float32(
         **_NATS_OR_INF,
-        description="The part of δ that is which of these tokens to stop with, nats (arXiv 2609.20511)",
+        description=(
+            "The part of δ that is which of these tokens to stop with, nats (arXiv 2609.20511)"
+        ),
     )
     student_topk_ids = dy.List(
         dy.Int32(min=0), nullable=True, description="The student's most likely tokens"

@@ -84,7 +84,7 @@ def candidate_columns(
 
 
 def _information_ratio(student: Tensor, teacher: Tensor) -> Tensor:
-    """IER of candidates' logits [N, k]; a constant added to ρ changes nothing, so it is z_S − z_T."""
+    """IER of candidates' logits [N, k]; constants do not matter, so ρ is z_S − z_T."""
     known = student.isfinite()
     x = torch.where(known, student - student.amax(1, keepdim=True), -math.inf)
     rest = x[:, 1:].exp().sum(1, keepdim=True)  # candidates come by falling logit

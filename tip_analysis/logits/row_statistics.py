@@ -32,7 +32,7 @@ from tip_analysis.logits.losses import (
     reverse_kl,
 )
 from tip_analysis.logits.probabilities import SCALE, compute_dtype
-from tip_analysis.logits.stop_tokens import stop_columns
+from tip_analysis.logits.stop_tokens import merge_tokens, merged_ids, stop_columns
 from tip_analysis.logits.totals import RowTotals
 
 __all__ = [
@@ -64,6 +64,7 @@ def token_statistics(
     top_k: int = 5,
     support_k: int = 16,
     stop_ids: Tensor | None = None,
+    merge_stop_tokens: bool = False,
     compile: bool | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a token row carries, off its two rows of logits, in one pass (natural
@@ -79,6 +80,9 @@ def token_statistics(
             and are the candidates of `ier` and `topk_bias`.
         stop_ids: The tokens that end a response for either model, [k]; without them the three
             columns on stop tokens are left out.
+        merge_stop_tokens: Whether all columns but these three are those of rows in which the stop
+            tokens are one token, named by the smallest of `stop_ids`. V stays what it is in
+            `student_entropy_norm`.
         compile: Whether the pass is compiled: on a processor in seconds, once for a machine; on an
             accelerator in some tens of seconds, once for each V and dtype. None compiles where it
             is worth it, see `worth_compiling`. The two ways differ in rounding. float64 logits on a
@@ -103,6 +107,10 @@ def token_statistics(
     if compile is None:
         compile = worth_compiling(student.numel(), student.device)
     with torch.no_grad():
+        declared = student, teacher
+        if merge_stop_tokens and stop_ids is not None:
+            student, teacher = merge_tokens(student, stop_ids), merge_tokens(teacher, stop_ids)
+            token_ids = None if token_ids is None else merged_ids(token_ids, stop_ids)
         totals = _row_totals(student, teacher, top_k, support_k, compile)
         _check_maxima("student", totals.student_max)
         _check_maxima("teacher", totals.teacher_max)
@@ -110,7 +118,7 @@ def token_statistics(
         columns |= estimator_columns(totals, compute_dtype(student, teacher))
         columns |= candidate_columns(student, teacher, totals.student_ids[:, :support_k], totals)
         if stop_ids is not None:
-            columns |= stop_columns(student, teacher, stop_ids.to(student.device), totals)
+            columns |= stop_columns(*declared, stop_ids, totals)
     dtype = compute_dtype(student, teacher)
     return {
         name: values.to(dtype) if values.is_floating_point() else values

@@ -1,4 +1,4 @@
-"""Stop tokens that mean the same: the mass that each model gives them, and rows in which they are one.
+"""Stop tokens that mean the same: their mass in each model, and rows in which they are one.
 
 Student and teacher may put the mass with which they stop on different tokens (arXiv 2609.20511):
 the reverse KL at a rollout's end is then 10 to 25 nats of nothing.
@@ -14,7 +14,8 @@ from tip_analysis.logits.totals import RowTotals
 
 
 def merge_tokens(logits: Tensor, ids: Tensor) -> Tensor:
-    """Logits [N, V] in which the first of the tokens `ids` [k] has the mass of all, the others none.
+    """Logits [N, V] in which the smallest of the tokens `ids` [k] has the mass of all, the others
+    none.
 
     Args:
         logits: of any floating dtype; not changed.
@@ -22,17 +23,20 @@ def merge_tokens(logits: Tensor, ids: Tensor) -> Tensor:
     """
     if len(ids) < 2:
         return logits
-    merged = logits.clone()
+    ids = ids.to(logits.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # the sum needs its digits
+    merged = logits.to(dtype, copy=True)
     merged[:, ids] = -math.inf
-    merged[:, ids[0]] = logits[:, ids].float().logsumexp(-1).to(logits.dtype)
+    merged[:, ids.min()] = logits[:, ids].to(dtype).logsumexp(-1)
     return merged
 
 
 def merged_ids(token_ids: Tensor, ids: Tensor) -> Tensor:
-    """Sampled tokens [N], those among `ids` [k] by the first of them."""
+    """Sampled tokens [N], those among `ids` [k] by the smallest of them."""
     if len(ids) < 2:
         return token_ids
-    return torch.where(torch.isin(token_ids, ids), ids[0].to(token_ids.dtype), token_ids)
+    ids = ids.to(token_ids.device, token_ids.dtype)
+    return torch.where(torch.isin(token_ids, ids), ids.min(), token_ids)
 
 
 def stop_columns(
@@ -50,6 +54,7 @@ def stop_columns(
     """
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < student.shape[1]:
         raise OptionError(f"stop tokens must lie in [0, {student.shape[1]}); found {ids.tolist()}")
+    ids = ids.to(student.device)
     log_p = _logprobs(student, ids, totals.student_max, totals.student_log_sum)
     log_q = _logprobs(teacher, ids, totals.teacher_max, totals.teacher_log_sum)
     mass_s, mass_t = log_p.exp().sum(1), log_q.exp().sum(1)
@@ -61,7 +66,7 @@ def stop_columns(
 
 
 def _divergence_within(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL of the student's choice among a few tokens [N, k] from the teacher's, [N]; 0 without mass."""
+    """KL of the student's choice among k tokens from the teacher's, [N]; 0 without mass."""
     if log_p.shape[1] < 2:
         return log_p.new_zeros(log_p.shape[0])
     own, others = log_p.log_softmax(1), log_q.log_softmax(1)

@@ -281,7 +281,7 @@ def _second_pass(
 
 
 def _square_distance(x: Tensor, p: Tensor, first: _Normalised) -> Tensor:
-    """‖e_y − P_S‖² of each token y, [N, V], about the top token so that it does not cancel there."""
+    """‖e_y − P_S‖² of each token y, [N, V], written so that it does not cancel at the top."""
     at_top = first.rest_prob.square() + first.rest_squares
     elsewhere = 1 + first.student_top_prob.square() + first.rest_squares - 2 * p
     return torch.where(x == 0, at_top, elsewhere)

@@ -24,6 +24,7 @@ import polars as pl
 import torch
 
 from tip_analysis.core.errors import InputError, OptionError
+from tip_analysis.core.names import StopTokens
 from tip_analysis.core.optional import require
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import open_run
@@ -57,6 +58,7 @@ class ScoringJob:
     teacher_context: str = "none"
     shard_size: int = 64
     top_k: int = 5
+    stop_tokens: StopTokens = StopTokens.DECLARED
     token_budget: int = 16384
     dtype: str = "auto"
     device: str = "auto"
@@ -69,7 +71,13 @@ class ScoringJob:
         teacher = (
             student if same else load_model(self.teacher, dtype=self.dtype, device=self.device)
         )
-        scorer = Scorer(student, teacher, TokenBudget(self.token_budget), self.top_k)
+        scorer = Scorer(
+            student,
+            teacher,
+            TokenBudget(self.token_budget),
+            self.top_k,
+            stop_tokens=self.stop_tokens,
+        )
         return begin_scoring(open_run(self.run), scorer, self.teacher_context, self.shard_size)
 
 

@@ -11,6 +11,7 @@ body.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tip_analysis.core.errors import LogitsError, OptionError
+from tip_analysis.core.names import StopTokens
 from tip_analysis.core.progress import Advance
 from tip_analysis.core.schema import TokenTable, polars_schema
 from tip_analysis.logits.blocks import Columns, in_blocks
@@ -82,6 +84,8 @@ class Scorer:
     compile: bool | None = None
     """Whether the statistics are compiled; None leaves it to device and size of each table
     (`divergence.worth_compiling`)."""
+    stop_tokens: StopTokens = StopTokens.DECLARED
+    """Whether the tokens with which either model stops count as one."""
     vocab_size: int = field(init=False)
     _texts: dict[int, str] = field(init=False, repr=False, default_factory=dict)
 
@@ -89,6 +93,12 @@ class Scorer:
         if self.top_k < 1:
             raise OptionError(f"--top-k must be at least 1, found {self.top_k}")
         object.__setattr__(self, "vocab_size", shared_vocabulary(self.student, self.teacher))
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The shared tokens with which either model ends a response, rising."""
+        either = self.student.stop_token_ids | self.teacher.stop_token_ids
+        return sorted(token_id for token_id in either if token_id < self.vocab_size)
 
     def token_table(
         self,
@@ -149,6 +159,7 @@ class Scorer:
         self, student: Tensor, teacher: TeacherSide, token_ids: Tensor, compiled: bool
     ) -> Columns:
         """Heads and statistics, a cache-sized block of rows at a time."""
+        stop_ids = torch.tensor(self.stop_ids, dtype=torch.long)
 
         def block(rows: slice) -> Columns:
             student_logits = self.student.head(student[rows])[:, : self.vocab_size]
@@ -160,6 +171,8 @@ class Scorer:
                 teacher=teacher_logits,
                 token_ids=token_ids[rows],
                 top_k=self.top_k,
+                stop_ids=stop_ids,
+                merge_stop_tokens=self.stop_tokens is StopTokens.MERGED,
                 compile=compiled,
             )
 

@@ -69,6 +69,14 @@ NOT_STORED = (
     "forward_kl_logit_grad_norm",
     "logit_curvature",
     "w_local",
+    "k1_variance",
+    "k1_variance_centred",
+    "k1_snr",
+    "ier",
+    "topk_bias",
+    "topk_bias_no_tail",
+    "teacher_stop_mass",
+    "stop_mismatch",
 )
 """Columns that a stored top-k leaves null."""
 _OF_THE_TEACHER = (
