@@ -5,11 +5,13 @@ import sys
 import textwrap
 
 import polars as pl
+import psutil
 import pytest
 
 from tip_analysis.core.atomic_files import file_hash
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError, SchemaError, StorageError
-from tip_analysis.core.run_folder import config_hash, create_run, open_run
+from tip_analysis.core.record import config_hash
+from tip_analysis.core.run_folder import create_run, open_run
 from tip_analysis.core.schema import MaskTable, TokenTable, polars_schema
 
 
@@ -72,8 +74,13 @@ def test_overwriting_removes_the_stage_and_what_was_built_on_it(run):
     masks.write(0, mask_rows())
     again = run.begin("score", config={"a": 2}, overwrite=True)
     assert again.key == score.key
+    assert run.masks().collect().height == 1, "old rows stay until the first new shard is safe"
+    assert run.stages()["score"]["config"] == {"a": 1}
+    again.write(0, TokenTable.create_empty())
     assert list(run.stages()) == ["score"]
+    assert run.stages()["score"]["config"] == {"a": 2}
     assert not run.has("masks")
+    assert not list((run.path / "masks").iterdir())
 
 
 def test_keyed_records_stand_side_by_side_and_refuse_another_identity(run):
@@ -180,13 +187,16 @@ def test_part_files_of_dead_processes_are_removed(run):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host = os.uname().nodename
-    stale = run.path / "masks" / f"part-00000.parquet.{host}.{dead.pid}.part"
-    alive = run.path / "masks" / f"part-00001.parquet.{host}.{os.getpid()}.part"
-    elsewhere = run.path / "masks" / f"part-00001.parquet.other-host.{dead.pid}.part"
-    for part in (stale, alive, elsewhere):
+    folder, start = run.path / "masks", round(psutil.Process().create_time())
+    stale = folder / f".part-00000.parquet.{host}.{dead.pid}-{start}.part"
+    reused = folder / f".part-00000.parquet.{host}.{os.getpid()}-{start - 1000}.part"
+    alive = folder / f".part-00001.parquet.{host}.{os.getpid()}-{start}.part"
+    elsewhere = folder / f".part-00001.parquet.other-host.{dead.pid}-{start}.part"
+    for part in (stale, reused, alive, elsewhere):
         part.write_text("")
     run.begin("select", config={}, additive=True)
     assert not stale.exists()
+    assert not reused.exists(), "the process number was given to another process"
     assert alive.exists()
     assert elsewhere.exists()
     assert stage.missing(1) == [0]

@@ -115,14 +115,14 @@ def test_both_phases_resume_and_array_jobs_share_them(run, one_pass, student, te
     first = store_teacher_states(run, teacher, shard_size=4, part=(1, 2))
     assert first == {"num_shards": 4, "num_shards_missing": 2}
     scorer = Scorer(student, teacher)
-    with pytest.raises(RunError, match=r"part-00000.safetensors is missing or altered"):
+    with pytest.raises(RunError, match=r"part-00000.safetensors is missing, altered or discarded"):
         score_rollouts(run, scorer, shard_size=4, stored=TeacherStore(run))
     store_teacher_states(run, teacher, shard_size=4, part=(0, 2))
     shard = run.path / "teacher_states" / "part-00001.safetensors"
     kept = {path: path.stat().st_mtime_ns for path in shard.parent.iterdir() if path != shard}
     shard.write_bytes(shard.read_bytes()[:-8])
     assert run.altered_shards() == ["teacher_states/part-00001.safetensors"]
-    with pytest.raises(RunError, match=r"part-00001.safetensors is missing or altered"):
+    with pytest.raises(RunError, match=r"part-00001.safetensors is missing, altered or discarded"):
         score_rollouts(run, scorer, shard_size=4, stored=TeacherStore(run))
     assert (
         len(list((run.path / "tokens").iterdir())) == 1
@@ -358,5 +358,8 @@ def test_the_command_scores_in_two_phases(folders, sampled, tmp_path, capsys):
     assert "teacher_context: 'none' → 'solution'" in capsys.readouterr().err
     main([*two, "--phase", "student", "--discard-teacher-states"])
     assert not (runs[1].path / "teacher_states").exists()
-    assert list(runs[1].stages()) == ["rollout", "score"]
+    teacher = runs[1].stages()["teacher"]
+    assert teacher["shards"] == {}
+    assert teacher["discarded"]
+    main([*two, "--phase", "student", "--discard-teacher-states"])  # as after a kill: nothing to do
     assert runs[0].tokens().collect().equals(runs[1].tokens().collect())

@@ -23,6 +23,7 @@ from tip_analysis.analysis.selection import exact_ratio, rule, to_masks
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run
+from tip_analysis.core.table_files import read
 
 NEEDS_GRADIENTS = ("gradient_oracle",)
 """Rules that select among the tokens whose gradients were measured, and no others."""
@@ -89,8 +90,8 @@ def write_masks(
                     seeds=[seed],
                 )
                 stage.write(0, mask)
-                stage.finish(num_selected=mask.height)
-            masks.append(pl.read_parquet(stage.path(0)))
+            masks.append(read(stage.path(0)))
+            stage.finish(num_selected=masks[-1].height)
             advance()
     return pl.concat(masks)
 

@@ -86,7 +86,7 @@ class RunView:
     """A run folder with scores and quadrants under given options."""
 
     def __init__(self, path: str | Path, options: ReportOptions, name: str | None = None) -> None:
-        self.run: Run = open_run(path)
+        self.run: Run = open_run(path, on_altered="accept")
         self.name = name or Path(path).resolve().name
         self.options = options
         if not self.run.has("tokens"):

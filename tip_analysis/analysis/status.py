@@ -3,7 +3,8 @@ only."""
 
 import polars as pl
 
-from tip_analysis.core.run_folder import COMMAND_OF_STAGE, TABLE_OF_STAGE, Run
+from tip_analysis.core.record import COMMAND_OF_STAGE, TABLE_OF_STAGE
+from tip_analysis.core.run_folder import Run
 
 
 def stage_table(run: Run) -> pl.DataFrame:

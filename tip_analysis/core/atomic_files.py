@@ -1,15 +1,18 @@
 """Files that are complete or absent: written beside their place, then renamed into it.
 
-Whoever is killed at any moment leaves a part file at most, which the next process of that machine
-removes.
+A file and its folder are synchronised with the disk, so that what was renamed survives a power cut
+as well. Whoever is killed at any moment leaves a hidden part file at most, which the next process
+of that machine removes.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ import polars as pl
 import psutil
 
 from tip_analysis.core.errors import StorageError
+
+LONGEST_NAME = 255
+"""Bytes that a file system allows the name of a file."""
 
 
 def file_hash(path: Path) -> str:
@@ -26,13 +32,40 @@ def file_hash(path: Path) -> str:
 
 
 def part_of(path: Path) -> Path:
-    """Where this process makes a file before it is renamed to `path`."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    """Where this process makes a file before it is renamed to `path`: hidden, beside its place."""
+    owner = f".{socket.gethostname()}.{os.getpid()}-{_start_of(os.getpid())}.part"
+    name = path.name
+    if len(os.fsencode(f".{name}{owner}")) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return path.with_name(f".{name}{owner}")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, sweep: bool = True) -> Iterator[Path]:
     """Where to make a file that takes its place at `path` when the block ends well.
+
+    Args:
+        path: the file's place; its folder is made if need be.
+        sweep: first remove the part files of processes that are gone, `path`'s whole folder over.
+
+    Raises:
+        StorageError: no space, or no permission; what was there before is intact.
+    """
+    with made_beside(path, sweep=sweep) as part:
+        yield part
+        sync(part)
+        put_in_place(part, path)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Rename a file that was made whole beside its place."""
+    part.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def made_beside(path: Path, *, sweep: bool = True) -> Iterator[Path]:
+    """Where to make a file beside its place; what is still there at the end is removed.
 
     Raises:
         StorageError: no space, or no permission; what was there before is intact.
@@ -40,9 +73,10 @@ def replacing(path: Path) -> Iterator[Path]:
     part = part_of(path)
     try:
         with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
+            if sweep:
+                remove_stale_parts(path.parent)
             yield part
-            part.replace(path)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -58,6 +92,33 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         write(part)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, for good: the entry in the folder above is synchronised."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of files, written to the disk itself.
+
+    Raises:
+        OSError: the disk reports an error for a file. Folders that cannot be synchronised (some
+            network file systems) are left as they are.
+    """
+    is_folder = path.is_dir()
+    try:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError:
+        if not is_folder:
+            raise
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system says of a full or closed disk into one clear error."""
@@ -66,11 +127,9 @@ def storage_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        free = shutil.disk_usage(_existing_parent(path)).free
         reason = error.strerror or first_line(error)
         raise StorageError(
-            f"cannot write {path}: {reason} ({free / 1e9:.1f} GB free); what was there before is"
-            " intact"
+            f"cannot write {path}: {reason}{_free_space(path)}; what was there before is intact"
         ) from error
     except pl.exceptions.ComputeError as error:
         raise StorageError(
@@ -78,18 +137,49 @@ def storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+def _free_space(path: Path) -> str:
+    with suppress(OSError):
+        parent = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+        return f" ({shutil.disk_usage(parent).free / 1e9:.1f} GB free)"
+    return ""
 
 
 def remove_stale_parts(folder: Path) -> None:
     """Remove the part files of processes of this machine that are gone."""
-    for part in folder.glob("*.part"):
-        *_, host, pid, _ = part.name.rsplit(".", maxsplit=3)
-        if host == socket.gethostname() and not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            part.unlink(missing_ok=True)
+    owner = re.compile(rf"\..+\.{re.escape(socket.gethostname())}\.(\d+)-(\d+)\.part")
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = owner.fullmatch(entry.name)
+            if match and not _is_alive(int(match[1]), int(match[2])):
+                _remove(Path(entry.path))
 
 
-def first_line(error: Exception) -> str:
+def _remove(part: Path) -> None:
+    with suppress(OSError):
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
+
+
+def _is_alive(pid: int, start: int) -> bool:
+    """Whether the process that was `pid` then still runs: numbers are given again to others."""
+    try:
+        return abs(_start_of(pid) - start) <= 2
+    except (psutil.Error, OverflowError):
+        return False
+
+
+def _start_of(pid: int) -> int:
+    """When a process began, in seconds since 1970."""
+    return _own_start(pid) if pid == os.getpid() else round(psutil.Process(pid).create_time())
+
+
+@cache
+def _own_start(pid: int) -> int:
+    return round(psutil.Process(pid).create_time())
+
+
+def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -102,5 +102,9 @@ class ConfigurationMismatchError(RunError):
     """A stage was begun with another configuration; the message lists the differences."""
 
 
+class LockedError(RunError, TimeoutError):
+    """Another process is at work on the same thing; the message says which."""
+
+
 class StorageError(RunError, OSError):
     """Writing failed: no space, no permission. What was there before is intact."""

@@ -1,86 +1,73 @@
-"""A run folder: atomic Parquet shards, validated reads, and `run.json`, the record of how each
-table came to be.
+"""A run folder: validated reads of its tables, and `run.json`, the record of how each came to be.
 
-Every file is complete or absent. A shard is written beside its place, hashed, entered in `run.json`
-and only then renamed into its place, so that a process killed at any moment leaves no half-written
-table, and a shard that lies in its place always has its hash on record. `run.json` is rewritten
-under a file lock: array jobs may fill one run together.
+Every file is complete or absent (`tip_analysis.core.stages` says how shards are written), and
+`run.json` is rewritten under a file lock: array jobs may fill one run together. A run folder from
+elsewhere is not trusted: its record is checked when it is read (`tip_analysis.core.record`), its
+tables before any number is made of them (`tip_analysis.core.table_files`), and nothing is deleted
+but shards on record that lie in the run's own folders.
 
 A stage has an identity (its configuration and the hashes of its inputs). Stages that own their
 table (`rollout`, `score`) refuse to go on under another identity; stages that add rows (`select`,
 `gradients` …) keep one record for each.
 """
 
-import hashlib
-import json
-import logging
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from filelock import FileLock
 
-from tip_analysis.core.atomic_files import (
-    file_hash,
-    first_line,
-    remove_stale_parts,
-    replacing,
-    storage_errors,
-    write_atomically,
-)
-from tip_analysis.core.errors import ConfigurationMismatchError, RunError, SchemaError
+from tip_analysis.core.atomic_files import file_hash, make_folder, storage_errors
+from tip_analysis.core.errors import RunError
 from tip_analysis.core.lazy_display import notebook_html
-from tip_analysis.core.provenance import environment, now
-from tip_analysis.core.schema import SCHEMA_VERSION, TABLES, validate
+from tip_analysis.core.locks import locked
+from tip_analysis.core.record import (
+    COMMAND_OF_STAGE,
+    TABLE_OF_STAGE,
+    Record,
+    config_hash,
+    jsonable,
+    read_record,
+    write_record,
+)
+from tip_analysis.core.schema import SCHEMA_VERSION, TABLES
+from tip_analysis.core.stages import Stage, begin_stage, discard_rows, stage_on_record
+from tip_analysis.core.table_files import (
+    CHEAP_BYTES,
+    Shard,
+    check_footers,
+    check_whole,
+    scan,
+    shards_of,
+)
 
-logger = logging.getLogger(__name__)
-
-TABLE_OF_STAGE = {
-    "rollout": "rollouts",
-    "teacher": "teacher_states",
-    "vocabulary": "vocabulary",
-    "score": "tokens",
-    "gradients": "gradients",
-    "select": "masks",
-    "ablate": "ablations",
-    "evaluate": "evaluations",
-}
-"""The folder that each stage fills."""
-
-COMMAND_OF_STAGE = {"teacher": "score --phase teacher", "vocabulary": "score"}
-"""The command that does a stage, where it has another name."""
-
-SHARD_SUFFIX = {"teacher_states": ".safetensors"}
-"""How shards are called that are no Parquet files."""
-
-BUILT_ON = {
-    "rollout": ("teacher", "vocabulary", "score", "gradients", "select"),
-    "score": ("vocabulary", "gradients", "select"),
-}
-"""Stages whose rows lose their meaning when a stage starts afresh."""
+__all__ = ["Run", "Stage", "create_run", "open_run"]
 
 
-Record = dict[str, Any]
-
-
-def open_run(path: str | Path) -> "Run":
+def open_run(path: str | Path, *, on_altered: str = "refuse") -> "Run":
     """Open an existing run folder.
+
+    Args:
+        path: the folder.
+        on_altered: `refuse` tables whose bytes are not those that were written, or `accept` them
+            while their rows keep the contract (for readers that warn of it).
 
     Raises:
         RunError: there is no run at `path`.
     """
     path = Path(path)
-    if not (path / "run.json").is_file():
-        found = "a folder without run.json" if path.is_dir() else "nothing"
+    try:
+        is_run, is_folder = (path / "run.json").is_file(), path.is_dir()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    if not is_run:
+        found = "a folder without run.json" if is_folder else "nothing"
         raise RunError(
             f"no run at {path}: expected a folder with run.json, found {found}; `tip-analysis"
             f" rollout {path} …` begins one"
         )
-    return Run(path)
+    return Run(path, on_altered=on_altered)
 
 
 def create_run(path: str | Path) -> "Run":
@@ -92,15 +79,17 @@ def create_run(path: str | Path) -> "Run":
     """
     path = Path(path)
     with storage_errors(path):
-        if path.is_dir() and not (path / "run.json").is_file() and any(path.glob("[!.]*")):
+        is_run = (path / "run.json").is_file()
+        if not is_run and path.is_dir() and any(path.glob("[!.]*")):
             raise RunError(
                 f"{path} holds other files and is no run folder; name a new or empty folder"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         run = Run(path)
-        if not run.record_path.is_file():
+        if not is_run:
             with run.locked():
-                _write_json(run.record_path, {"schema_version": SCHEMA_VERSION, "stages": {}})
+                if not run.record_path.is_file():
+                    run.write({"schema_version": SCHEMA_VERSION, "stages": {}})
     return run
 
 
@@ -108,9 +97,11 @@ class Run:
     """One run folder. Tables are read as lazy frames whose columns keep the contract of
     `tip_analysis.core.schema`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, on_altered: str = "refuse") -> None:
         self.path = path
         self.record_path = path / "run.json"
+        self._refuses_altered = on_altered == "refuse"
+        self._known: tuple[tuple[int, ...], Record] | None = None
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {', '.join(self.stages()) or 'empty'})"
@@ -149,53 +140,74 @@ class Run:
 
     def has(self, table: str) -> bool:
         """Whether any shard of `table` lies in its place."""
-        return bool(self._files(table))
+        return bool(self._shards(table))
 
     def table(self, name: str) -> pl.LazyFrame:
         """All rows of one table, in the order of its shards.
 
         Raises:
-            RunError: the table is not there, or a shard is no readable Parquet file.
-            SchemaError: a column is missing or has another dtype.
+            RunError: the table is not there, or a shard is missing, altered, on no record or no
+                readable Parquet file.
+            SchemaError: a column is missing or has another dtype, or a row breaks the contract.
         """
-        files = self._files(name)
-        if not files:
+        shards = self._shards(name)
+        if not shards:
             stage = next(stage for stage, table in TABLE_OF_STAGE.items() if table == name)
             stage = COMMAND_OF_STAGE.get(stage, stage)
             raise RunError(
                 f"{self.path} has no {name} yet; `tip-analysis {stage} {self.path} …` makes them"
             )
-        try:
-            frame = pl.scan_parquet(files)
-            found = frame.collect_schema()
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise RunError(
-                f"{self.path / name}: not readable as Parquet ({first_line(error)}); run the stage"
-                " again"
-            ) from error
-        if name in TABLES:
-            _check_dtypes(found, name, self.path)
-        return frame
+        check_footers(shards, name)
+        if sum(shard.path.stat().st_size for shard in shards) <= CHEAP_BYTES:
+            self._check_whole(shards, name)
+        return scan([shard.path for shard in shards])
 
-    def _files(self, table: str) -> list[Path]:
-        return sorted((self.path / table).glob("*.parquet"))
+    def _shards(self, table: str) -> list[Shard]:
+        return shards_of(self.path, self.known(), table)
 
-    def record(self) -> Record:
-        """`run.json` as it stands.
+    def _check_whole(self, shards: Sequence[Shard], table: str) -> None:
+        scored = self.known()["stages"].get("score", {}).get("config", {})
+        check_whole(
+            shards,
+            table,
+            vocab_size=scored.get("shared_vocabulary") if table == "tokens" else None,
+            hashes=self._refuses_altered,
+        )
+
+    def verify(self) -> None:
+        """Check every file on record against its hash, and every row of every table against its
+        contract, whatever the size.
 
         Raises:
-            RunError: it is not readable, or was written by a newer version.
+            RunError, SchemaError: names the first fault's file and row.
         """
-        try:
-            record = json.loads(self.record_path.read_text("utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise RunError(f"{self.record_path} is not readable: {first_line(error)}") from error
-        if record.get("schema_version", 0) > SCHEMA_VERSION:
-            raise RunError(
-                f"{self.record_path} has schema version {record['schema_version']}, newer than"
-                f" {SCHEMA_VERSION}; update"
-            )
-        return record
+        for table in TABLE_OF_STAGE.values():
+            shards = self._shards(table)
+            if table in TABLES and shards:
+                check_footers(shards, table)
+                self._check_whole(shards, table)
+            elif altered := [shard for shard in shards if shard.is_altered()]:
+                raise RunError(
+                    f"{altered[0].name} was altered since it was written: {altered[0].again}"
+                )
+
+    def record(self) -> Record:
+        """`run.json` as it stands, checked.
+
+        Raises:
+            RunError: it is not readable or damaged, or was written by a newer version.
+        """
+        return read_record(self.record_path)
+
+    def known(self) -> Record:
+        """The same, read again only where the file has changed; not to be changed by the caller."""
+        with suppress(OSError):
+            found = self.record_path.stat()
+            stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if self._known is None or self._known[0] != stamp:
+                self._known = stamp, self.record()
+            return self._known[1]
+        return self.record()
 
     def stages(self) -> dict[str, Record]:
         """The record of every stage begun so far, by key: `score`, `select-1f2e3d4c` …"""
@@ -224,8 +236,12 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock on `run.json`."""
-        with FileLock(self.path / ".run.json.lock"):
+        """Hold the lock on `run.json`.
+
+        Raises:
+            LockedError: another process holds it for longer than `--lock-timeout`.
+        """
+        with locked(self.path / ".run.json.lock", str(self.record_path)):
             yield
 
     def update(self, change: Callable[[Record], None]) -> None:
@@ -237,7 +253,27 @@ class Run:
         with storage_errors(self.record_path), self.locked():
             record = self.record()
             change(record)
-            _write_json(self.record_path, record)
+            self.write(record)
+
+    def write(self, record: Record) -> None:
+        """Put `record` in place of `run.json`; the caller holds the lock."""
+        write_record(self.record_path, record)
+
+    def sweep(self) -> None:
+        """Remove shards that were superseded, and then forget them."""
+        if self.record().get("superseded"):
+            self.update(self._remove_superseded)
+
+    def _remove_superseded(self, record: Record) -> None:
+        kept = {
+            f"{stage['table']}/{name}"
+            for stage in record["stages"].values()
+            for name in stage["shards"]
+        }
+        for name in set(record.pop("superseded", [])) - kept:
+            table, _, shard = name.partition("/")
+            if not (self.path / table).is_symlink():  # a link leads out of the run
+                (self.path / table / shard).unlink(missing_ok=True)
 
     def begin(
         self,
@@ -246,10 +282,10 @@ class Run:
         config: Mapping[str, Any],
         inputs: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
+        overwrite: bool | str = False,
         additive: bool = False,
         key: Mapping[str, Any] | None = None,
-    ) -> "Stage":
+    ) -> Stage:
         """Begin a stage, or go on with it.
 
         Args:
@@ -257,7 +293,9 @@ class Run:
             config: what decides the numbers: part of the stage's identity.
             inputs: hashes of what is read: part of the identity too.
             settings: what may change between sessions (device, batch size): recorded only.
-            overwrite: remove the stage's rows, and those built on them, first.
+            overwrite: put new rows in place of the stage's own and of those built on them, once the
+                first new shard is safe. A text names the session of several processes that do so
+                together.
             additive: keep one record for each identity, instead of refusing another.
             key: what tells the records of an additive stage apart, where that is not the whole
                 identity: under one key, another identity is refused.
@@ -265,50 +303,16 @@ class Run:
         Raises:
             ConfigurationMismatchError: the stage was begun with another identity; says what
                 differs.
+            LockedError: another process reads what is to be replaced, or replaces what is read.
             StorageError: the folder cannot be written to.
         """
-        identity = _jsonable({"config": dict(config), "inputs": dict(inputs or {})})
+        identity = jsonable({"config": dict(config), "inputs": dict(inputs or {})})
         name = f"{stage}-{config_hash(key or identity)[:8]}" if additive or key else stage
-        if overwrite:
-            self.discard(name)
-        table = TABLE_OF_STAGE[stage]
-        with storage_errors(self.path / table):
-            (self.path / table).mkdir(exist_ok=True)
-            remove_stale_parts(self.path / table)
-        begun = {
-            "settings": _jsonable(dict(settings or {})),
-            "environment": environment(),
-            "finished": None,
-        }
+        return begin_stage(
+            self, stage, identity=identity, key=name, settings=settings or {}, overwrite=overwrite
+        )
 
-        def enter(
-            record: Record,
-        ) -> None:  # under the lock: another process may have begun, or added a shard, just now
-            known = record["stages"].get(name)
-            if (
-                known is None or not known["shards"]
-            ):  # nothing that another identity could be mixed with
-                new = {
-                    "table": table,
-                    "began": now(),
-                    "wall_time_s": 0.0,
-                    "shards": {},
-                    "summary": {},
-                }
-                record["stages"][name] = identity | new | begun
-            elif differences := _differences(known, identity):
-                raise ConfigurationMismatchError(
-                    f"{self.path}: {stage} was begun with another configuration:"
-                    f" {'; '.join(differences)}. Use the same options, another run folder, or"
-                    " --overwrite to start afresh"
-                )
-            else:
-                known |= begun
-
-        self.update(enter)
-        return Stage(self, name, table)
-
-    def stage(self, key: str) -> "Stage":
+    def stage(self, key: str) -> Stage:
         """A stage that was begun.
 
         Raises:
@@ -320,164 +324,13 @@ class Run:
                 f"{self.path}: {key} was not begun; there are"
                 f" {', '.join(self.stages()) or 'no stages'}"
             )
-        return Stage(self, key, record["table"])
+        return stage_on_record(self, key, record)
 
-    def discard(self, key: str) -> None:
-        """Remove a stage's rows and record, and those of the stages that were built on it."""
-        stage = key.split("-", maxsplit=1)[0]
-        built_on = [
-            k for k in self.stages() if k.split("-", maxsplit=1)[0] in BUILT_ON.get(stage, ())
-        ]
-        for name in [key, *built_on]:
-            entry = self.stages().get(name)
-            if entry is None:
-                continue
-            for shard in entry["shards"]:
-                (self.path / entry["table"] / shard).unlink(missing_ok=True)
-            self.update(lambda record, name=name: record["stages"].pop(name, None))
-        if built_on:
-            logger.warning("removed %s, which were built on the old %s", ", ".join(built_on), stage)
+    def discard(self, key: str, *, keep_record: bool = False) -> None:
+        """Remove a stage's rows, and with its record those of the stages that were built on it.
 
-
-class Stage:
-    """One stage at work: which shards are whole, and the way to add one."""
-
-    def __init__(self, run: Run, key: str, table: str) -> None:
-        self.run = run
-        self.key = key
-        self.table = table
-        self._clock = time.monotonic()
-        self._prefix = f"{key.split('-', 1)[1]}-" if "-" in key else ""
-
-    def path(self, index: int) -> Path:
-        """Where shard `index` lies."""
-        suffix = SHARD_SUFFIX.get(self.table, ".parquet")
-        return self.run.path / self.table / f"{self._prefix}part-{index:05d}{suffix}"
-
-    def is_whole(self, index: int) -> bool:
-        """Whether a shard is there and unchanged; an altered one is named in a warning and counts
-        as absent."""
-        path = self.path(index)
-        known = self.run.stages()[self.key]["shards"].get(path.name)
-        if known is None or not path.is_file():
-            return False
-        if file_hash(path) != known["sha256"]:
-            logger.warning(
-                "%s was truncated or altered since it was written: it is made again", path
-            )
-            return False
-        return True
-
-    def shards(self) -> list[Record]:
-        """What is on record of each shard: `sha256`, `num_rows`, and the facts that came with
-        it."""
-        return list(self.run.stages()[self.key]["shards"].values())
-
-    def missing(self, num_shards: int) -> list[int]:
-        """Indices of the shards that are still to be made."""
-        return [index for index in range(num_shards) if not self.is_whole(index)]
-
-    def write(self, index: int, frame: pl.DataFrame, **facts: Any) -> Path:
-        """Write one shard, whole or not at all; `facts` about it go on record with its hash.
-
-        Raises:
-            SchemaError: the rows break the table's contract.
-            StorageError: no space, or no permission; what was there before is intact.
+        Args:
+            key: of the stage's record.
+            keep_record: keep on record how the rows were made, and that they were discarded.
         """
-        if self.table in TABLES:
-            frame = validate(frame, TABLES[self.table])
-
-        def write(part: Path) -> None:
-            with part.open("wb") as file:
-                frame.write_parquet(file)
-
-        return self.write_file(index, write, num_rows=frame.height, **facts)
-
-    def write_file(
-        self, index: int, write: Callable[[Path], Any], *, num_rows: int, **facts: Any
-    ) -> Path:
-        """Let `write` make one shard beside its place, enter it in the record, and rename it into
-        its place.
-
-        Raises:
-            StorageError: no space, or no permission; what was there before is intact.
-        """
-        path = self.path(index)
-        with replacing(path) as part:
-            write(part)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            entry = {"sha256": file_hash(part), "num_rows": num_rows, **_jsonable(facts)}
-            self.run.update(
-                lambda record: record["stages"][self.key]["shards"].update({path.name: entry})
-            )
-        return path
-
-    def finish(self, **summary: Any) -> Record:
-        """Record that every shard is there, with what the stage found (counts, tokens per second
-        …); returns that summary."""
-
-        def change(record: Record) -> None:
-            entry = record["stages"][self.key]
-            entry["finished"] = now()
-            entry["wall_time_s"] = round(entry["wall_time_s"] + time.monotonic() - self._clock, 3)
-            entry["summary"] = entry["summary"] | _jsonable(summary)
-
-        self.run.update(change)
-        return self.run.stages()[self.key]["summary"]
-
-
-def config_hash(value: Any) -> str:
-    """A short stable hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(_jsonable(value), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write_json(path: Path, record: Record) -> None:
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda part: part.write_text(text, "utf-8"))
-
-
-def _check_dtypes(found: pl.Schema, name: str, path: Path) -> None:
-    for column, contract in TABLES[name].columns().items():
-        if column not in found:
-            raise SchemaError(
-                f"{path / name}: the column {column!r} is missing; the table was written by another"
-                " version"
-            )
-        if found[column] != contract.dtype:
-            raise SchemaError(
-                f"{path / name}: column {column!r} should be {contract.dtype}, found"
-                f" {found[column]}"
-            )
-
-
-def _differences(known: Record, identity: Record) -> list[str]:
-    """What differs between two identities, each as `option: old → new`."""
-    old, new = (_flat(value["config"] | value["inputs"]) for value in (known, identity))
-    return [
-        f"{key}: {_brief(old.get(key))} → {_brief(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flat(record: Record, prefix: str = "") -> Record:
-    """Nested records as one, with keys such as `teacher.name`."""
-    flat: Record = {}
-    for key, value in record.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
-    return flat
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _jsonable(value: Any) -> Any:
-    """Through JSON and back, so that what is compared is what is stored."""
-    return json.loads(json.dumps(value, default=str))
+        discard_rows(self, key, keep_record=keep_record)

@@ -422,6 +422,47 @@ def validate(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
         raise SchemaError(f"{schema.__name__}: {reason}") from error
 
 
+_IN_WORDS = {
+    "nan": "must not be NaN",
+    "inf": "must be finite",
+    "nullability": "must not be null",
+    "primary_key": "must not occur twice",
+    "min": "is below its range",
+    "max": "is above its range",
+    "min_exclusive": "is below its range",
+    "min_length": "is too short",
+}
+
+
+def first_fault(frame: pl.DataFrame, schema: type[dy.Schema]) -> str | None:
+    """The first row that breaks a contract, as `row 17: student_entropy must not be NaN, found
+    nan`; None where all rows keep it.
+
+    Args:
+        frame: a table that has the contract's columns with their dtypes.
+        schema: the contract.
+    """
+    sound, failure = schema.filter(frame)
+    if not len(failure):
+        return None
+    frame = frame.select(sound.columns)
+    kept, given = sound.hash_rows(), frame.hash_rows().head(sound.height)
+    differ = (kept != given).arg_true()
+    row = differ[0] if differ.len() else sound.height
+    first = failure.details().row(0, named=True)
+    rule = next(name for name, verdict in first.items() if verdict == "invalid")
+    return f"row {row}: {_rule_in_words(rule, frame.row(row, named=True), schema)}"
+
+
+def _rule_in_words(rule: str, row: dict[str, object], schema: type[dy.Schema]) -> str:
+    column, _, kind = rule.partition("|")
+    if rule == "primary_key":
+        return f"the key {tuple(row[name] for name in schema.primary_key())} must not occur twice"
+    if column not in row:
+        return f"breaks the rule {rule.replace('_', ' ')!r}"
+    return f"{column} {_IN_WORDS.get(kind, f'breaks its rule {kind!r}')}, found {row[column]!r:.80}"
+
+
 def require_columns(frame: pl.LazyFrame, columns: list[str], purpose: str) -> None:
     """Say which columns are missing, before a query fails deep inside.
 

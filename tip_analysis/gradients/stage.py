@@ -18,6 +18,7 @@ from tip_analysis.analysis.measurements import Preference, settle_preference
 from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
+from tip_analysis.core.table_files import scan
 from tip_analysis.gradients.measuring import measure_gradients, model_pair
 from tip_analysis.gradients.rollout_gradients import GradientSettings
 from tip_analysis.models.loading import LanguageModel
@@ -143,7 +144,7 @@ def setting_of(settings: GradientSettings) -> Preference:
 
 
 def _summary(stage: Stage, num_shards: int) -> dict[str, Any]:
-    rows = pl.concat([pl.read_parquet(stage.path(index)) for index in range(num_shards)])
+    rows = scan([stage.path(index) for index in range(num_shards)]).collect()
     return {
         "num_tokens": rows.height,
         "num_rollouts": rows["rollout_id"].n_unique(),

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -63,6 +63,9 @@ class ScoringJob:
     dtype: str = "auto"
     device: str = "auto"
     overwrite: bool = False
+    session: str | None = None
+    """What all workers of one scoring that overwrites have in common, those started again
+    included."""
 
     def begin(self) -> ScoringWork:
         """Load both models, and begin the stage or go on with it."""
@@ -78,7 +81,13 @@ class ScoringJob:
             self.top_k,
             stop_tokens=self.stop_tokens,
         )
-        return begin_scoring(open_run(self.run), scorer, self.teacher_context, self.shard_size)
+        return begin_scoring(
+            open_run(self.run),
+            scorer,
+            self.teacher_context,
+            self.shard_size,
+            overwrite=self.session or False,
+        )
 
 
 class _Worker:
@@ -145,7 +154,7 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
                 f" {num_workers}"
             )
         if job.overwrite:
-            run.discard("score")
+            job = replace(job, session=uuid4().hex)
         threads = num_cpus // num_workers
         stop = run.path / f".stop-{uuid4().hex}"
         scored = ray.data.from_items(

@@ -109,7 +109,10 @@ def score_shard(work: ScoringWork, index: int, advance: Advance | None = None) -
     table = scorer.token_table(rollouts, advance, stored)
     lengths = longer_lengths(rollouts).to_list()
     plan = plan_batches(lengths, scorer.budget.tokens, groups=rollouts["prompt_id"].to_list())
+    is_first = not work.stage.shards()  # an old vocabulary stays for as long as old rows do
     work.stage.write(index, table, padding_waste=round(padding_waste(lengths, plan), 4))
+    if is_first or not work.stage.run.has("vocabulary"):
+        write_vocabulary(work.stage.run, scorer, may_replace=is_first)
     return table.height
 
 
@@ -120,7 +123,7 @@ def begin_scoring(
     shard_size: int,
     part: tuple[int, int] = (0, 1),
     *,
-    overwrite: bool = False,
+    overwrite: bool | str = False,
     stored: TeacherStore | None = None,
 ) -> ScoringWork:
     """Check everything that can be checked before a model runs, and say what there is to do."""
@@ -151,7 +154,8 @@ def begin_scoring(
         overwrite=overwrite,
     )
     scorer = replace(scorer, compile=scorer.compiles(rollouts))
-    write_vocabulary(run, scorer, may_replace=not stage.shards())
+    if stage.shards():
+        write_vocabulary(run, scorer, may_replace=False)
     return ScoringWork(stage, scorer, rollouts, shard_size, mine, stored)
 
 
@@ -187,10 +191,10 @@ def _begin_vocabulary(run: Run, scorer: Scorer, may_replace: bool) -> Stage:
 def finish_scoring(run: Run, stage: Stage) -> dict[str, Any]:
     """Record the outcome once the last shard is there, whichever process made it."""
     rollouts = run.rollouts().select(num_tokens=pl.col("response_token_ids").list.len()).collect()
-    total = num_shards(run, run.stages()[stage.key]["config"]["shard_size"])
+    total = num_shards(run, stage.config["shard_size"])
     if missing := stage.missing(total):
         return {"num_shards": total, "num_shards_missing": len(missing)}
-    waste = [shard["padding_waste"] for shard in stage.shards()]
+    waste = [shard.get("padding_waste", 0.0) for shard in stage.shards()]
     return stage.finish(
         num_shards=total,
         **summarize(run),

@@ -324,14 +324,15 @@ class TeacherStore:
         """
         if not self.stage.is_whole(index):
             raise RunError(
-                f"{self.stage.path(index)} is missing or altered: run `score` with --phase teacher"
-                " again, which makes it anew"
+                f"{self.stage.path(index)} is missing, altered or discarded: run `score` with"
+                " --phase teacher again, which makes it again"
             )
         return ShardStates(self, index, rollouts, head)
 
     def discard(self) -> None:
-        """Delete the states and their record."""
-        self.run.discard("teacher")
+        """Delete the states; how they were made stays on record, so that the same command may run
+        again."""
+        self.run.discard("teacher", keep_record=True)
         folder = self.stage.path(0).parent
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -16,8 +16,10 @@ import polars as pl
 from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
 from tip_analysis.core.errors import OptionError, PromptFileError
 from tip_analysis.core.progress import Advance, track
-from tip_analysis.core.run_folder import Run, config_hash
+from tip_analysis.core.record import config_hash
+from tip_analysis.core.run_folder import Run
 from tip_analysis.core.schema import EvaluationTable, polars_schema
+from tip_analysis.core.table_files import scan
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel
@@ -209,7 +211,7 @@ def evaluate_model(
                 advance=advance,
             )
             stage.write(index, evaluation_rows(samples, model=model.name, seed=sampling.seed))
-    rows = pl.concat([pl.read_parquet(stage.path(index)) for index in range(len(shards))])
+    rows = scan([stage.path(index) for index in range(len(shards))]).collect()
     return stage.finish(**_summary(rows))
 
 

@@ -23,8 +23,10 @@ from filelock import FileLock
 
 from tip_analysis.analysis.accuracy import accuracy
 from tip_analysis.analysis.arms import UNTRAINED, Arm
-from tip_analysis.core.run_folder import Run, Stage, config_hash
+from tip_analysis.core.record import config_hash
+from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.schema import AblationTable, polars_schema
+from tip_analysis.core.table_files import read
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, load_model
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
@@ -50,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 DRIFT_ROLLOUTS = 64
 """Fixed rollouts on which drift is measured, the first ones."""
+
+_SUMMARY = ("accuracy", "tokens_trained", "tokens_seen")
+"""What the record of an arm keeps of its last row."""
 
 Report = Callable[[Mapping[str, Any]], None]
 """Told what an arm is doing: `rule`, `retention_ratio`, `seed`, `step` and what there is to say of
@@ -188,18 +193,14 @@ class ArmRunner:
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work.with_suffix(".lock")):
             if stage.is_whole(0):
-                shutil.rmtree(work, ignore_errors=True)
-                return "kept"
-            rows = self._train(arm, seed, stage.key, work)
-            stage.write(0, pl.DataFrame(rows, schema=polars_schema(AblationTable)))
-            last = rows[-1]
-            stage.finish(
-                accuracy=last["accuracy"],
-                tokens_trained=last["tokens_trained"],
-                tokens_seen=last["tokens_seen"],
-            )
+                status, last = "kept", read(stage.path(0)).row(-1, named=True)
+            else:
+                rows = self._train(arm, seed, stage.key, work)
+                stage.write(0, pl.DataFrame(rows, schema=polars_schema(AblationTable)))
+                status, last = "done", rows[-1]
+            stage.finish(**{name: last[name] for name in _SUMMARY})
             shutil.rmtree(work, ignore_errors=True)
-        return "done"
+        return status
 
     def arm_key(self, arm: Arm, seed: int) -> str:
         """The key of an arm's rows and of its record in `run.json`, once it was begun."""
