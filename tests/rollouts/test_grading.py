@@ -6,10 +6,13 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from grading_pairs import PAIRS
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tip_analysis.core.errors import InputError, OptionError, TipAnalysisError, UnknownNameError
@@ -22,48 +25,71 @@ from tip_analysis.rollouts.grading import (
     resolve_grader,
 )
 
-EQUAL = [
-    ("18", "So she makes 9 * 2 = \\boxed{18} dollars.<|im_end|>"),
-    ("18", "#### 18"),
-    ("18", "The answer is $18.00."),
-    ("\\frac{1}{2}", "\\boxed{0.5}"),
-    ("\\frac{1}{2}", "therefore the answer is 1/2"),
-    ("(3, \\frac{\\pi}{2})", "\\boxed{\\left(3, \\pi/2\\right)}"),
-    ("1,000", "It is 1000."),
-    ("10\\%", "\\boxed{0.1}"),
-    ("p - q", "\\boxed{p-q}"),
-    ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}"),
-    ("Evelyn", "\\boxed{\\text{Evelyn}}"),
-    ("east", "\\boxed{East}"),
-    ("\\text{(C)}", "\\boxed{C}"),
-    ("$x = 3$", "\\boxed{3}"),
-    ("72", "<think>First 5, no, \\boxed{6}</think> The answer is 72."),
-    ("The value is $\\frac{1}{2}$ of it", "\\boxed{0.5}"),
-    ("no solution", "no solution"),
-    ("99999999!", "\\boxed{99999999!}"),
-]
-DIFFERENT = [
-    ("18", "\\boxed{81}"),
-    ("18", ""),
-    ("18", "I do not know."),
-    ("\\frac{1}{2}", "\\boxed{2}"),
-    ("(3, \\frac{\\pi}{2})", "\\boxed{(\\frac{\\pi}{2}, 3)}"),
-    ("\\text{Evelyn}", "\\boxed{\\text{Bob}}"),
-    ("east", "\\boxed{west}"),
-    ("72", "<think>It is 72.</think> The answer is \\boxed{71}."),
-    ("18", "\\boxed{18"[:-2]),
-    ("7", "\\boxed{\\frac{}{}\\sqrt[}"),
-]
+
+@pytest.mark.parametrize(("answer", "response", "is_same", "reason"), PAIRS)
+def test_pairs_of_answer_and_response(answer, response, is_same, reason):
+    assert grade("math", response, answer) == float(is_same), reason
 
 
-@pytest.mark.parametrize(("answer", "response"), EQUAL)
-def test_math_equal(answer, response):
-    assert grade("math", response, answer) == 1.0
+def test_the_table_of_pairs_is_large_and_has_no_pair_twice():
+    assert len({(answer, response) for answer, response, *_ in PAIRS}) == len(PAIRS) >= 250
 
 
-@pytest.mark.parametrize(("answer", "response"), DIFFERENT)
-def test_math_different(answer, response):
-    assert grade("math", response, answer) == 0.0
+@pytest.mark.parametrize(
+    ("prompt", "response", "reward"),
+    [
+        ("<|im_start|>assistant\n<think>\n", "It is \\boxed{72}", 0.0),
+        ("<|im_start|>assistant\n<think>\n", "hm</think>It is \\boxed{72}", 1.0),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "It is \\boxed{72}", 1.0),
+        ("What does <think> mean?", "It is \\boxed{72}", 1.0),
+    ],
+)
+def test_a_thought_that_the_template_opens_is_the_responses_to_close(prompt, response, reward):
+    assert grade("math", response, "72", prompt_text=prompt) == reward
+
+
+@given(
+    st.floats(1e-12, 1e12, allow_nan=False),
+    st.sampled_from([2.0, 1.5, 1.001, 1.00001]),
+    st.sampled_from(["\\boxed{%s}", "The answer is %s", "#### %s"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_numbers_are_compared_relative_to_their_size(number, factor, shape):
+    written = f"{Decimal(repr(number)):f}"
+    assert grade("math", shape % written, json.dumps(number)) == 1.0
+    assert grade("math", shape % json.dumps(number), written) == 1.0
+    assert grade("math", shape % repr(number * factor), json.dumps(number)) == 0.0
+
+
+@given(st.integers(-(10**18), 10**18), st.integers(-3, 3))
+@settings(max_examples=60, deadline=None)
+def test_whole_numbers_are_equal_or_not_however_large(number, difference):
+    for written in (f"{number + difference:,}", str(number + difference)):
+        assert grade("math", f"\\boxed{{{written}}}", str(number)) == float(difference == 0)
+
+
+@given(
+    st.fractions(0, 10**4, max_denominator=1000),
+    st.sampled_from(
+        [("km", "m", 1000), ("m", "cm", 100), ("hours", "minutes", 60), ("kg", "g", 1000)]
+    ),
+    st.sampled_from([1, 2]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_quantity_equals_itself_in_a_smaller_unit_only_with_its_own_number(number, units, wrong):
+    large, small, size = units
+    number += Fraction(1, 1000)
+    given_as = f"\\frac{{{number.numerator}}}{{{number.denominator}}} \\text{{ {large}}}"
+    other = number * size * wrong
+    response = f"\\boxed{{\\frac{{{other.numerator}}}{{{other.denominator}}} \\text{{ {small}}}}}"
+    assert grade("math", response, given_as) == float(wrong == 1)
+
+
+@given(st.text(max_size=40), st.text(max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_any_text_gets_a_reward(response, answer):
+    assert grade("math", response, answer) in (0.0, 1.0)
+    assert grade("math", f"\\boxed{{{response}", answer) == 0.0 or "}" in response
 
 
 def test_math_gives_no_verdict_without_an_answer():
@@ -83,7 +109,7 @@ def test_what_takes_too_long_gets_nothing_and_the_next_is_graded():
     grader = MathGrader(timeout_seconds=1.0)
     try:
         assert grader("\\boxed{2}", "2") == 1.0
-        assert grader("\\boxed{99999999!}", "7") == 0.0
+        assert grader("\\boxed{9^{9^{9^{9}}}}", "7") == 0.0
         assert grader.num_timeouts == 1
         assert grader("\\boxed{3}", "3") == 1.0
     finally:

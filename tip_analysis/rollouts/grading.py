@@ -1,8 +1,9 @@
 """Graders: what a response is worth against the reference answer.
 
-`math` (math-verify: \\frac{1}{2} is 0.5), `exact` (the integer that ends an arithmetic response),
-`none`, and a function of the user's own, named as `module:function` or `path/to/file.py:function`,
-which takes the response and the answer (or None) and returns a number, a bool or None.
+`math` (math-verify, and what `answers` adds: \\frac{1}{2} is 0.5, 5 km are 5000 m), `exact` (the
+integer that ends an arithmetic response), `none`, and a function of the user's own, named as
+`module:function` or `path/to/file.py:function`, which takes the response and the answer (or None)
+and returns a number, a bool or None.
 
 Mathematical comparison runs in a process of its own, which is ended when it takes too long: this
 works in any thread, and no expression that a model writes can hang the caller. Such a response gets
@@ -29,6 +30,7 @@ from typing import Any, cast
 from tip_analysis.core.errors import InputError, OptionError, TipAnalysisError, UnknownNameError
 from tip_analysis.core.optional import require
 from tip_analysis.core.toy_pairs import toy_pairs
+from tip_analysis.rollouts.answers.reading import opened_thought
 
 Grader = Callable[[str, str | None], float | None]
 """Takes the response and the reference answer (None where there is none); returns the reward, None
@@ -106,7 +108,7 @@ class MathGrader:
             self._process = None
         if self._process is None or self._process.poll() is not None:
             self.close()
-            # -P: the package's folder must not be searched first, its statistics.py is not Python's
+            # -P: the worker's own folder must not be searched first
             command = [sys.executable, "-P", str(_WORKER)]
             self._process = subprocess.Popen(
                 command,
@@ -180,13 +182,16 @@ def default_grader(*, has_answer: bool, is_toy: bool = False) -> str:
     return "exact" if is_toy else "math"
 
 
-def grade(grader: str, response: str, answer: str | None) -> float | None:
+def grade(grader: str, response: str, answer: str | None, *, prompt_text: str = "") -> float | None:
     """The reward of one response.
 
     Args:
         grader: A registered name, `module:function`, or `path/to/file.py:function`.
-        response: What the model wrote; everything up to the last `</think>` is left out by `math`.
+        response: What the model wrote. `math` leaves out its thought, and gives 0 for a thought or
+            a last box that is not closed.
         answer: The reference answer; without one, `math` and `exact` give None.
+        prompt_text: What the model was shown, chat markers included: a thought that the chat
+            template opened there is the response's to close.
 
     Raises:
         UnknownNameError: no grader of this name.
@@ -194,6 +199,8 @@ def grade(grader: str, response: str, answer: str | None) -> float | None:
         InputError: it raised an error, or returned something that is no finite number.
     """
     function = resolve_grader(grader)
+    if function is _math_grader:
+        response = opened_thought(prompt_text) + response
     if grader in GRADERS:
         return function(response, answer)
     try:
@@ -228,7 +235,8 @@ def resolve_grader(grader: str) -> Grader:
         OptionError: the user's function cannot be loaded.
     """
     if GRADERS.get(grader) is _math_grader:
-        require("math_verify", "the grader `math`")
+        for package in ("math_verify", "pint"):
+            require(package, "the grader `math`")
     if grader in GRADERS:
         return GRADERS[grader]
     place, colon, name = grader.rpartition(":")

@@ -239,7 +239,7 @@ def _row(
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "seed": sampling.seed,
-        "reward": grade(grader, bare_text, prompt.answer),
+        "reward": grade(grader, bare_text, prompt.answer, prompt_text=task.shown.text),
         "ground_truth": prompt.answer,
         "solution": prompt.solution,
         "tokenizer_fingerprint": tokenizer_fingerprint(student.tokenizer),

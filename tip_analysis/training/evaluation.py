@@ -96,7 +96,7 @@ def sample_problems(
         [generation.token_ids for generation in ordered], skip_special_tokens=True
     )
     rewards = [
-        grade(grader, text, problem.answer or "")
+        grade(grader, text, problem.answer or "", prompt_text=problem.shown.text)
         for text, (problem, _) in zip(texts, jobs, strict=True)
     ]
     if None in rewards:
