@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,26 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """The longest sequence that the model accepts, where its config says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if longest is not None and rope.get("rope_type") == "dynamic":
+            return int(longest * rope.get("factor", 1.0))  # it is the length before scaling
+        return longest
+
+    @cached_property
+    def token_ids(self) -> frozenset[int]:
+        """The ids of the tokenizer's tokens; they may have gaps."""
+        return frozenset(self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def rows_without_token(self) -> Tensor | None:
+        """Rows of the output head that are no token (padding, gaps in the ids): never sampled;
+        None where there are none, or no tokenizer."""
+        if self.tokenizer is None:
+            return None
+        rows = sorted(set(range(self.vocab_size)) - self.token_ids)
+        return torch.tensor(rows) if rows else None
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -222,6 +242,16 @@ def load_model(
     return LanguageModel(name, model, tokenizer, head)
 
 
+def overflow_hint(model: LanguageModel) -> str:
+    """What to say beside NaN or infinite logits: the usual cause where weights are float16."""
+    if model.dtype != torch.float16:
+        return ""
+    return (
+        ": float16 ends at 65504, and activations of this model go beyond it; load it with --dtype"
+        " bfloat16 or float32"
+    )
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone, without its weights.
 
@@ -242,8 +272,48 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 
 def model_body(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that ends in the last hidden states."""
-    return causal_model(model).base_model
+    """The part of a causal language model that ends in the last hidden states; of a model of two
+    parts (vision and text), the text's.
+
+    Found by what it is, not by its name: the smallest part of the model that holds the input
+    embedding and not the output head, and gives hidden states.
+
+    Raises:
+        ModelError: there is no such part.
+    """
+    causal = causal_model(model)
+    body = _holding_text(causal)
+    if body is None:
+        raise ModelError(
+            f"{type(causal).__name__}: found no part that turns tokens into hidden states"
+        )
+    return body
+
+
+def _holding_text(causal: PreTrainedModel) -> nn.Module | None:
+    """Go down from the whole model to the part that reads tokens, past its output head."""
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    part: Any = causal.base_model
+    while part is causal or (head is not None and _holds(part, head)) or _has_parts(part):
+        inside = [
+            child
+            for child in part.children()
+            if isinstance(child, PreTrainedModel) and _holds(child, embedding)
+        ]
+        if not inside:
+            return None if part is causal else part
+        part = inside[0]
+    return part
+
+
+def _has_parts(module: nn.Module) -> bool:
+    """Whether text is one part of several: the config then holds a config for it."""
+    config = getattr(module, "config", None)
+    return config is not None and config.get_text_config() is not config
+
+
+def _holds(module: nn.Module, wanted: nn.Module) -> bool:
+    return any(part is wanted for part in module.modules())
 
 
 def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
@@ -408,7 +478,8 @@ def _native_bfloat16(placement: torch.device | str) -> bool:
 def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
     """What an architecture does to the output of its last linear layer; `OutputHead.verify` checks
     the outcome."""
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    if cap := cap or getattr(config, "logits_soft_cap", None):  # RecurrentGemma
         return lambda logits: torch.tanh(logits / cap) * cap
     if scale := getattr(config, "logit_scale", None):  # Cohere
         return lambda logits: logits * scale

@@ -8,20 +8,26 @@ sampled with one seed see common random numbers.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from tip_analysis.core.errors import OptionError
+from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.names import FinishReason
 from tip_analysis.core.progress import Advance
-from tip_analysis.models.batching import TokenBudget, pad_sequences
-from tip_analysis.models.loading import LanguageModel, model_body
+from tip_analysis.models.abilities import abilities
+from tip_analysis.models.batching import TokenBudget
+from tip_analysis.models.hidden_states import Continuation
+from tip_analysis.models.loading import LanguageModel, overflow_hint
 from tip_analysis.rollouts.encoded import EncodedPrompt
+
+GREEDY_BELOW = 1e-30
+"""Temperatures at which float32 logits would overflow: the limit of sampling is the most likely
+token."""
 
 
 @dataclass(frozen=True)
@@ -103,74 +109,108 @@ def generate(
         rollout_ids: one name for each, to which its random numbers belong.
         sampling: temperature, nucleus, length limit and seed.
     """
-    device, body = model.device, model_body(model.model)
-    cache = DynamicCache(config=model.model.config)
-    hidden, mask = _read_prompts(model, prompts, cache)
-    next_position = mask.sum(-1)
+    device = model.device
     noise = torch.from_numpy(
         np.stack([uniforms(sampling.seed, name, sampling.max_new_tokens) for name in rollout_ids])
     ).to(device)
-    stop = torch.tensor(sorted(model.stop_token_ids), device=device)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts), device=device)  # the rollouts that are still being written
-    stopped = set()
-    for step in range(sampling.max_new_tokens):
-        logits = model.head(hidden).float()
-        chosen = draw(logits, noise[rows, step], sampling)
-        chosen_logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    writing = _Writing(model, prompts, rollout_ids, noise, sampling)
+    waiting = list(range(len(prompts)))
+    while waiting:
+        waiting = [row for rows in writing.together(waiting) for row in writing.write(rows)]
+    return writing.generations()
+
+
+class _Writing:
+    """Responses that are being written."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        names: Sequence[str],
+        noise: Tensor,
+        sampling: Sampling,
+    ) -> None:
+        self.model, self.prompts, self.names = model, prompts, names
+        self.noise, self.sampling = noise, sampling
+        self.stop = torch.tensor(sorted(model.stop_token_ids), device=noise.device)
+        self.no_tokens = model.rows_without_token
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.stopped: set[int] = set()
+
+    def together(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows that one batch may hold."""
+        body = abilities(self.model.model)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in rows:
+            length = len(self.prompts[row]) + len(self.tokens[row])
+            groups.setdefault(body.together(length), []).append(row)
+        return list(groups.values())
+
+    def write(self, begun: Sequence[int]) -> list[int]:
+        """Write some rows on as one batch; returns those that another batch must go on with."""
+        sequences = [[*self.prompts[row], *self.tokens[row]] for row in begun]
+        body = abilities(self.model.model)
+        limit = body.goes_on_until(max(map(len, sequences)))
+        continuation = Continuation(self.model.model, sequences)
+        device = self.noise.device
+        rows = torch.tensor(begun, device=device)  # the rollouts that are still being written
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        written = torch.tensor([len(self.tokens[row]) for row in begun], device=device)
+        hidden, leaving = continuation.hidden, []
+        while True:
+            chosen = self._draw(hidden, rows, written)
+            written, lengths = written + 1, lengths + 1
+            ended = torch.isin(chosen, self.stop)
+            self.stopped.update(rows[ended].tolist())
+            going_on = ~ended & (written < self.sampling.max_new_tokens)
+            if limit is not None:
+                leaving += rows[going_on & (lengths > limit)].tolist()
+                going_on &= lengths <= limit
+            alive = going_on.nonzero()[:, 0]
+            if not len(alive):
+                return leaving
+            if len(alive) < len(rows):
+                rows, chosen, written, lengths = (
+                    each[alive] for each in (rows, chosen, written, lengths)
+                )
+            hidden = continuation.step(alive, chosen)
+
+    def _draw(self, hidden: Tensor, rows: Tensor, written: Tensor) -> Tensor:
+        """One token more for each row [n]."""
+        logits = self.model.head(hidden).float()
+        allowed = logits
+        if self.no_tokens is not None:
+            allowed = logits.index_fill(1, self.no_tokens.to(logits.device), float("-inf"))
+        chosen = draw(allowed, self.noise[rows, written], self.sampling)
+        logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         for row, token, logprob in zip(
-            rows.tolist(), chosen.tolist(), chosen_logprobs.tolist(), strict=True
+            rows.tolist(), chosen.tolist(), logprobs.tolist(), strict=True
         ):
-            tokens[row].append(token)
-            logprobs[row].append(logprob)
-        ended = torch.isin(chosen, stop)
-        stopped.update(rows[ended].tolist())
-        alive = (~ended).nonzero()[:, 0]
-        if not len(alive) or step + 1 == sampling.max_new_tokens:
-            break
-        if len(alive) < len(rows):
-            cache.batch_select_indices(alive)
-            rows, chosen, mask, next_position = (
-                rows[alive],
-                chosen[alive],
-                mask[alive],
-                next_position[alive],
-            )
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        hidden = body(
-            input_ids=chosen[:, None],
-            attention_mask=mask,
-            position_ids=next_position[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        next_position = next_position + 1
-    return [
-        Generation(
-            tokens[row], logprobs[row], FinishReason.STOP if row in stopped else FinishReason.LENGTH
+            if math.isnan(logprob):
+                self._refuse(row)
+            self.tokens[row].append(token)
+            self.logprobs[row].append(logprob)
+        return chosen
+
+    def _refuse(self, row: int) -> None:
+        raise LogitsError(
+            f"rollout {self.names[row]!r}, position {len(self.tokens[row])}: {self.model.name}"
+            f" answers NaN or +inf{overflow_hint(self.model)}",
+            model="student",
         )
-        for row in range(len(prompts))
-    ]
 
-
-def _read_prompts(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], cache: DynamicCache
-) -> tuple[Tensor, Tensor]:
-    """Fill the cache with all prompts, running each distinct one once: last hidden states [N, D],
-    and the attention mask."""
-    distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    batch = pad_sequences(list(distinct), padding_side="left", device=model.device)
-    hidden = model_body(model.model)(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1]
-    source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
-    cache.batch_select_indices(source)
-    return hidden[source], batch.attention_mask[source]
+    def generations(self) -> list[Generation]:
+        """What was written."""
+        return [
+            Generation(
+                self.tokens[row],
+                self.logprobs[row],
+                FinishReason.STOP if row in self.stopped else FinishReason.LENGTH,
+            )
+            for row in range(len(self.prompts))
+        ]
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
@@ -179,7 +219,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     The cumulative sum is in float64: in float32 it would be wrong by as much as the rarest tokens'
     probabilities.
     """
-    if sampling.temperature == 0.0:
+    if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
     if sampling.top_k:
