@@ -81,7 +81,7 @@ class Abilities:
         try:
             cache = self.new_cache()
             steps = [self.run(tokens[:, :5], cache=cache).last_hidden_state]
-            cache.reorder_cache(torch.tensor([1, 0], device=weight.device))
+            cache.reorder_cache(torch.tensor([1, 0], device=weight.device))  # pyright: ignore
             steps += [
                 self.run(tokens.flip(0)[:, at : at + 1], cache=cache).last_hidden_state.flip(0)
                 for at in range(5, 8)
