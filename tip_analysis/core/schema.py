@@ -29,6 +29,7 @@ from tip_analysis.core.names import (
     TemplateOrigin,
     TrainingLoss,
 )
+from tip_analysis.core.text import one_line
 
 SCHEMA_VERSION = 1
 """Raised by one whenever a column changes its meaning or leaves."""
@@ -418,7 +419,7 @@ def validate(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
     try:
         return schema.validate(frame)
     except (MissingColumnError, ValidationError) as error:
-        reason = str(error).split("\n\nResolved plan", maxsplit=1)[0]
+        reason = one_line(str(error).split("\n\nResolved plan", maxsplit=1)[0], 400)
         raise SchemaError(f"{schema.__name__}: {reason}") from error
 
 

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from tip_analysis.core.errors import InputError, OptionError, PromptFileError, UnknownNameError
 from tip_analysis.core.optional import require
+from tip_analysis.core.text import one_line
 from tip_analysis.rollouts.row_files import (
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
     Row,
+    field_names,
+    is_json,
     preview,
     read_rows,
     type_name,
@@ -183,9 +184,9 @@ def prompt_from_row(row: Row, *, default_id: str) -> Prompt:
     values = dict(row.values)
     found = [name for name in PROBLEM_FIELDS if name in values]
     if not found:
-        fields = ", ".join(values) or "none"
         raise PromptFileError(
-            f"{row.where}: expected one of the fields {', '.join(PROBLEM_FIELDS)}; found {fields}"
+            f"{row.where}: expected one of the fields {', '.join(PROBLEM_FIELDS)}; found"
+            f" {field_names(values)}"
         )
     text = values.pop(found[0])
     problem, messages = None, None
@@ -258,8 +259,10 @@ def parse_messages(
         if not isinstance(role, str) or not role:
             raise error(f"{place}: expected a message {{role, content}}, found {preview(message)}")
         if message.get("content") is None and not message.get("tool_calls"):
-            raise error(f"{place}: the message of the {role} has no content")
+            raise error(f"{place}: the message of the {one_line(role, 40)} has no content")
         kept = {key: item for key, item in message.items() if item is not None}
+        if not is_json(kept):
+            raise error(f"{place}: holds a value that JSON cannot: {preview(message)}")
         messages.append({**kept, "content": _content_text(message.get("content"), place, error)})
     return tuple(messages)
 
@@ -283,7 +286,8 @@ def _content_text(content: Any, where: str, error: type[InputError]) -> str:
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type_name(part)
             raise error(
-                f"{where}: content: only text parts can be read, found a part of the type {kind!r}"
+                f"{where}: content: only text parts can be read, found a part of the type"
+                f" {preview(kind)}"
             )
         texts.append(text)
     return "".join(texts)
@@ -350,9 +354,8 @@ def _edit_last_user_turn(messages: Sequence[Message], edit: Callable[[str], str]
         if edited[index]["role"] == "user":
             edited[index] = {**edited[index], "content": edit(edited[index]["content"])}
             return edited
-    roles = ", ".join(message["role"] for message in edited)
     raise PromptFileError(
-        f"expected a conversation with a turn of the user, found the roles {roles}"
+        f"expected a conversation with a turn of the user, found the roles {roles_of(edited)}"
     )
 
 
@@ -382,10 +385,9 @@ def render(
     elif len(messages) == 1:
         rendered = render_bare(tokenizer, messages[0]["content"])
     else:
-        roles = ", ".join(message["role"] for message in messages)
         raise PromptFileError(
-            f"the model has no chat template, so a conversation ({roles}) cannot be shown to it; "
-            "give each prompt as one `problem`, or choose a chat model"
+            f"the model has no chat template, so a conversation ({roles_of(messages)}) cannot be"
+            " shown to it; give each prompt as one `problem`, or choose a chat model"
         )
     if not rendered.token_ids:
         raise PromptFileError(f"the prompt {preview(messages[-1]['content'])} has no token")
@@ -416,13 +418,18 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             **switches,
         )
-    except (TemplateError, TypeError, KeyError, IndexError) as problem:
-        roles = ", ".join(message["role"] for message in messages)
+    except Exception as problem:  # a template is a program of the model's author's
         raise PromptFileError(
-            f"the chat template refuses the conversation ({roles}): {problem}"
+            f"the chat template refuses the conversation ({roles_of(messages)}):"
+            f" {one_line(str(problem), 200)}"
         ) from problem
     assert isinstance(text, str)
     return text
+
+
+def roles_of(messages: Sequence[Message]) -> str:
+    """The roles of a conversation for an error message."""
+    return one_line(", ".join(message["role"] for message in messages), 160)
 
 
 def render_bare(tokenizer: "PreTrainedTokenizerBase", text: str) -> RenderedPrompt:

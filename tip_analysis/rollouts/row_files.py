@@ -5,7 +5,8 @@ Pickles are never read.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tip_analysis.core.errors import InputError
+from tip_analysis.core.text import one_line
+
+MAX_DEPTH = 100
+"""How deeply lists and objects may be nested: far beyond any conversation, far below what readers
+and writers of JSON can follow."""
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -65,9 +71,7 @@ def check_file(path: Path, *, error: type[InputError] = InputError) -> None:
         InputError: (as `error`) with the extensions that are read.
     """
     known = ", ".join(JSONL_SUFFIXES + PARQUET_SUFFIXES)
-    if not path.exists():
-        raise error(f"{path}: no such file")
-    if path.is_dir():
+    if is_folder(path, error=error):
         raise error(f"{path}: expected a file ({known}), found a folder")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise error(
@@ -79,46 +83,120 @@ def check_file(path: Path, *, error: type[InputError] = InputError) -> None:
         raise error(f"{path}: expected one of the extensions {known}, found {found}")
 
 
+def is_folder(path: Path, *, error: type[InputError] = InputError) -> bool:
+    """Whether a path is a folder rather than a file.
+
+    Raises:
+        InputError: (as `error`) it is nothing, or nobody can tell: a name that is too long, a
+            folder that may not be searched.
+    """
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError as problem:
+        raise error(f"{path}: no such file") from problem
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or one_line(str(problem))
+        raise error(f"{one_line(str(path), 200)}: {reason}") from problem
+
+
 def _jsonl_rows(
     path: Path, error: type[InputError], on_partial_line: Callable[[], None] | None
 ) -> Iterator[Row]:
-    with path.open(
-        "rb"
-    ) as lines:  # bytes: str.splitlines would also split at U+2028, which JSON strings may hold
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-            if not text:
-                continue
-            try:
-                values = json.loads(text.decode("utf-8"))
-            except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
-                if on_partial_line and not line.endswith(b"\n"):
-                    on_partial_line()
-                    return
-                kind = (
-                    "text that is not UTF-8"
-                    if isinstance(problem, UnicodeDecodeError)
-                    else f"broken JSON ({problem})"
-                )
-                raise error(f"{where}: {kind}") from problem
-            except RecursionError as problem:
-                raise error(f"{where}: JSON that is nested too deeply") from problem
-            if not isinstance(values, dict):
-                raise error(f"{where}: expected a JSON object, found {type_name(values)}")
-            yield Row(where, {key: value for key, value in values.items() if value is not None})
+    for number, line in _lines(path, error):
+        where = f"{path}, line {number}"
+        text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+        if not text:
+            continue
+        try:
+            values = json_value(text, where, error=error)
+        except error:
+            if on_partial_line and not line.endswith(b"\n"):
+                on_partial_line()
+                return
+            raise
+        if not isinstance(values, dict):
+            raise error(f"{where}: expected a JSON object, found {type_name(values)}")
+        yield Row(where, {key: value for key, value in values.items() if value is not None})
+
+
+def _lines(path: Path, error: type[InputError]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, as bytes: str.splitlines would also split at U+2028, which JSON
+    strings may hold."""
+    try:
+        with path.open("rb") as lines:
+            yield from enumerate(lines, start=1)
+    except OSError as problem:
+        raise error(f"{path}: {problem.strerror}") from problem
+
+
+def json_value(text: str | bytes, where: str, *, error: type[InputError]) -> Any:
+    """What a JSON text from a stranger stands for.
+
+    Raises:
+        InputError: (as `error`) broken JSON, text that is not UTF-8 (half of a surrogate pair is
+            none), or nesting beyond `MAX_DEPTH`.
+    """
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text)
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: text that is not UTF-8") from problem
+    except ValueError as problem:
+        raise error(f"{where}: broken JSON ({problem})") from problem
+    except RecursionError as problem:
+        raise error(f"{where}: JSON that is nested too deeply") from problem
+    may_be_deep = text.count("[") + text.count("{") > MAX_DEPTH
+    may_be_halved = "\\ud" in text or "\\uD" in text  # UTF-8 itself holds no half of a pair
+    if (may_be_deep or may_be_halved) and (fault := _fault(value)) is not None:
+        raise error(f"{where}: {fault}")
+    return value
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON can hold a value; a Parquet file can bring bytes, dates and more."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _fault(value: Any, depth: int = 0) -> str | None:
+    """What is wrong with a value wherever it stands: half characters, and nesting."""
+    if isinstance(value, str):
+        return None if _is_text(value) else f"half of a surrogate pair in {preview(value)}"
+    if not isinstance(value, dict | list):
+        return None
+    if depth == MAX_DEPTH:
+        return f"nested deeper than {MAX_DEPTH} levels"
+    items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return next((fault for item in items if (fault := _fault(item, depth + 1))), None)
+
+
+def _is_text(value: str) -> bool:
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_rows(path: Path, error: type[InputError]) -> Iterator[Row]:
     index = 0
     try:
         with pq.ParquetFile(path) as file:
+            if any(str(field.type).count("<") > MAX_DEPTH for field in file.schema_arrow):
+                raise error(f"{path}: columns are nested deeper than {MAX_DEPTH} levels")
             for batch in file.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     yield Row(f"{path}, row {index}", _without_nulls(values))
                     index += 1
-    except (pa.ArrowException, OSError) as problem:
-        reason = str(problem).split("\n", maxsplit=1)[0]
+    except error:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as problem:
+        reason = one_line(str(problem), 200)
         raise error(f"{path}: not a Parquet file that can be read ({reason})") from problem
 
 
@@ -145,5 +223,9 @@ def type_name(value: Any) -> str:
 
 def preview(value: Any, length: int = 60) -> str:
     """A value on one line, cut to `length` characters, for an error message."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return one_line(repr(value), length)
+
+
+def field_names(values: Mapping[str, Any], length: int = 160) -> str:
+    """The fields of a row for an error message: one line, cut to `length` characters."""
+    return one_line(", ".join(map(str, values)), length) or "none"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.errors import ImportFormatError, PromptFileError
-from tip_analysis.rollouts.prompts import Message, encode, render_chat
+from tip_analysis.rollouts.prompts import Message, encode, render_chat, roles_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def split_turns(messages: Sequence[Message], where: str, *, all_turns: bool = Fa
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise ImportFormatError(
-            f"{where}: expected a turn of the assistant, found the roles {', '.join(roles)}"
+            f"{where}: expected a turn of the assistant, found the roles {roles_of(messages)}"
         )
     last = len(roles) - 1 - roles[::-1].index("assistant")
     users = [index for index in range(last) if roles[index] == "user"]

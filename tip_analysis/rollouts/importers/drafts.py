@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tip_analysis.core.errors import ImportFormatError, UnknownNameError
+from tip_analysis.core.text import one_line
 from tip_analysis.rollouts.prompts import Message, Prompt
-from tip_analysis.rollouts.row_files import Row, preview, type_name
+from tip_analysis.rollouts.row_files import Row, field_names, preview, type_name
 
 _WRAPPED_NUMBER = re.compile(r"(?:np\.|numpy\.)?[a-z]+\d*\(([^(),]+).*\)")
 
@@ -140,7 +141,7 @@ def field_of(row: Row, name: str, kind: type | tuple[type, ...] = str) -> Any:
     """
     if name not in row.values:
         raise ImportFormatError(
-            f"{row.where}: expected the field {name!r}; found {', '.join(row.values) or 'none'}"
+            f"{row.where}: expected the field {name!r}; found {field_names(row.values)}"
         )
     value = row.values[name]
     if not isinstance(value, kind):
@@ -189,6 +190,18 @@ def text_or_none(value: Any) -> str | None:
     return None if value is None or value == "None" else str(value)
 
 
+def list_at(values: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    """A list in an object; empty where there is none.
+
+    Raises:
+        ImportFormatError: something else stands there.
+    """
+    value = values.get(name)
+    if value is not None and not isinstance(value, list):
+        raise ImportFormatError(f"{where}: {name}: expected a list, found {preview(value)}")
+    return value or []
+
+
 def token_ids(value: Any, where: str) -> list[int]:
     """A list of token ids.
 
@@ -226,6 +239,6 @@ def pick_reward(
     if names:
         report.note(
             "the rewards are left empty, since there are several to choose from:"
-            f" {', '.join(names)}; name one"
+            f" {one_line(', '.join(names), 200)}; name one"
         )
     return None

@@ -1,7 +1,6 @@
 """Responses that evaluation tools write down: lighteval's details and lm-evaluation-harness's
 samples."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from tip_analysis.rollouts.importers.drafts import (
     Draft,
     ImportOptions,
     ImportReport,
+    list_at,
     number,
     pick_reward,
     text_or_none,
     token_ids,
 )
 from tip_analysis.rollouts.prompts import Message, parse_messages
-from tip_analysis.rollouts.row_files import Row, preview, read_rows
+from tip_analysis.rollouts.row_files import Row, field_names, json_value, preview, read_rows
 
 _LM_EVAL_FILE = re.compile(r"samples_(?P<task>.+?)_\d{4}-\d\d-\d\dT.*")
 
@@ -44,10 +44,9 @@ def _lighteval_field(row: Row, name: str) -> dict[str, Any]:
     if value is None and name == "metric":
         return {}
     if not isinstance(value, dict):
-        found = ", ".join(row.values) or "none"
         raise ImportFormatError(
             f"{row.where}: expected the column {name!r} or '__{name}__' with an object; found"
-            f" {found}"
+            f" {field_names(row.values)}"
         )
     return value
 
@@ -60,14 +59,15 @@ def _lighteval_drafts(
     options: ImportOptions,
     report: ImportReport,
 ) -> Iterator[Draft]:
-    texts, outputs = response.get("text") or [], response.get("output_tokens") or []
-    texts = [texts] if isinstance(texts, str) else texts
+    text = response.get("text")
+    texts = [text] if isinstance(text, str) else list_at(response, "text", row.where)
+    outputs = list_at(response, "output_tokens", row.where)
     if outputs and not isinstance(outputs[0], list):
         outputs = [outputs]
     num_samples = max(len(texts), len(outputs))
     if num_samples == 0:
         raise ImportFormatError(f"{row.where}: model_response holds neither text nor output_tokens")
-    prompt_ids = response.get("input_tokens") or None
+    prompt_ids = list_at(response, "input_tokens", row.where) or None
     if prompt_ids and isinstance(prompt_ids[0], list):
         prompt_ids = prompt_ids[0]
     task, doc_id = doc.get("task_name"), doc.get("id")
@@ -140,8 +140,7 @@ def read_lm_eval(
             report.rows_read += 1
             if "doc_id" not in row.values:
                 raise ImportFormatError(
-                    f"{row.where}: expected the field 'doc_id'; found"
-                    f" {', '.join(row.values) or 'none'}"
+                    f"{row.where}: expected the field 'doc_id'; found {field_names(row.values)}"
                 )
             documents.setdefault(str(row.values["doc_id"]), []).append(row)
         for doc_id, rows in documents.items():
@@ -171,7 +170,7 @@ def _lm_eval_drafts(
     prompt, settings = _lm_eval_request(row)
     responses = [
         text
-        for group in row.values.get("resps") or []
+        for group in list_at(row.values, "resps", row.where)
         for text in (group if isinstance(group, list) else [group])
     ]
     if not responses or not all(isinstance(text, str) for text in responses):
@@ -185,7 +184,8 @@ def _lm_eval_drafts(
         for name, value in row.values.items()
         if name != "doc_id" and isinstance(value, int | float)
     }
-    preferred = row.values.get("metrics") or ["exact_match", "acc"]
+    named = [name for name in list_at(row.values, "metrics", row.where) if isinstance(name, str)]
+    preferred = named or ["exact_match", "acc"]
     is_greedy = settings.get("do_sample") is False
     temperature = (
         0.0 if is_greedy else number(settings.get("temperature"), f"{row.where}: temperature")
@@ -245,6 +245,6 @@ def _prompt(value: Any, row: Row) -> str | tuple[Message, ...] | None:
 
 def _json_or_none(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return json_value(text, "", error=ImportFormatError)
+    except ImportFormatError:
         return None

@@ -23,7 +23,7 @@ from tip_analysis.rollouts.importers.given import read_chat, read_native, read_r
 from tip_analysis.rollouts.importers.resolving import Resolver
 from tip_analysis.rollouts.importers.training import VERL_CONVERTER, read_trl, read_verl
 from tip_analysis.rollouts.prompts import Prompt
-from tip_analysis.rollouts.row_files import PICKLE_SUFFIXES, check_file
+from tip_analysis.rollouts.row_files import PICKLE_SUFFIXES, check_file, is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,12 +157,13 @@ def import_rollouts(
 def _expand(files: Sequence[str | Path], format: Format) -> list[Path]:
     paths: list[Path] = []
     for path in map(Path, files):
-        found = sorted(path.glob(format.pattern), key=_by_numbers) if path.is_dir() else [path]
+        folder = is_folder(path, error=ImportFormatError)
+        found = sorted(path.glob(format.pattern), key=_by_numbers) if folder else [path]
         if not found:
             raise ImportFormatError(f"{path}: the folder has no file {format.pattern}")
         paths += found
     for path in paths:
-        if path.suffix.lower() in PICKLE_SUFFIXES and path.exists():
+        if path.suffix.lower() in PICKLE_SUFFIXES:
             raise ImportFormatError(
                 f"{path}: a pickle can run any code when it is opened, so it is never read; convert"
                 " it where verl is installed, with the script VERL_CONVERTER of"
@@ -174,7 +175,8 @@ def _expand(files: Sequence[str | Path], format: Format) -> list[Path]:
 
 def _by_numbers(path: Path) -> list[tuple[int, str]]:
     return [
-        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)
+        (int(part), "") if part.isdecimal() else (-1, part)
+        for part in re.split(r"([0-9]+)", path.name)
     ]
 
 

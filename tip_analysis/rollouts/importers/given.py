@@ -1,7 +1,6 @@
 """Rollouts and conversations that the user has: the native table, chat data, prompts with
 responses, server responses."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tip_analysis.rollouts.importers.drafts import (
     token_ids,
 )
 from tip_analysis.rollouts.prompts import Message, parse_messages, prompt_from_row, student_messages
-from tip_analysis.rollouts.row_files import Row, preview, read_rows
+from tip_analysis.rollouts.row_files import Row, field_names, json_value, preview, read_rows
 
 _OWN_COLUMNS = (
     "messages",
@@ -42,7 +41,7 @@ def read_native(
         values = row.values
         messages = values.get("messages")
         if isinstance(messages, str):
-            messages = _json(messages, f"{row.where}: messages")
+            messages = json_value(messages, f"{row.where}: messages", error=ImportFormatError)
         mask = values.get("loss_mask")
         if mask is not None and not (
             isinstance(mask, list) and all(isinstance(item, bool | int) for item in mask)
@@ -51,6 +50,9 @@ def read_native(
                 f"{row.where}: loss_mask: expected a list of true and false, found {preview(mask)}"
             )
         prompt_id = values.get("prompt_id")
+        if not isinstance(values.get("rollout_id", ""), str):
+            found = preview(values["rollout_id"])
+            raise ImportFormatError(f"{row.where}: rollout_id: expected a string, found {found}")
         yield Draft(
             row.where,
             prompt=(
@@ -143,7 +145,7 @@ def read_chat(
         else:
             raise ImportFormatError(
                 f"{row.where}: expected the field messages, or prompt and completion; found"
-                f" {', '.join(row.values) or 'none'}"
+                f" {field_names(row.values)}"
             )
         tools = row.values.get("tools")
         key = row.values.get("id")
@@ -151,7 +153,7 @@ def read_chat(
             row.where,
             prompt=prompt,
             response=response,
-            tools=_json(tools, f"{row.where}: tools") if isinstance(tools, str) else tools,
+            tools=_tools(tools, row.where),
             prompt_key=None if key is None else str(key),
             extras={
                 "ground_truth": text_or_none(row.values.get("answer")),
@@ -202,14 +204,15 @@ def _response_drafts(
             f"{row.where}: response: expected an object, found {preview(response)}"
         )
     body = response.get("body", response)
+    if not isinstance(body, dict):
+        raise ImportFormatError(f"{row.where}: body: expected an object, found {preview(body)}")
     if row.values.get("error") or response.get("status_code", 200) != 200 or "error" in body:
         report.failed_requests += 1
         return
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices:
         raise ImportFormatError(
-            f"{row.where}: expected a list of choices, found"
-            f" {', '.join(map(str, body)) or 'nothing'}"
+            f"{row.where}: expected a list of choices, found {field_names(body)}"
         )
     key = row.values.get("custom_id")
     key = None if key is None else str(key)
@@ -258,7 +261,7 @@ def _choice_draft(
             None if prompt_ids is None else token_ids(prompt_ids, f"{row.where}: prompt_token_ids")
         ),
         response_token_ids=None if ids is None else token_ids(ids, f"{row.where}: token_ids"),
-        tools=request.get("tools"),
+        tools=_tools(request.get("tools"), row.where),
         prompt_key=key,
         finish_reason=choice.get("finish_reason"),
         extras=sampling
@@ -297,8 +300,14 @@ def _rows(files: Sequence[Path], report: ImportReport) -> Iterator[Row]:
             yield row
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as problem:
-        raise ImportFormatError(f"{where}: broken JSON ({problem})") from problem
+def _tools(value: Any, where: str) -> list[Any] | None:
+    """Tool definitions, also as JSON text.
+
+    Raises:
+        ImportFormatError: they are no list.
+    """
+    where = f"{where}: tools"
+    tools = json_value(value, where, error=ImportFormatError) if isinstance(value, str) else value
+    if tools is not None and not isinstance(tools, list):
+        raise ImportFormatError(f"{where}: expected a list, found {preview(tools)}")
+    return tools
