@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from tip_analysis.core.terminal import PlainConsole
-from tip_analysis.core.text import one_line, visible, without_controls
+from tip_analysis.core.text import first_line, one_line, visible, without_controls
 
 HOSTILE = [
     "\x1b[31m",
@@ -68,3 +68,16 @@ def test_a_console_shows_texts_as_they_are(text, terminal):
 
 def test_styles_of_our_own_still_work():
     assert "\x1b[1m" in shown("[red]x", style="bold", force_terminal=True, color_system="standard")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n  \n indented\nmore"), "indented"),
+        (ValueError(""), "ValueError"),
+        (KeyError("name"), "'name'"),
+    ],
+)
+def test_the_first_line_that_says_something(error: Exception, line: str) -> None:
+    assert first_line(error) == line

@@ -16,9 +16,9 @@ from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.analysis.taxonomy import resolve_cuts
 from tip_analysis.core.errors import RunError, UnknownNameError
 from tip_analysis.core.run_folder import Run, create_run, open_run
+from tip_analysis.core.text import visible
 from tip_analysis.figures import QUADRANT_COLORS
 from tip_analysis.report.notebook import OPACITY, SCALE_COLOR, show_quadrants, show_rollout
-from tip_analysis.report.words import visible
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 

@@ -31,7 +31,9 @@ from tip_analysis.analysis.run_view import RunView
 from tip_analysis.analysis.taxonomy import Taxonomy, resolve_cuts
 from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.schema import RolloutTable, TokenTable, validate
-from tip_analysis.report import paper, words
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import number
+from tip_analysis.report import paper
 from tip_analysis.report.build import ReportOptions, build_report, write_report
 from tip_analysis.report.page import json_block
 
@@ -221,7 +223,7 @@ def test_both_models_top_tokens_have_their_text_and_percent(page, tables, run):
     row = densities.strongest(view.tokens, "Q3", 1).row(0, named=True)
     shown = "".join(page.texts)
     for model in ("student", "teacher"):
-        text = words.visible(tables.vocabulary[row[f"{model}_topk_ids"][0]]).replace(" ", "␣")
+        text = visible(tables.vocabulary[row[f"{model}_topk_ids"][0]]).replace(" ", "␣")
         assert text in shown
         assert f"{100 * math.exp(row[f'{model}_topk_logprobs'][0]):.1f}%" in shown
 
@@ -331,7 +333,7 @@ def test_hostile_texts_stay_text(hostile):
     assert len(hostile) < 3_000_000
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\u202e\u2028\u2029]", hostile)
     displayed = {text for text, _, _ in shown.data["runs"][0]["texts"]}
-    assert {words.visible(text) for text in HOSTILE_TOKENS[:6]} <= displayed
+    assert {visible(text) for text in HOSTILE_TOKENS[:6]} <= displayed
     assert any(text.endswith("… (1,000,000 characters)") for text in displayed)
 
 
@@ -369,7 +371,7 @@ def test_json_block_cannot_end_its_element():
     ],
 )
 def test_visible_text(text, shown):
-    assert words.visible(text) == shown
+    assert visible(text) == shown
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_visible_text(text, shown):
     ],
 )
 def test_numbers_in_words(value, shown):
-    assert words.number(value) == shown
+    assert number(value) == shown
 
 
 def test_warnings_name_what_is_unusual(tmp_path):
@@ -521,8 +523,7 @@ def test_titles_are_escaped(hostile):
 def test_cuts_in_the_text_are_those_measured(page, run):
     cuts = resolve_cuts(RunView(run, _options()).raw)
     assert any(
-        f"Entropy cut: median ({words.number(cuts.entropy.value)} nats)" in text
-        for text in page.texts
+        f"Entropy cut: median ({number(cuts.entropy.value)} nats)" in text for text in page.texts
     )
 
 
@@ -534,7 +535,7 @@ def test_gradient_shares_equal_plain_sums(page, tables):
         inside = names == row[0]
         assert row[2].startswith(f"{100 * norms[inside].sum() / norms.sum():.1f}%")
         assert row[3].startswith(f"{100 * phi[inside].sum() / phi.sum():.1f}%".replace("-", "−"))
-        assert row[4].startswith(words.number(phi[inside].sum() / norms[inside].sum()))
+        assert row[4].startswith(number(phi[inside].sum() / norms[inside].sum()))
         assert row[6].startswith(f"{100 * (phi[inside] < 0).mean():.1f}%")
 
 
@@ -560,7 +561,7 @@ def test_group_shares_equal_a_plain_count(page, tables):
     assert rows["position: 4–15"][4] == f"{100 * (names[inside] == 'Q3').mean():.1f}%"
     digits = np.array([text.strip().isdigit() for text in tables.tokens["token"]])
     assert rows["kind: number"][1] == str(digits.sum())
-    assert rows["kind: number"][6] == words.number(
+    assert rows["kind: number"][6] == number(
         (names[digits] == "Q3").mean() / (names == "Q3").mean()
     )
 

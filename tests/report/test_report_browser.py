@@ -23,7 +23,7 @@ from synthetic import (
     write_run,
 )
 
-from tip_analysis.report import words
+from tip_analysis.core.text import visible
 from tip_analysis.report.build import ReportOptions, write_report
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -174,7 +174,7 @@ def test_hostile_tokens_are_shown_and_never_run(window, hostile):
             )
         )
         window.run("document.getElementById('b-next').click()")
-    assert {words.visible(text) for text in HOSTILE_TOKENS} <= texts
+    assert {visible(text) for text in HOSTILE_TOKENS} <= texts
     assert window.run("return window.hacked") is None
     assert (
         window.run(

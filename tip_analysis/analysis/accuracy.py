@@ -12,8 +12,10 @@ differences resolvable.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -107,15 +109,25 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
     differences = a - b
     count, mean = len(differences), float(differences.mean())
     se = math.sqrt(_variance(differences) / count)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * se if count > 1 else math.nan
-    if count < 2:
-        p_value = math.nan
-    elif se == 0.0:
-        p_value = 1.0 if mean == 0.0 else 0.0
-    else:
-        p_value = 2.0 * float(stats.t.sf(abs(mean) / se, count - 1))
+    low, high, p_value = _paired_test(a, b)
     unpaired = math.sqrt((_variance(a) + _variance(b)) / count)
-    return PairedDifference(count, mean, se, mean - half, mean + half, p_value, unpaired)
+    return PairedDifference(count, mean, se, low, high, p_value, unpaired)
+
+
+def _paired_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Both ends of the 95 % interval of the mean difference, and the p-value: NaN for one pair;
+    differences that are all equal leave no doubt."""
+    differences = a - b
+    if len(differences) < 2:
+        return math.nan, math.nan, math.nan
+    if not np.ptp(differences):
+        mean = float(differences[0])
+        return mean, mean, float(mean == 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of differences that are nearly equal
+        test: Any = stats.ttest_rel(a, b)
+        low, high = test.confidence_interval(CONFIDENCE)
+    return float(low), float(high), float(test.pvalue)
 
 
 def problem_table(

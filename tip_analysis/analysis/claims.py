@@ -24,6 +24,7 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
+from tip_analysis.analysis import accuracy
 from tip_analysis.analysis.bootstrap import ratio_interval
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.resources import data_path
@@ -145,18 +146,13 @@ def paired_difference(
         .drop_nulls()
         .sort("seed")
     )
-    differences = (joined[metric] - joined[f"{metric}_b"]).to_numpy().astype(np.float64)
-    if differences.size == 0:
+    if joined.height == 0:
         return None, None, None, 0
-    mean = float(differences.mean())
-    if differences.size == 1:
-        return mean, None, None, 1
-    half = float(
-        stats.t.ppf(0.975, differences.size - 1)
-        * differences.std(ddof=1)
-        / np.sqrt(differences.size)
-    )
-    return mean, mean - half, mean + half, differences.size
+    ours, theirs = (joined[name].cast(pl.Float64).to_numpy() for name in (metric, f"{metric}_b"))
+    found = accuracy.paired_difference(ours, theirs)
+    if joined.height == 1:
+        return found.difference, None, None, 1
+    return found.difference, found.low, found.high, joined.height
 
 
 def problem_difference(

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tip_analysis.core.terminal import stdout_console
+from tip_analysis.core.words import points
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,10 +43,10 @@ def show_claims(claims: "pl.DataFrame") -> None:
     ):
         table.add_column(name)
     for row in claims.iter_rows(named=True):
-        ours = f"{_points(row['effect'])} [{_points(row['low'])}, {_points(row['high'])}]"
+        ours = f"{points(row['effect'])} [{points(row['low'])}, {points(row['high'])}]"
         paper = (
-            f"{_points(row['paper_median'])} ({_points(row['paper_min'])} to"
-            f" {_points(row['paper_max'])})"
+            f"{points(row['paper_median'])} ({points(row['paper_min'])} to"
+            f" {points(row['paper_max'])})"
         )
         arms = f"{row['arm_a']} {row['relation']} {row['arm_b']}"
         table.add_row(row["claim"], arms, ours, _shown(row["num_seeds"]), row["verdict"], paper)
@@ -54,10 +55,6 @@ def show_claims(claims: "pl.DataFrame") -> None:
         title.append(" (differences in points of accuracy, over seeds)", style="not bold")
     )
     console.print(table)
-
-
-def _points(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.1f}"
 
 
 def show_summary(title: str, summary: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import polars as pl
 import psutil
 
 from tip_analysis.core.errors import StorageError
+from tip_analysis.core.text import first_line
 
 LONGEST_NAME = 255
 """Bytes that a file system allows the name of a file."""
@@ -178,8 +179,3 @@ def _start_of(pid: int) -> int:
 @cache
 def _own_start(pid: int) -> int:
     return round(psutil.Process(pid).create_time())
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -23,9 +23,10 @@ from pydantic import (
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
-from tip_analysis.core.atomic_files import first_line, write_atomically
+from tip_analysis.core.atomic_files import write_atomically
 from tip_analysis.core.errors import RunError
 from tip_analysis.core.schema import SCHEMA_VERSION
+from tip_analysis.core.text import first_line
 
 Record = dict[str, Any]
 

@@ -59,6 +59,12 @@ def one_line(text: str, limit: int = 600) -> str:
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def _is_control(character: str) -> bool:
     return (
         character not in _JOINERS

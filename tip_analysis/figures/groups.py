@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from tip_analysis.core.words import brief
 from tip_analysis.figures.style import INK, PAGE_WIDTH, QUADRANT_COLORS, WIDE, figure_style, require
 
 GROUPING_NAMES = {
@@ -56,18 +57,10 @@ def _group_bars(axes: Axes, part: pl.DataFrame) -> None:
             axes.barh(place, shares.get(name, 0.0), left=left, height=0.74, color=color)
             left += shares.get(name, 0.0)
     axes.set_yticks(
-        range(len(groups)), [f"{group} ({_brief(totals[group])})" for group in groups], fontsize=7.5
+        range(len(groups)), [f"{group} ({brief(totals[group])})" for group in groups], fontsize=7.5
     )
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
-def _brief(count: int) -> str:
-    """1234 as 1.2k."""
-    for size, unit in ((1_000_000, "M"), (1_000, "k")):
-        if count >= size:
-            return f"{count / size:.1f}{unit}"
-    return str(count)

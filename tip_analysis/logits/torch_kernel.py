@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tip_analysis.core.text import first_line
 from tip_analysis.logits.probabilities import (
     CENTRE_ON_TOP_ABOVE,
     SCALE,
@@ -315,12 +316,9 @@ def _compiled_passes(student: Tensor, teacher: Tensor, top_k: int, support_k: in
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
             logger.warning(
                 "logit statistics run uncompiled, several times slower: the compiler failed (%s)",
-                reason,
+                first_line(error),
             )
             _compiler_failed = True
     return _passes(student, teacher, top_k, support_k)

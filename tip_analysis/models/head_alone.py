@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 
 from tip_analysis.core.errors import ModelError
+from tip_analysis.core.text import first_line
 from tip_analysis.models.loading import (
     DTYPES,
     LanguageModel,
@@ -48,7 +49,7 @@ def load_head(name: str, *, dtype: str, device: str = "auto") -> LanguageModel:
             model = _head_alone(folder, options, DTYPES[dtype])
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise ModelError(f"cannot load the head of {name!r}: {reason}") from error
         if model is not None:
             head = OutputHead(model)
@@ -82,7 +83,7 @@ def head_rows(name: str) -> int:
             .vocab_size
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ModelError(f"cannot read the config of {name!r}: {reason}") from error
 
 

@@ -39,6 +39,7 @@ from tip_analysis.core.errors import (
     VocabularyMismatchError,
 )
 from tip_analysis.core.optional import require
+from tip_analysis.core.text import first_line
 from tip_analysis.models.locating import DEVICE_TYPES, DTYPE_NAMES, locate
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def load_model(
         if placement != "several":
             model = model.to(placement)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"cannot load the model {name!r}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the model {name!r}: {first_line(error)}") from error
     model = model.eval().requires_grad_(False)
     head = OutputHead(model)
     head.verify()
@@ -262,7 +263,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"cannot load the tokenizer of {name!r}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -501,9 +502,3 @@ def _close(logits: Tensor, expected: Tensor) -> bool:
 
 def _inverse(vocabulary: Mapping[str, int]) -> dict[int, str]:
     return {index: token for token, index in vocabulary.items()}
-
-
-def _reason(error: Exception) -> str:
-    """The first telling line of a library's long message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

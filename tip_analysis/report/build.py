@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tip_analysis.analysis.run_view import ReportOptions, RunView, open_views
 from tip_analysis.core.atomic_files import write_atomically
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import listed, plural
 from tip_analysis.report import paper
 from tip_analysis.report.page import Section, render
 from tip_analysis.report.sections import (
@@ -25,7 +27,6 @@ from tip_analysis.report.sections import (
     selections,
     taxonomy,
 )
-from tip_analysis.report.words import listed, plural, visible
 
 __all__ = ["ReportOptions", "build_report", "build_sections", "write_report"]
 

@@ -22,8 +22,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tip_analysis import figures
+from tip_analysis.core.words import sentence
 from tip_analysis.figures import style
-from tip_analysis.report.words import sentence
 
 
 @dataclass(frozen=True)

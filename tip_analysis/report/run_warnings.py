@@ -5,7 +5,8 @@ import polars as pl
 
 from tip_analysis.analysis.quadrants import warn_about_cuts
 from tip_analysis.analysis.run_view import RunView
-from tip_analysis.report.words import count, listed, percent, plural, sentence, visible
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import count, listed, percent, plural, sentence
 
 
 def warnings_of(view: RunView) -> list[str]:

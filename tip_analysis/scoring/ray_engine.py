@@ -28,6 +28,7 @@ from tip_analysis.core.names import StopTokens
 from tip_analysis.core.optional import require
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import open_run
+from tip_analysis.core.text import first_line
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import load_model
 from tip_analysis.rollouts.teacher_prompts import num_shards
@@ -221,7 +222,7 @@ def _start(ray: Any) -> None:
         except Exception as error:  # Ray raises plain exceptions here
             ray.shutdown()
             if attempt == STARTS:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                reason = first_line(error)
                 raise InputError(
                     f"Ray did not start in {STARTS} attempts: {reason} Start it with `ray start"
                     " --head` and set RAY_ADDRESS=auto, or use --shard i/n"

@@ -6,7 +6,7 @@ same numbers, the same way of making any token visible. What is returned here sh
 `_repr_html_` for notebooks (no script, no link, nothing fetched), `__rich__` for `rich.print`.
 `Run` and `Cuts` show themselves through `run_html` and `cuts_html`.
 
-Token texts are shown, never run: each goes through `words.visible` (controls and direction marks
+Token texts are shown, never run: each goes through `text.visible` (controls and direction marks
 spelled out) and is then escaped for HTML, or handed to rich as plain text.
 """
 

@@ -19,6 +19,8 @@ from tip_analysis.analysis.run_view import GRADIENT_SCORES, ReportOptions, RunVi
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import RunError, SchemaError, UnknownNameError
 from tip_analysis.core.run_folder import Run
+from tip_analysis.core.text import visible, visible_lines
+from tip_analysis.core.words import listed, number, percent, plural
 from tip_analysis.figures.style import QUADRANT_COLORS, QUADRANT_NAMES
 from tip_analysis.report.notebook.frame import (
     SCALE_COLOR,
@@ -31,7 +33,6 @@ from tip_analysis.report.notebook.frame import (
 from tip_analysis.report.notebook.runs import open_view
 from tip_analysis.report.sections.browser import MAX_ROLLOUT_TOKENS, SCORES
 from tip_analysis.report.sections.gradients import measurement_words
-from tip_analysis.report.words import listed, number, percent, plural, visible, visible_lines
 
 _UNITS = {name: (label, unit) for name, label, unit in SCORES}
 _LISTED = (

@@ -19,9 +19,10 @@ from tip_analysis.analysis.status import next_steps, stage_table
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import TipAnalysisError
 from tip_analysis.core.run_folder import Run
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import count, number, percent, plural
 from tip_analysis.figures.style import QUADRANT_COLORS, QUADRANT_NAMES
 from tip_analysis.report.notebook.frame import framed, swatch, table_html
-from tip_analysis.report.words import count, number, percent, plural, visible
 
 MAX_SUMMARY_TOKENS = 5_000_000
 """A run of more tokens does not compute its quadrants merely because it is the last line of a

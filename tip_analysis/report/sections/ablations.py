@@ -14,6 +14,8 @@ from tip_analysis.analysis.claims import (
     paper_results,
 )
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import count, interval, listed, number, percent, plural, points
 from tip_analysis.report.page import (
     Block,
     FromPaper,
@@ -25,7 +27,6 @@ from tip_analysis.report.page import (
     picture,
 )
 from tip_analysis.report.sections.overview import label_of, slug_of
-from tip_analysis.report.words import count, interval, listed, number, percent, plural, visible
 
 CONFIGURATION = (
     "mode",
@@ -226,8 +227,8 @@ def _claims_block(judged: pl.DataFrame) -> Table:
         paper = "–"
         if row["paper_comparisons"]:
             paper = (
-                f"{_points(row['paper_median'])} ({_points(row['paper_min'])} to"
-                f" {_points(row['paper_max'])})"
+                f"{points(row['paper_median'])} ({points(row['paper_min'])} to"
+                f" {points(row['paper_max'])})"
             )
         agreeing = (
             f"{row['paper_agreeing']} of {row['paper_comparisons']}"
@@ -239,9 +240,9 @@ def _claims_block(judged: pl.DataFrame) -> Table:
                 row["claim"],
                 row["statement"],
                 f"{row['arm_a']} {row['relation']} {row['arm_b']}",
-                Measured(_points(row["effect"]), _point_interval(row["low"], row["high"])),
+                Measured(points(row["effect"]), _point_interval(row["low"], row["high"])),
                 Measured(
-                    _points(row["problem_effect"]),
+                    points(row["problem_effect"]),
                     _point_interval(row["problem_low"], row["problem_high"]),
                 ),
                 str(row["verdict"]),
@@ -330,9 +331,5 @@ def _memory_picture(view: RunView, arms: pl.DataFrame) -> Block:
     )
 
 
-def _points(difference: float | None) -> str:
-    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def _point_interval(low: float | None, high: float | None) -> str:
-    return interval(low, high) and f"[{_points(low)}, {_points(high)}]"
+    return interval(low, high) and f"[{points(low)}, {points(high)}]"

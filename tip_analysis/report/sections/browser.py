@@ -3,7 +3,7 @@ their tokens.
 
 The sample holds the rollouts of the strongest Q3 and Q1 tokens first, then rollouts drawn evenly
 from the rest by a hash of their id, up to a budget of tokens, so that the page stays small however
-large the run is. Texts are made visible here (`words.visible`) and shared through one list; numbers
+large the run is. Texts are made visible here (`text.visible`) and shared through one list; numbers
 are rounded to what is shown. The page's script puts them in place as text only.
 """
 
@@ -18,10 +18,11 @@ from tip_analysis.analysis import selection
 from tip_analysis.analysis.densities import STRENGTH, strongest
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.names import Loss
+from tip_analysis.core.text import visible, visible_lines
+from tip_analysis.core.words import count, percent, plural
 from tip_analysis.report.page import Part, Section
 from tip_analysis.report.sections.gradients import measurement_words
 from tip_analysis.report.sections.overview import label_of
-from tip_analysis.report.words import count, percent, plural, visible, visible_lines
 
 DEFAULT_RULES = ("entropy", "soft_or", "q3", "divergence", "teachability")
 """Rules shown where a run has no masks: all without randomness and gradients."""

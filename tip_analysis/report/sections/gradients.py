@@ -10,6 +10,7 @@ from tip_analysis import figures
 from tip_analysis.analysis.correlations import correlation_table, equation_6
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics, widen
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.words import count, interval, listed, number, percent, plural
 from tip_analysis.figures.gradients import LOSS_NAMES
 from tip_analysis.report.page import (
     Block,
@@ -23,7 +24,6 @@ from tip_analysis.report.page import (
     picture,
 )
 from tip_analysis.report.sections.overview import label_of, population, slug_of
-from tip_analysis.report.words import count, interval, listed, number, percent, plural
 
 MEASURES = {
     "divergence": "mean divergence, nats",

@@ -8,10 +8,10 @@ import polars as pl
 from tip_analysis import figures
 from tip_analysis.analysis import groups as effects
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.words import count, interval, number, percent
 from tip_analysis.figures.groups import GROUPING_NAMES
 from tip_analysis.report.page import Block, Part, Section, Table, Tag, picture
 from tip_analysis.report.sections.overview import label_of, population, slug_of
-from tip_analysis.report.words import count, interval, number, percent
 
 
 def group_effects(views: Sequence[RunView]) -> Section:

@@ -11,6 +11,8 @@ from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.planted import planted_detection
 from tip_analysis.analysis.quadrant_tables import widen
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import count, interval, listed, number, percent, plural, sentence
 from tip_analysis.report import paper
 from tip_analysis.report.page import (
     Block,
@@ -24,16 +26,6 @@ from tip_analysis.report.page import (
     picture,
 )
 from tip_analysis.report.run_warnings import warnings_of
-from tip_analysis.report.words import (
-    count,
-    interval,
-    listed,
-    number,
-    percent,
-    plural,
-    sentence,
-    visible,
-)
 
 
 def overview(views: Sequence[RunView]) -> Section:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import count, duration, listed, number, sentence
 from tip_analysis.report.page import Block, Command, Part, Section, Table
 from tip_analysis.report.sections.overview import label_of
-from tip_analysis.report.words import count, duration, listed, number, sentence, visible
 
 MAX_SHARDS = 4
 """Shards whose hash is shown."""

@@ -11,10 +11,10 @@ from tip_analysis.analysis.masks import recorded_measurements
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Loss
+from tip_analysis.core.words import count, interval, listed, number, percent, plural
 from tip_analysis.report.page import Block, Missing, Part, Section, Table, picture
 from tip_analysis.report.sections.gradients import measurement_words
 from tip_analysis.report.sections.overview import label_of, slug_of
-from tip_analysis.report.words import count, interval, listed, number, percent, plural
 
 MAX_MASKS = 48
 """Masks that are compared; of more, those of the first seeds and scope."""

@@ -11,6 +11,8 @@ from tip_analysis.analysis.densities import STRENGTH, density, strongest, text_a
 from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import cut_sensitivity
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.text import visible
+from tip_analysis.core.words import listed, number, percent
 from tip_analysis.report import paper
 from tip_analysis.report.page import (
     Block,
@@ -23,7 +25,6 @@ from tip_analysis.report.page import (
     picture,
 )
 from tip_analysis.report.sections.overview import label_of, population, slug_of
-from tip_analysis.report.words import listed, number, percent, visible
 
 STRONG_TITLES = {
     "Q3": "Confident, and the teacher disagrees (Q3)",

@@ -1,10 +1,10 @@
-"""Numbers as words; token texts are those of `core.text`."""
+"""Numbers as words: one spelling for pages, terminals and notebooks.
+
+What is not known reads "–"; minus signs are typographic. Texts from files: `core.text`.
+"""
 
 import math
 from collections.abc import Sequence
-
-from tip_analysis.core.text import visible as visible
-from tip_analysis.core.text import visible_lines as visible_lines
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
@@ -75,3 +75,16 @@ def duration(seconds: float | None) -> str:
 
 def _decimals(magnitude: float, digits: int) -> int:
     return max(0, digits - 1 - math.floor(math.log10(magnitude)))
+
+
+def points(share: float | None) -> str:
+    """A difference of shares in points, with its sign: 0.012 as +1.2."""
+    return "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
+
+
+def brief(value: int) -> str:
+    """1234 as 1.2k."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return str(value)
