@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint smollm2 example docs clean
+.PHONY: demo test test-all lint smollm2 example docs notebooks site clean
 
 demo: $(INSTALLED)  ## the main job on the embedded pair: runs/demo and reports/demo.html
 	$(BIN)/python -m tip_analysis demo --out runs/demo --report reports/demo.html
@@ -34,8 +34,18 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-docs: $(INSTALLED)  ## the parts of README.md that are made from the code
-	$(BIN)/python tests/readme_parts.py
+docs: $(INSTALLED)  ## the parts of docs/ that are made from the code and the benchmarks' results
+	$(BIN)/python tests/docs_parts.py
+
+notebooks: $(INSTALLED)  ## run the notebooks again on a run made now, and store them with their outputs
+	$(BIN)/python tests/notebook_outputs.py
+
+site: $(VENV)/.installed-docs  ## the documentation site: site/index.html; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+$(VENV)/.installed-docs: requirements-docs.lock $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-docs.lock
+	touch $@
 
 clean:  ## remove what the commands above made, but not runs
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
