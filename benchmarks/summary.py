@@ -29,7 +29,8 @@ def table(results: Path = RESULTS) -> str:
         *_startup(found["startup"]),
     ]
     lines = ["| what | measured | script |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {what} | {value} | `{script}` |" for what, value, script in rows)])
+    lines += [f"| {what} | {value} | `{script}` |" for what, value, script in rows]
+    return "\n".join(lines)
 
 
 Row = tuple[str, str, str]
@@ -59,6 +60,10 @@ def _logit_statistics(found: dict[str, Any]) -> list[Row]:
         if name.startswith("one function per metric, best") and name.endswith("over statistics")
     ]
     tensors = ratios["best one function per metric over statistics on tensors"]
+    adding = (
+        "the same against adding both logits up in float32: with one call each, and 32 rows at a"
+        " time, in the cache"
+    )
     whole = ratios["statistics over adding each array up in float32"]
     blocks = ratios["statistics over reading the arrays as float32 in blocks"]
     return [
@@ -67,12 +72,7 @@ def _logit_statistics(found: dict[str, Any]) -> list[Row]:
             f"{faster:.1f} × faster (without Numba: {tensors:.1f} ×)",
             "logit_statistics.py",
         ),
-        (
-            "the same against adding both logits up in float32: with one call each, and 32 rows at"
-            " a time, in the cache",
-            f"{whole:.1f} ×, {blocks:.1f} × the time",
-            "logit_statistics.py",
-        ),
+        (adding, f"{whole:.1f} ×, {blocks:.1f} × the time", "logit_statistics.py"),
     ]
 
 
@@ -92,10 +92,13 @@ def _memory(found: dict[str, Any]) -> list[Row]:
 def _prompt_sharing(found: dict[str, Any]) -> list[Row]:
     settings, ratios = found["settings"], found["ratios"]
     ending = f": times faster with shared prompts of {settings['response_tokens']} tokens"
+    what = (
+        f"prompt sharing, {settings['rollouts']} rollouts a prompt, prompt as long as response:"
+        " bodies, end to end"
+    )
     return [
         (
-            f"prompt sharing, {settings['rollouts']} rollouts a prompt, prompt as long as response:"
-            " bodies, end to end",
+            what,
             f"{ratios['bodies' + ending]:.2f} ×, {ratios['scoring' + ending]:.2f} × faster",
             "prompt_sharing.py",
         )
@@ -117,12 +120,15 @@ def _gradients(float32: dict[str, Any], bfloat16: dict[str, Any]) -> list[Row]:
 
 def _gradient_memory(found: dict[str, Any]) -> list[Row]:
     row = next(row for row in found["rows"] if row["length"] == 512)
+    value = (
+        f"{row['peak_of_loss_gradients_over_parameters']:.1f} ×,"
+        f" {row['peak_of_probes_over_parameters']:.1f} × (one forward pass's activations alone:"
+        f" {row['activations_over_parameters']:.1f} ×)"
+    )
     return [
         (
             "peak memory of gradients over the parameters, T = 512: ∇L, probes",
-            f"{row['peak_of_loss_gradients_over_parameters']:.1f} ×,"
-            f" {row['peak_of_probes_over_parameters']:.1f} × (one forward pass's activations alone:"
-            f" {row['activations_over_parameters']:.1f} ×)",
+            value,
             "gradients.py --memory",
         )
     ]
@@ -133,11 +139,12 @@ def _analysis(found: dict[str, Any]) -> list[Row]:
     largest = found["sizes"][-1]
     seconds = median(one["seconds"] for one in largest["rounds"])
     peak = max(one["peak_mb"] for one in largest["rounds"])
+    faster, memory = compared["times_faster"], compared["memory_ratio"]
+    size = f"{compared['rows'] // 10**6} million rows"
     return [
         (
-            f"quadrants, shares and correlations of {compared['rows'] // 10**6} million rows"
-            " against pandas",
-            f"{compared['times_faster']:.1f} × faster, {compared['memory_ratio']:.2f} of its memory",
+            f"quadrants, shares and correlations of {size} against pandas",
+            f"{faster:.1f} × faster, {memory:.2f} of its memory",
             "analysis.py",
         ),
         (
@@ -154,10 +161,13 @@ def _training_memory(found: dict[str, Any]) -> list[Row]:
         row["arm"]: row["share_of_full"] for row in found["rows"] if row["num_tokens"] == longest
     }
     most = max(share for arm, share in shares.items() if arm != "full_logits")
+    what = (
+        "peak memory of a training step at ρ = 0.1, above weights, gradients and optimizer, against"
+        rf" full logits (\|V\| = {LARGE_VOCABULARY:,}, T = {longest:,})"
+    )
     return [
         (
-            "peak memory of a training step at ρ = 0.1, above weights, gradients and optimizer,"
-            rf" against full logits (\|V\| = {LARGE_VOCABULARY:,}, T = {longest:,})",
+            what,
             f"{100 * shares['0.1']:.1f} % (at any ρ: at most {100 * most:.1f} %)",
             "training_memory.py",
         )

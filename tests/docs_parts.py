@@ -32,10 +32,14 @@ def _table(name: str, schema: type[dy.Schema]) -> str:
     purpose = " ".join((schema.__doc__ or "").split())
     head = [f"## {name}", "", purpose, "", "| column | type | meaning |", "| --- | --- | --- |"]
     rows = (
-        f"| `{column}` | {_type(kind.dtype)} | {(kind.description or '').replace('|', chr(92) + '|')} |"
+        f"| `{column}` | {_type(kind.dtype)} | {_cell(kind.description or '')} |"
         for column, kind in schema.columns().items()
     )
     return "\n".join([*head, *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _type(dtype: pl.DataType) -> str:
@@ -68,7 +72,8 @@ def formats() -> str:
 def benchmarks() -> str:
     """The measured ratios, in Markdown."""
     spec = importlib.util.spec_from_file_location("summary", ROOT / "benchmarks" / "summary.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.table()

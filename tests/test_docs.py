@@ -87,7 +87,7 @@ def test_commands_options_and_rules_that_are_named_exist(page):
 
 
 def _options_of(command: type) -> set[str]:
-    """What a command's dataclass, and those that it holds, call their fields on the command line."""
+    """What a command's dataclass, and those that it holds, call their fields as options."""
     found: set[str] = {"help"}
     for name, field in command.__dataclass_fields__.items():
         made = field.default_factory

@@ -1,6 +1,6 @@
-"""The notebooks: tidy as they are stored, and right when run from a fresh kernel on a small run.
+"""The notebooks: tidy as they are stored, with outputs that are current, and right when run from a fresh kernel.
 
-Each is run as it stands, with one more cell that checks what it computed against another way of getting there.
+Each is run as it stands on a small run, with one more cell that checks what it computed against another way of getting there.
 """
 
 import ast
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+from notebook_outputs import differences, execute, picture_differs, stored_form, text_differs
 
 nbformat = pytest.importorskip("nbformat", reason="notebooks need the extra [notebooks]")
 
@@ -123,12 +124,26 @@ def test_is_stored_in_one_stable_form(name):
     nbformat.validate(notebook)
     assert path.read_text("utf-8") == nbformat.writes(notebook) + "\n"
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    for cell in notebook.cells:
-        assert cell.metadata == {}
-        if cell.cell_type == "code":
-            assert cell.execution_count is None
-            assert len(json.dumps(cell.outputs)) < MAX_OUTPUT_BYTES
+    ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1)), "make notebooks"
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert all(len(json.dumps(cell.outputs)) < MAX_OUTPUT_BYTES for cell in ran)
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_outputs_show_figures_and_name_no_folder_of_a_machine(name):
+    outputs = [output for cell in stored(name).cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == FIGURES[name]
+    assert not any(output.output_type == "error" for output in outputs)
+    text = json.dumps([{**output, "data": _texts(output)} for output in outputs])
+    assert "/tmp" not in text
+    assert str(Path.home()) not in text
+
+
+def _texts(output) -> dict[str, str]:
+    return {kind: part for kind, part in output.get("data", {}).items() if kind != "image/png"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,44 +159,59 @@ def test_compiles_and_imports_what_is_there(name):
                     ), alias.name
 
 
-def executed(notebook, folder: Path):
-    """The notebook with its outputs, from a fresh kernel that works in `folder`."""
-    nbclient = pytest.importorskip(
-        "nbclient", reason="running notebooks needs the extra [notebooks]"
-    )
-    client = nbclient.NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
-    return client.execute()
-
-
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
     from tip_analysis.demo.example import make_small_run
 
-    return make_small_run(tmp_path_factory.mktemp("notebooks") / "small").path
+    return make_small_run(tmp_path_factory.mktemp("notebooks") / "runs" / "small").path
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_and_computes_what_it_says(name, small_run, tmp_path, monkeypatch):
-    monkeypatch.setenv("TIP_RUN", str(small_run))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_runs_computes_what_it_says_and_shows_what_is_stored(name, small_run):
+    pytest.importorskip("nbclient", reason="running notebooks needs the extra [notebooks]")
     notebook = stored(name)
     check = "\n".join(line.removeprefix("        ") for line in CHECKS[name].splitlines())
     notebook.cells.append(nbformat.v4.new_code_cell(f"{check}\nprint('checked')"))
-    outputs = [
-        output for cell in executed(notebook, tmp_path).cells for output in cell.get("outputs", [])
-    ]
-    assert outputs[-1]["text"] == "checked\n"
-    pictures = [
-        output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) == FIGURES[name]
-    assert len(json.dumps(outputs)) < 3 * MAX_OUTPUT_BYTES
+    folder = small_run.parent.parent
+    ran = stored_form(execute(notebook, folder, small_run), folder)
+    assert ran.cells.pop().outputs[-1]["text"] == "checked\n"
+    assert not list(differences(stored(name), ran)), "run `make notebooks`"
     shown = [
-        output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})
+        output.data["text/html"]
+        for cell in ran.cells
+        for output in cell.get("outputs", [])
+        if "text/html" in output.get("data", {})
     ]
     assert any("tip-tokens" in html for html in shown) or name == "03_selection_and_ablations"
+
+
+def test_stale_outputs_are_noticed():
+    """Another number, another word, another picture, a missing output; not another time."""
+    notebook = stored("01_quadrants")
+    assert not list(differences(notebook, stored("01_quadrants")))
+    for change in (
+        lambda text: text.replace("1.803115", "1.903115"),
+        lambda text: text.replace("planted_label", "label"),
+    ):
+        edited = nbformat.reads(change(nbformat.writes(notebook)), as_version=4)
+        assert list(differences(notebook, edited))
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    first, second = (output.data["image/png"] for output in pictures[:2])
+    assert picture_differs(first, second)
+    assert not picture_differs(first, first)
+    edited = stored("01_quadrants")
+    next(cell for cell in edited.cells if cell.get("outputs")).outputs.clear()
+    assert list(differences(notebook, edited))
+    row = "<tr><td>score</td><td class=tip-n>3,564</td><td class=tip-n>{}</td></tr>"
+    assert not text_differs(row.format("1.20"), row.format("99.0"))
+    assert text_differs(row.format("1.20"), row.format("1.20").replace("3,564", "3,565"))
+    assert not text_differs("share 0.51832", "share 0.51833")
+    assert text_differs("share 0.51832", "share 0.53")
 
 
 def test_example_run_takes_what_is_named_then_the_demo(small_run, tmp_path, monkeypatch):

@@ -12,16 +12,16 @@ from tip_analysis.cli.main import DESCRIPTION
 
 HEAD = """# Commands
 
-`tip-analysis COMMAND …` is the same as `python -m tip_analysis COMMAND …`. Every command has `--help` with the
-text below. Lists are separated by spaces. Exit status: 0 done; 2 for anything wrong with input or options, with
-one line on stderr; 1 for a failure of ours.
+`tip-analysis COMMAND …` is the same as `python -m tip_analysis COMMAND …`. Every command has
+`--help` with the text below. Lists are separated by spaces. Exit status: 0 done; 2 for anything
+wrong with input or options, with one line on stderr; 1 for a failure of ours.
 
 """
 
 
 def commands_page() -> str:
     """Every command with its arguments, in the order of `--help`."""
-    parts = [HEAD, f"```text\n{DESCRIPTION}\n```\n"]
+    parts = [HEAD, f"{DESCRIPTION}\n"]
     for name, parser in _commands().items():
         parts.append(f"## {name}\n\n{parser.description}\n\n{_table(parser)}\n")
     return "\n".join(parts)
@@ -31,10 +31,8 @@ def _commands() -> dict[str, argparse.ArgumentParser]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         parser = tyro.extras.get_parser(options.Command, prog="tip-analysis")  # pyright: ignore[reportArgumentType]
-    [commands] = [
-        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-    ]
-    return dict(commands.choices)
+    [commands] = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    return commands
 
 
 def _table(parser: argparse.ArgumentParser) -> str:
@@ -44,7 +42,7 @@ def _table(parser: argparse.ArgumentParser) -> str:
 
 def _rows(parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
+        if "--help" in action.option_strings:
             continue
         text = " ".join(str(action.help or "").split())
         meaning, default = _split_default(text)
@@ -64,4 +62,4 @@ def _split_default(text: str) -> tuple[str, str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("{None}|", "").replace("|", " or ")

@@ -83,8 +83,8 @@ def plain_math(text: str) -> str:
 def _formula(tex: str) -> str:
     tex = re.sub(r"\\sqrt\{([^{}]*)\}", r"√(\1)", tex)
     tex = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1 / \2)", tex)
-    for name, sign in WORDS.items():
-        tex = tex.replace(name, sign)
+    for name in sorted(WORDS, key=len, reverse=True):  # a longer name may begin with a shorter one
+        tex = tex.replace(name, WORDS[name])
     tex = re.sub(r"_\{([^{}]*)\}|_(\w)", lambda m: f"<sub>{m[1] or m[2]}</sub>", tex)
     tex = re.sub(r"\^\{([^{}]*)\}|\^(\w|\*)", lambda m: f"<sup>{m[1] or m[2]}</sup>", tex)
     if "\\" in tex:

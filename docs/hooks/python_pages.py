@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 from pathlib import Path
 
 import tip_analysis as tip
@@ -24,12 +25,13 @@ ROOMS = (
 
 HEAD = """# Python
 
-`import tip_analysis as tip` loads neither torch nor polars; what needs them loads them when first used. The names
-of the package itself:
+`import tip_analysis as tip` loads neither torch nor polars; what needs them loads them when
+first used. The names of the package itself:
 
 {names}
 
-Below, each room of the package with the names that it offers; what starts with an underscore may change at any time.
+Below, each room of the package with the names that it offers; what starts with an underscore may
+change at any time.
 """
 
 
@@ -40,29 +42,26 @@ def python_page() -> str:
 
 
 def _room(name: str) -> str:
-    room = f"tip_analysis.{name}"
     doc = ast.get_docstring(ast.parse(_init(name).read_text("utf-8"))) or ""
-    entries = [f"::: {home}\n" for home in offered(name)]
-    return f"## {room}\n\n{_escaped(doc)}\n\n" + "\n".join(entries)
+    defined, constants = offered(name)
+    parts = [f"## tip_analysis.{name}", _escaped(doc)]
+    if constants:
+        parts.append("Constants: " + ", ".join(f"`{constant}`" for constant in constants) + ".")
+    return "\n\n".join([*parts, *(f"::: {home}" for home in defined), ""])
 
 
-def offered(name: str) -> list[str]:
-    """Where the public names of a room are defined, as dotted paths, without repetition."""
+def offered(name: str) -> tuple[list[str], list[str]]:
+    """Dotted paths of the functions and classes that a room offers, and the names of its other
+    values."""
     room = importlib.import_module(f"tip_analysis.{name}")
-    homes = _reexports(name)
-    return [homes[public] for public in sorted(getattr(room, "__all__", ())) if public in homes]
-
-
-def _reexports(name: str) -> dict[str, str]:
-    """Public name -> dotted path of its definition, for what a room imports from its modules."""
-    stub = _init(name).with_suffix(".pyi")
-    source = stub if stub.is_file() else _init(name)
-    found = {}
-    for node in ast.walk(ast.parse(source.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            module = node.module if not node.level else f"tip_analysis.{name}.{node.module}"
-            found |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in node.names}
-    return {public: home for public, home in found.items() if home.startswith("tip_analysis")}
+    defined, constants = [], []
+    for public in sorted(getattr(room, "__all__", ())):
+        value = getattr(room, public)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            defined.append(f"{value.__module__}.{value.__qualname__}")
+        elif not inspect.ismodule(value):
+            constants.append(public)
+    return defined, constants
 
 
 def _init(name: str) -> Path:

@@ -1,5 +1,5 @@
 """What the site has besides the pages in docs/: pages made from the code, the notebooks and the
-files at the repository's root. MkDocs calls `on_files` and `on_page_markdown` while it builds.
+files at the repository's root. MkDocs calls the functions named `on_…` while it builds.
 """
 
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -53,3 +54,20 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for written, served in moved.items():
         markdown = markdown.replace(written, served)
     return re.sub(r"(\]\([^)]*notebooks/[^)]*)\.ipynb", r"\1.md", markdown)
+
+
+def on_post_build(config: Any) -> None:
+    """Keep the search index as a script too, so that search works on pages opened from the disk."""
+    folder = Path(config["site_dir"]) / "search"
+    index = (folder / "search_index.json").read_text("utf-8")
+    (folder / "search_index.js").write_text(f"var __index = {index}", "utf-8")
+
+
+OUTSIDE = re.compile(r'(?:\bsrc|<link[^>]*\bhref)="(?:https?:)?//[^"]*"')
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that fetches anything from elsewhere when it is opened."""
+    if found := OUTSIDE.search(output):
+        raise PluginError(f"{page.file.src_uri} fetches from outside: {found[0]}")
+    return output
