@@ -321,9 +321,10 @@ def test_a_resumed_training_ends_with_the_same_weights(extra, tmp_path):
 
 def test_checkpoints_replace_their_predecessors_and_refuse_strangers(tmp_path):
     trainer = make_trainer()
-    for _ in trained(trainer, until=2):
+    for _ in trained(trainer, until=3):
         save_checkpoint(trainer, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
     with pytest.raises(ConfigurationMismatchError, match="learning_rate"):
         load_checkpoint(make_trainer(replace(BASE, learning_rate=1.0)), tmp_path / "step-000002")
     with pytest.raises(RunError, match="no whole checkpoint"):
@@ -333,6 +334,22 @@ def test_checkpoints_replace_their_predecessors_and_refuse_strangers(tmp_path):
     with pytest.raises(RunError, match="no whole checkpoint"):
         load_checkpoint(make_trainer(), tmp_path / "step-000002")
     assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", ["weights", "optimizer"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:-1] + b"x"])
+def test_a_damaged_checkpoint_is_refused_and_leaves_the_trainer_alone(tmp_path, name, damage):
+    trainer = make_trainer()
+    trainer.train_step()
+    path = save_checkpoint(trainer, tmp_path)
+    file = path / f"{name}.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    other = make_trainer()
+    before = {name: value.clone() for name, value in other.parameters.items()}
+    with pytest.raises(RunError, match=rf"no whole checkpoint: {name}.safetensors was altered"):
+        load_checkpoint(other, path)
+    assert other.step == 0
+    assert all(torch.equal(before[name], value) for name, value in other.parameters.items())
 
 
 def test_pieces_may_change_on_resume(tmp_path):

@@ -15,8 +15,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import polars as pl
 
@@ -363,13 +365,25 @@ def open_views(paths: Sequence[str | Path], options: ReportOptions) -> list[RunV
     """
     if not paths:
         raise OptionError("name at least one run folder")
-    resolved = [Path(path).resolve() for path in paths]
-    if len(set(resolved)) < len(resolved):
-        raise OptionError("a run folder is named twice")
-    names = [path.name for path in resolved]
-    if len(set(names)) < len(names):
-        names = ["/".join(path.parts[-2:]) for path in resolved]
-    return [RunView(path, options, name) for path, name in zip(paths, names, strict=True)]
+    views = [RunView(path, options) for path in paths]
+    for (one, first), (two, second) in combinations(zip(paths, views, strict=True), 2):
+        if first.run.path.samefile(second.run.path):  # however they are spelled
+            raise OptionError(f"a run folder is named twice: {one} and {two} are one folder")
+    for view, name in zip(
+        views, _told_apart([Path(path).resolve() for path in paths]), strict=True
+    ):
+        view.name = name
+    return views
+
+
+def _told_apart(paths: Sequence[Path]) -> list[str]:
+    """Names of folders with as many of those above them as tell them apart, for the eye too: names
+    that differ by case or Unicode form alone look alike."""
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len({normalize("NFC", name).casefold() for name in names}) == len(names):
+            return names
+    return [f"{path} ({index})" for index, path in enumerate(paths, 1)]
 
 
 def _name_of(value: Any) -> str:

@@ -32,7 +32,23 @@ def run(command: Any) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if command.common.lock_timeout is not None:
+        from tip_analysis.core.locks import TIMEOUT_VARIABLE
+
+        os.environ[TIMEOUT_VARIABLE] = str(command.common.lock_timeout)
+    if command.common.verify and not isinstance(command, options.Status):
+        _verify(command)
     _COMMANDS[type(command)](command)
+
+
+def _verify(command: Any) -> None:
+    """Check the runs that a command reads, whole."""
+    from tip_analysis.core.run_folder import open_run
+
+    named = [getattr(command, name, None) for name in ("run", "run_a", "run_b")]
+    for path in [*named, *getattr(command, "runs", ())]:
+        if path is not None and (path / "run.json").is_file():
+            open_run(path).verify()
 
 
 def demo(command: options.Demo) -> None:
@@ -309,6 +325,7 @@ def select(command: options.Select) -> None:
 def gradients(command: options.Gradients) -> None:
     """Measure gradient norms and alignment."""
     from tip_analysis.analysis.measurements import prefer_measurement
+    from tip_analysis.core.record import model_name
     from tip_analysis.core.run_folder import open_run
     from tip_analysis.gradients.rollout_gradients import GradientSettings
     from tip_analysis.gradients.stage import measure_run, setting_of
@@ -328,7 +345,9 @@ def gradients(command: options.Gradients) -> None:
             f"{run.path} is not scored yet; `tip-analysis score {run.path} --teacher MODEL` comes"
             " first"
         )
-    names = scored["student"]["name"], scored["teacher"]["name"]
+    names = [model_name(scored.get(role)) for role in ("student", "teacher")]
+    if names[0] is None or names[1] is None:
+        raise RunError(f"{run.path} does not say which models it was scored with: score it again")
     student = _load(names[0], command.models)
     teacher = student if names[0] == names[1] else _load(names[1], command.models)
     found = measure_run(
@@ -336,7 +355,7 @@ def gradients(command: options.Gradients) -> None:
         student=student,
         teacher=teacher,
         settings=settings,
-        teacher_context=scored["teacher_context"],
+        teacher_context=scored.get("teacher_context", "none"),
         limit=command.limit,
         overwrite=command.overwrite,
     )
@@ -423,6 +442,7 @@ def ablate(command: options.Ablate) -> None:
 def _experiment(command: options.Ablate) -> "Preset":
     """The preset that is named, or else the run's own pair, with the user's options in place of its
     own."""
+    from tip_analysis.core.record import model_name
     from tip_analysis.core.run_folder import open_run
     from tip_analysis.models.locating import ARITHMETIC_PAIR
     from tip_analysis.training.ablation.presets import change_preset, pair_preset, resolve_preset
@@ -440,9 +460,8 @@ def _experiment(command: options.Ablate) -> "Preset":
         return resolve_preset(command.preset, **changes)
     stages = open_run(command.run).stages() if (command.run / "run.json").is_file() else {}
     scored = stages.get("score", {}).get("config", {})
-    names = [
-        getattr(command, role) or scored.get(role, {}).get("name")
-        for role in ("student", "teacher")
+    names: list[Any] = [
+        getattr(command, role) or model_name(scored.get(role)) for role in ("student", "teacher")
     ]
     if tuple(names) == ARITHMETIC_PAIR and command.prompts is None:
         return resolve_preset("arithmetic", **changes)
@@ -529,10 +548,10 @@ def status(command: options.Status) -> None:
 
     run = open_run(command.run)
     show_table(str(command.run), stage_table(run))
-    altered = run.altered_shards() if command.verify else []
+    altered = run.altered_shards() if command.common.verify else []
     for shard in altered:
         show_note("altered or missing:", shard)
-    if command.verify and not altered:
+    if command.common.verify and not altered:
         console.print("every shard is as it was written")
     console.print("next: " + "\n      ".join(next_steps(run)), soft_wrap=True)
 
@@ -543,12 +562,14 @@ def recorded_student(run: "Run") -> str:
     Raises:
         RunError: they name none.
     """
+    from tip_analysis.core.record import model_name
+
     config = run.stages().get("rollout", {}).get("config", {})
     if "student" not in config:
         raise RunError(
             f"{run.path} does not say which student wrote its rollouts; name it with --student"
         )
-    return config["student"]["name"]
+    return str(model_name(config["student"]))
 
 
 def _load(name: str, models: options.ModelOptions) -> "LanguageModel":

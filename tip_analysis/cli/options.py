@@ -29,6 +29,7 @@ from tip_analysis.cli.ranges import (
     SomeProcesses,
     SomeRank,
     SomeRate,
+    SomeSeconds,
     SomeShare,
     Temperature,
     TopK,
@@ -84,6 +85,11 @@ class CommonOptions:
 
     debug: Flag = False
     """Show the traceback of an error."""
+    verify: Flag = False
+    """Check every file of the run folder against the hashes on record, and every row of its tables,
+    before anything is made of them; small tables are always checked."""
+    lock_timeout: SomeSeconds = None
+    """Seconds to wait for another process that is at work on the same thing; 60 by default."""
 
 
 Pairs = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")]
@@ -266,8 +272,6 @@ class Status:
 
     run: RunFolder
     """Run folder."""
-    verify: Flag = False
-    """Check every shard's hash as well."""
     common: Common = field(default_factory=CommonOptions)
 
 

@@ -181,6 +181,7 @@ SEED = Range(0, 2**32 - 1)
 SHARE = Range(0, 1, whole=False, above=True)
 PART = Range(0, 1, whole=False)
 POSITIVE = Range(0, 1e6, whole=False, above=True)
+SECONDS = Range(0, MANY, whole=False)
 TEMPERATURE = Range(0, 100, whole=False)
 RATE = Range(0, 10, whole=False)
 RANK = Range(0, 4096)
@@ -199,6 +200,7 @@ Temperature = Annotated[float, TEMPERATURE, TEMPERATURE.parser()]
 ToyPrompts = Annotated[int, TOY_PROMPTS, TOY_PROMPTS.parser()]
 TopK = Annotated[int, TOP_K, TOP_K.parser()]
 Cut = Annotated[str, CUT, CUT.parser()]
+SomeSeconds = Annotated[float | None, SECONDS, SECONDS.parser()]
 Ratios = Annotated[tuple[Share, ...], arg(metavar=f"{SHARE.metavar()} [...]")]
 Seeds = Annotated[tuple[Seed, ...], arg(metavar=f"{SEED.metavar()} [...]")]
 

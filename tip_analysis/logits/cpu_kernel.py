@@ -23,6 +23,7 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from tip_analysis.logits.kernel_cache import KeptOnDisk
 from tip_analysis.logits.probabilities import (
     CENTRE_ON_TOP_ABOVE,
     JSD_SERIES,
@@ -420,18 +421,7 @@ def _row_totals(student, teacher, row, out):
     out.first_estimator_moment[row], out.second_estimator_moment[row] = sums[8], sums[9]
 
 
-def _kept_on_disk(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled at its first call, and kept for other processes where there is a folder to keep it
-    in.
-
-    What is kept is renewed when this file changes, but not when only the constants change that it
-    takes from `rows`.
-    """
-    compiled = functools.partial(numba.njit, nogil=True, error_model="numpy")
-    try:
-        return compiled(cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-        return compiled()(function)
+_kept_on_disk = functools.partial(KeptOnDisk, nogil=True, error_model="numpy")
 
 
 @_kept_on_disk

@@ -19,20 +19,22 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from filelock import FileLock
 
 from tip_analysis.analysis.accuracy import accuracy
 from tip_analysis.analysis.arms import UNTRAINED, Arm
+from tip_analysis.core.errors import ConfigurationMismatchError, RunError
+from tip_analysis.core.locks import locked
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.schema import AblationTable, polars_schema
+from tip_analysis.core.stages import own_folder
 from tip_analysis.core.table_files import read
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, load_model
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
 from tip_analysis.rollouts.prompts import Prompt, resolve_template
 from tip_analysis.rollouts.sampling import Sampling
-from tip_analysis.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from tip_analysis.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from tip_analysis.training.data import (
     FixedRollouts,
     OnPolicyRollouts,
@@ -189,9 +191,8 @@ class ArmRunner:
         """Train and evaluate one arm, unless its file is there; returns `done`, or `kept` where it
         was there."""
         stage = self._begin(arm, seed)
-        work = self.run.path / "ablations" / ".work" / stage.key
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work.with_suffix(".lock")):
+        work = own_folder(own_folder(self.run.path, "ablations"), ".work") / stage.key
+        with locked(work.with_suffix(".lock"), f"{self.run.path}: {arm} under seed {seed}"):
             if stage.is_whole(0):
                 status, last = "kept", read(stage.path(0)).row(-1, named=True)
             else:
@@ -235,9 +236,7 @@ class ArmRunner:
 
     def _train(self, arm: Arm, seed: int, key: str, work: Path) -> list[dict[str, Any]]:
         trainer = self._trainer(arm, seed)
-        rows: list[dict[str, Any]] = []
-        if (checkpoint := latest_checkpoint(work)) is not None:
-            rows = load_checkpoint(trainer, checkpoint)
+        rows = _resume(trainer, work)
         device = trainer.student.device
         last = 0 if arm.rule == UNTRAINED else trainer.options.num_steps
         peak = 0
@@ -386,6 +385,19 @@ class ArmRunner:
         self.report(
             {"rule": arm.rule, "retention_ratio": arm.retention_ratio, "seed": seed, **event}
         )
+
+
+def _resume(trainer: Trainer, work: Path) -> list[dict[str, Any]]:
+    """Go on from the last sound checkpoint, if there is any; returns the rows so far."""
+    for checkpoint in checkpoints(work):
+        try:
+            return load_checkpoint(trainer, checkpoint)
+        except ConfigurationMismatchError:
+            raise
+        except RunError as error:
+            logger.warning("%s; training goes on from before it", error)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return []
 
 
 @torch.no_grad()
