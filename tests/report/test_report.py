@@ -192,7 +192,7 @@ def test_density_holds_every_finite_token_in_its_own_quadrant(tables, run):
 def test_strongest_q3_tokens_are_those_of_a_plain_sort(page, tables, run):
     names = _plain_quadrants(tables.tokens)
     view = RunView(run, _options(num_strong=3))
-    found = densities.strongest(view.tokens, "Q3", 3)
+    found = densities.strongest_tokens(view.tokens, "Q3", 3)
     plain = tables.tokens.with_columns(pl.Series("name", names)).filter(pl.col("name") == "Q3")
     h = tables.tokens["student_entropy_norm"].cast(pl.Float64)
     low, high = h.min(), np.quantile(h.to_numpy(), 0.98)
@@ -220,7 +220,7 @@ def test_strongest_q3_tokens_are_those_of_a_plain_sort(page, tables, run):
 
 def test_both_models_top_tokens_have_their_text_and_percent(page, tables, run):
     view = RunView(run, _options())
-    row = densities.strongest(view.tokens, "Q3", 1).row(0, named=True)
+    row = densities.strongest_tokens(view.tokens, "Q3", 1).row(0, named=True)
     shown = "".join(page.texts)
     for model in ("student", "teacher"):
         text = visible(tables.vocabulary[row[f"{model}_topk_ids"][0]]).replace(" ", "␣")

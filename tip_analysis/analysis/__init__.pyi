@@ -1,3 +1,5 @@
+from .ablation_tables import differences_from_all as differences_from_all
+from .ablation_tables import final_arms as final_arms
 from .accuracy import paired_difference as paired_difference
 from .arms import arm_results as arm_results
 from .arms import parse_arms as parse_arms
@@ -11,7 +13,6 @@ from .coverage_tables import coverage_curve as coverage_curve
 from .coverage_tables import proposition_2 as proposition_2
 from .cuts import Cuts as Cuts
 from .densities import density as density
-from .densities import strongest as strongest
 from .densities import text_around as text_around
 from .export import export_run as export_run
 from .mask_tables import composition as composition

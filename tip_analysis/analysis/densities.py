@@ -83,7 +83,7 @@ def density(tokens: pl.LazyFrame, cuts: Cuts) -> pl.DataFrame:
     return pl.DataFrame(table, schema=_density_schema(), strict=False)
 
 
-def strongest(tokens: pl.LazyFrame, quadrant: str, num_tokens: int) -> pl.DataFrame:
+def strongest_tokens(tokens: pl.LazyFrame, quadrant: str, num_tokens: int) -> pl.DataFrame:
     """The strongest token of each prompt in a quadrant, strongest first (`STRENGTH`), at most
     `num_tokens` prompts.
 

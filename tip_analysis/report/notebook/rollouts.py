@@ -13,7 +13,7 @@ import polars as pl
 from rich.console import Group
 from rich.text import Text
 
-from tip_analysis.analysis.densities import strongest
+from tip_analysis.analysis.densities import strongest_tokens
 from tip_analysis.analysis.measurements import Preference
 from tip_analysis.analysis.run_view import GRADIENT_SCORES, ReportOptions, RunView
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
@@ -216,7 +216,7 @@ def show_rollout(
 
 
 def _strongest_rollout(view: RunView) -> str:
-    best = strongest(view.tokens, "Q3", 1)["rollout_id"]
+    best = strongest_tokens(view.tokens, "Q3", 1)["rollout_id"]
     found = best if best.len() else view.raw.select("rollout_id").head(1).collect()["rollout_id"]
     if found.is_empty():
         raise SchemaError(f"{view.run.path} has no token to show")

@@ -6,13 +6,8 @@ from collections.abc import Sequence
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.analysis.claims import (
-    arm_summary,
-    claims_table,
-    paired_difference,
-    paper_differences,
-    paper_results,
-)
+from tip_analysis.analysis.ablation_tables import differences_from_all, final_arms
+from tip_analysis.analysis.claims import arm_summary, claims_table, paper_differences, paper_results
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import count, interval, listed, number, percent, plural, points
@@ -28,15 +23,6 @@ from tip_analysis.report.page import (
 )
 from tip_analysis.report.sections.overview import label_of, slug_of
 
-CONFIGURATION = (
-    "mode",
-    "loss",
-    "loss_normalizer",
-    "loss_aggregation",
-    "selection_scope",
-    "num_steps",
-)
-"""Arms are compared only under one of each."""
 ALL = ("all", 1.0)
 
 
@@ -58,41 +44,6 @@ def ablations(views: Sequence[RunView]) -> Section:
     )
 
 
-def final_arms(table: pl.DataFrame) -> pl.DataFrame:
-    """Rows of trained arms at their last step, under the configuration that most rows have; without
-    the untrained student."""
-    trained = table.filter(
-        pl.col("rule") != "untrained", pl.col("step") == pl.col("num_steps"), pl.col("step") > 0
-    )
-    if trained.is_empty():
-        return trained
-    most = (
-        trained.group_by(CONFIGURATION)
-        .len()
-        .sort("len", *CONFIGURATION, descending=[True] + [False] * len(CONFIGURATION))
-    )
-    return trained.join(
-        most.head(1).drop("len"), on=CONFIGURATION, how="semi", maintain_order="left"
-    )
-
-
-def differences(arms: pl.DataFrame) -> pl.DataFrame:
-    """Each arm's accuracy minus that of `all` on the same seeds: rule, retention_ratio, difference,
-    low, high."""
-    everything = arms.filter(pl.col("rule") == "all")
-    rows = []
-    for (rule, ratio), part in arms.filter(pl.col("rule") != "all").group_by(
-        "rule", "retention_ratio", maintain_order=True
-    ):
-        difference, low, high, _ = paired_difference(part, everything, "accuracy")
-        rows.append((rule, ratio, difference, low, high))
-    schema = {
-        "rule": pl.String,
-        **dict.fromkeys(("retention_ratio", "difference", "low", "high"), pl.Float64),
-    }
-    return pl.DataFrame(rows, schema=schema, orient="row").drop_nulls("difference")
-
-
 def _part(view: RunView, label: str) -> Part:
     command = (
         f"tip-analysis ablate {view.run.path} --rules all entropy_sampling soft_or soft_or_bottom"
@@ -107,7 +58,7 @@ def _part(view: RunView, label: str) -> Part:
     judged = claims_table(arms)
     summary = arm_summary(arms)
     blocks: list[Block] = [_accuracy_picture(view, table, arms, summary)]
-    minus_all = differences(arms)
+    minus_all = differences_from_all(arms)
     if minus_all.height:
         blocks.append(_difference_picture(view, minus_all))
     blocks += [

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.analysis import selection
-from tip_analysis.analysis.densities import STRENGTH, strongest
+from tip_analysis.analysis.densities import STRENGTH, strongest_tokens
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.names import Loss
 from tip_analysis.core.text import visible, visible_lines
@@ -127,11 +127,9 @@ def _run_payload(view: RunView, budget: int) -> dict[str, Any]:
 def _sample(view: RunView, budget: int) -> list[str]:
     """Rollout ids: those of the strongest tokens, then an even draw, while the budget of tokens
     lasts."""
-    strong = [
-        name
-        for quadrant in ("Q3", "Q1")
-        for name in strongest(view.tokens, quadrant, 2 * view.options.num_strong)["rollout_id"]
-    ]
+    size = 2 * view.options.num_strong
+    tables = (strongest_tokens(view.tokens, quadrant, size) for quadrant in ("Q3", "Q1"))
+    strong = [name for table in tables for name in table["rollout_id"]]
     lengths = view.raw.select("rollout_id").group_by("rollout_id").len().collect(engine="streaming")
     ordered = lengths.with_columns(pl.col("rollout_id").hash(seed=0).alias("draw")).sort(
         "draw", "rollout_id"

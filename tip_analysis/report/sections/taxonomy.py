@@ -7,7 +7,7 @@ from urllib.parse import quote
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.analysis.densities import STRENGTH, density, strongest, text_around
+from tip_analysis.analysis.densities import STRENGTH, density, strongest_tokens, text_around
 from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import cut_sensitivity
 from tip_analysis.analysis.run_view import RunView
@@ -217,7 +217,7 @@ def _sensitivity_table(grid: pl.DataFrame) -> Table:
 def _strong_part(view: RunView, label: str, run_index: int) -> Part:
     lists, words = [], []
     for quadrant in ("Q3", "Q1"):
-        table = strongest(view.tokens, quadrant, view.options.num_strong)
+        table = strongest_tokens(view.tokens, quadrant, view.options.num_strong)
         if table.height == 0:
             words.append(f"{quadrant} is empty")
             continue
