@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--cpu-time", action="store_true", help="measure processor time: steadier on a busy machine"
+        "--cpu-time", action="store_true", help="measure CPU time: steadier on a busy machine"
     )
     parser.add_argument(
         "--memory",

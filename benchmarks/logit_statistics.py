@@ -11,7 +11,7 @@ the medians over the rounds and their ratios are printed. On a machine that does
 `convert_to_float32` makes float32 arrays of both; `read_as_float32` adds each up by one call for
 float32; `read_float32` adds up float32 arrays that are there already, the floor for anything that
 looks at every logit. `normalizers` is one log-sum-exp of each row: a single exponential a logit.
-`statistics` is the pass as machine code, `statistics_on_tensors` the pass as tensor operations,
+`statistics` is the compiled pass, `statistics_on_tensors` the pass as tensor operations,
 which runs without Numba. `per_metric_N` computes the divergences and entropies as libraries
 commonly do, each function with its own softmaxes, in blocks of N rows; it has fewer columns than
 `token_statistics`, and its float32 numbers are wrong on peaked and near-equal rows.
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads; a CUDA device is not used")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="elapsed or processor time"
+        "--clock", choices=("wall", "cpu"), default="wall", help="elapsed or CPU time"
     )
     parser.add_argument("--out", type=Path, help="JSON file for the timings")
     options = parser.parse_args()

@@ -233,7 +233,7 @@ def main() -> None:
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="elapsed or processor time of all threads",
+        help="elapsed or CPU time of all threads",
     )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()

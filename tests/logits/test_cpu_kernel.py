@@ -1,4 +1,4 @@
-"""The pass over logits as machine code: what it has of its own. That its numbers are right is
+"""The compiled pass over logits: what only it has. That its numbers are right is
 tested in test_divergence."""
 
 import numpy as np
@@ -75,7 +75,7 @@ def test_more_top_tokens_than_columns() -> None:
     ]
 
 
-def test_machine_code_that_cannot_be_kept_on_disk_is_made_anew() -> None:
+def test_compiled_code_that_cannot_be_kept_on_disk_is_compiled_again() -> None:
     scope: dict = {}
     exec("def function(values):\n    values[0] = 7.0\n", scope)  # no file, no place beside it
     values = np.zeros(1)

@@ -30,7 +30,7 @@ VOCAB_SIZES = (11, 1000, 151936)
 
 @pytest.fixture(scope="module", params=["processor", "tensors"], autouse=True)
 def _way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Everything below holds of the pass as machine code and of the pass on tensors (which float64
+    """Everything below holds of the compiled pass and of the pass on tensors (which float64
     takes either way)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(divergence.COMPILE_VARIABLE, "1" if request.param == "processor" else "0")

@@ -29,7 +29,7 @@ from tip_analysis.scoring.stage import Scorer, score_rollouts
 slow = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two actors need two processors"),
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two actors need two CPUs"),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
 

@@ -330,7 +330,7 @@ def test_peak_memory_forgets_what_was_before():
     del big
     reset_peak_memory(cpu)
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("this system does not begin peaks anew")
+        pytest.skip("this system cannot reset its peaks")
     assert peak_memory_bytes(cpu) < peak - 1e8
     assert abs(memory_bytes(cpu) - peak_memory_bytes(cpu)) < 1e8
 

@@ -21,7 +21,7 @@ LARGE_TABLE_ROWS = 5_000_000
 collected columns."""
 
 CHUNK_ROWS = 131_072
-"""Rows at a time: a float32 column of them fits a processor's cache."""
+"""Rows at a time: a float32 column of them fits a CPU's cache."""
 
 _SHIFT = 12
 _NUM_BINS = 1 << (32 - _SHIFT)

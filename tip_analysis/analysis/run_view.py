@@ -62,7 +62,7 @@ class ReportOptions:
     num_resamples: int = 300
     """Resamples of prompts behind each interval."""
     resampled_tokens: int = 60_000
-    """Tokens that intervals are resampled from; a longer run lends a sample of its prompts, and
+    """Tokens that intervals are resampled from; of a longer run a sample of prompts is taken, and
     intervals are scaled."""
 
     def arguments(self) -> str:
@@ -208,7 +208,7 @@ class RunView:
         )
         return (
             f"Intervals are 95%, from {self.options.num_resamples} resamples of prompts with all"
-            f" their rollouts{drawn}; cuts are measured anew in each."
+            f" their rollouts{drawn}; cuts are measured again in each."
         )
 
     @cached_property

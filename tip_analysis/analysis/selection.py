@@ -249,7 +249,7 @@ def _splitmix64(state: np.ndarray) -> np.ndarray:
 def _negative_log(u: np.ndarray) -> np.ndarray:
     """−ln u for u in (0, 1), to 3e-16 relative, by correctly rounded operations alone.
 
-    A library's log may differ in its last bit between versions and processors, and would then
+    A library's log may differ in its last bit between versions and CPUs, and would then
     change a near tie. With u = m·2^e, m in [√½, √2) and z = (m − 1)/(m + 1): ln u = e·ln 2 + 2·Σ
     z^(2j+1)/(2j+1).
     """

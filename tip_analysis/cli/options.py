@@ -147,7 +147,7 @@ class Rollout:
     limit: SomeCount = None
     """Use the first N prompts only."""
     template: str = "plain"
-    """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
+    """The text around a problem: plain, boxed, or a text of your own that contains {problem}."""
     chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
     """Switches for the chat template, such as enable_thinking=false."""
     grader: str | None = None
@@ -178,7 +178,7 @@ class Import:
     """The prompts that they answer, as for `rollout`: chat markers and answers that the files lost
     come back from them."""
     template: str = "plain"
-    """What stands around a problem in the prompts: plain, boxed, or a text of your own that
+    """The text around a problem in the prompts: plain, boxed, or a text of your own that
     contains {problem}."""
     chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
     """Switches for the chat template, such as enable_thinking=false."""
@@ -369,14 +369,14 @@ class Evaluate:
     limit: SomeCount = None
     """Use the first N problems only."""
     template: str = "plain"
-    """What stands around a problem."""
+    """The text around a problem."""
     chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
     """Switches for the chat template."""
     grader: str | None = None
     """math, exact, module:function or file.py:function; by default math, or exact for the
     arithmetic pair."""
     overwrite: Flag = False
-    """Make the rows of this configuration afresh."""
+    """Make the rows of this configuration again."""
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
 
@@ -416,7 +416,7 @@ class Ablate:
     steps: SomeCountOrNone = None
     """Optimizer steps."""
     prompts_per_step: SomeCount = None
-    """Prompts a step."""
+    """Prompts per step."""
     rollouts_per_prompt: SomeFew = None
     """Rollouts of each."""
     max_new_tokens: SomeCount = None
@@ -438,7 +438,7 @@ class Ablate:
     selection_scope: Literal["rollout", "batch", "run"] | None = None
     """Within what tokens compete."""
     rescore_every: SomeCountOrNone = None
-    """Offline: make the masks anew with the student as it is, every so many steps."""
+    """Offline: make the masks again with the student as it is by then, every so many steps."""
     lora_rank: SomeRank = None
     """Train LoRA adapters of this rank; 0 trains all weights."""
     precision: Literal["float32", "bfloat16"] | None = None
@@ -458,7 +458,7 @@ class Ablate:
     limit: SomeCount = None
     """Use the first N prompts and the first N problems of each evaluation set only."""
     template: str | None = None
-    """What stands around a problem: plain, boxed, or a text of your own that contains {problem}."""
+    """The text around a problem: plain, boxed, or a text of your own that contains {problem}."""
     grader: str | None = None
     """math, exact, module:function or file.py:function."""
     teacher_context: Literal["none", "solution"] = "none"

@@ -17,7 +17,7 @@ _VERSIONED_PACKAGES = ("tip-analysis", "torch", "transformers", "tokenizers", "p
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor and git commit: what a number may depend on besides the configuration."""
+    """Versions, CPU and git commit: what a number may depend on besides the configuration."""
     versions = {}
     for package in _VERSIONED_PACKAGES:
         try:

@@ -2,7 +2,7 @@
 shard and loss by loss.
 
 Each loss of a measurement has its own record, so that a later run with another loss adds to what is
-there. ∇L and ∇J are made anew when a stage goes on after an interruption; a rollout's numbers
+there. ∇L and ∇J are computed again when a stage goes on after an interruption; a rollout's numbers
 depend on neither shard nor batch.
 """
 

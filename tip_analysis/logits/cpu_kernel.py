@@ -1,4 +1,4 @@
-"""The pass over two rows of logits as machine code for the processor (Numba), in float32 with sums
+"""The pass over two rows of logits compiled for the CPU (Numba), in float32 with sums
 in float64.
 
 The equations are those of `rows`, a token at a time: arithmetic on single numbers only, with exp
@@ -454,7 +454,7 @@ def _totals(
 
 
 def row_totals(student: Tensor, teacher: Tensor, top_k: int, support_k: int) -> RowTotals:
-    """`RowTotals` of logits [N, V] on the processor, in float64, by as many threads as torch uses.
+    """`RowTotals` of logits [N, V] on the CPU, in float64, by as many threads as torch uses.
 
     float16 logits are widened first.
     """

@@ -6,7 +6,7 @@ the temperature-1 distributions of student and teacher over all V tokens, z the 
 everything is in nats. How the numbers stay exact on nearly equal and nearly one-hot rows is told in
 `tip_analysis.logits.probabilities`; the losses live in `tip_analysis.logits.losses`.
 
-On a processor the pass is machine code (`tip_analysis.logits.cpu_kernel`); elsewhere, and in
+On a CPU the pass is compiled (`tip_analysis.logits.cpu_kernel`); elsewhere, and in
 float64, it is made of tensor operations (`tip_analysis.logits.torch_kernel`), compiled where that
 pays and a compiler is there.
 """
@@ -83,10 +83,10 @@ def token_statistics(
         merge_stop_tokens: Whether all columns but these three are those of rows in which the stop
             tokens are one token, named by the smallest of `stop_ids`. V stays what it is in
             `student_entropy_norm`.
-        compile: Whether the pass is compiled: on a processor in seconds, once for a machine; on an
+        compile: Whether the pass is compiled: on a CPU in seconds, once for a machine; on an
             accelerator in some tens of seconds, once for each V and dtype. None compiles where it
             is worth it, see `worth_compiling`. The two ways differ in rounding. float64 logits on a
-            processor are never compiled.
+            CPU are never compiled.
 
     Returns:
         The columns of `tip_analysis.core.schema.TokenTable` by name, each [N] (top-k: [N, k]), in
@@ -142,7 +142,7 @@ def _row_totals(
 
 @functools.cache
 def _processor() -> ModuleType | None:
-    """The pass as machine code, or None where Numba is not to be had, which is said once."""
+    """The compiled pass, or None where Numba is not available, which is said once."""
     try:
         from tip_analysis.logits import cpu_kernel
     except ImportError as error:
@@ -220,7 +220,7 @@ def _logprobs(logits: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:
 def rows_per_block(vocab_size: int, device: torch.device | str = "cpu") -> int:
     """How many rows of logits to make and use up at once.
 
-    On a processor some 16 MB of bfloat16 for each model: few enough to be no burden, and so many
+    On a CPU some 16 MB of bfloat16 for each model: few enough to be no burden, and so many
     that the threads of the output heads, which look out for more work for a while, do not take
     turns with those of the statistics too often.
     """
@@ -232,7 +232,7 @@ def rows_per_block(vocab_size: int, device: torch.device | str = "cpu") -> int:
 
 
 def worth_compiling(num_logits: int, device: torch.device | str = "cpu") -> bool:
-    """Whether to compile for that many logits of each model (rows times V): always on a processor,
+    """Whether to compile for that many logits of each model (rows times V): always on a CPU,
     where it takes seconds.
 
     The environment variable TIP_ANALYSIS_COMPILE decides where it is set: 0 never, 1 always.

@@ -38,7 +38,7 @@ from tip_analysis.logits.totals import RowTotals
 logger = logging.getLogger(__name__)
 
 _LOGITS_IN_CACHE = 2**17
-"""Rows times V of a block on a processor: some twenty arrays of its size are in use at once, and
+"""Rows times V of a block on a CPU: some twenty arrays of its size are in use at once, and
 should stay in its cache."""
 _LOGITS_ON_DEVICE = 2**27
 

@@ -29,7 +29,7 @@ def _table_warnings(view: RunView) -> list[str]:
         texts.append(
             f"{plural(len(altered), 'shard')} changed since written"
             f" ({visible(listed(altered[:5]), 300)}): numbers may not belong to the recorded"
-            " configuration. Run the stage again to make them anew."
+            " configuration. Run the stage again to make them again."
         )
     counted = view.population
     if counted.num_infinite_reverse or counted.num_infinite_forward:

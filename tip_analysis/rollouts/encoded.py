@@ -145,7 +145,7 @@ def encode_prompts(
         student: its chat template makes the student's prompt.
         teacher: its chat template makes the teacher's prompt where that differs; needed for
             `solution`.
-        template: what stands around a problem: a name of `prompts.TEMPLATES`, or a text with
+        template: the text around a problem: a name of `prompts.TEMPLATES`, or a text with
             `{problem}`.
         teacher_context: `none`, or `solution`: the teacher is shown the reference solution.
         chat_template_kwargs: switches for the chat template.

@@ -41,7 +41,7 @@ TEMPLATES: dict[str, str] = {
     "plain": "{problem}",
     "boxed": "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
 }
-"""What stands around a problem in the user's turn, by name."""
+"""What is put around a problem in the user's turn, by name."""
 
 PROBLEM_FIELDS = ("problem", "prompt", "messages")
 """Where a prompt's text is looked for, in this order."""

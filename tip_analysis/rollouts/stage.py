@@ -58,7 +58,7 @@ def sample_rollouts(
         prompts: what it is asked.
         sampling: temperature, nucleus, length limit, seed.
         num_rollouts: k, the rollouts of each prompt.
-        template: what stands around a problem: a name of `prompts.TEMPLATES`, or a text with
+        template: the text around a problem: a name of `prompts.TEMPLATES`, or a text with
             `{problem}`.
         chat_template_kwargs: switches for the chat template, such as `enable_thinking`.
         grader: a name of `grading.GRADERS`, `module:function` or `file.py:function`; None chooses

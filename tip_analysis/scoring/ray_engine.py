@@ -2,7 +2,7 @@
 
 Every actor holds both models and turns shards of rollouts into shards of the token table, exactly
 as one process does. A worker that is lost costs the shard it was working on, which another one
-makes: Ray Data starts it anew and gives it its work again. Needs the optional extra `[ray]`.
+makes: Ray Data starts it again and gives it its work again. Needs the optional extra `[ray]`.
 
 Ray is started in this process's name and stopped at the end, unless it runs here already or
 RAY_ADDRESS names a cluster.
@@ -132,7 +132,7 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
     Args:
         job: models and options.
         num_workers: actors; by default one for each GPU of the cluster, or one for each machine
-            without GPUs. The processors are shared out evenly: each actor computes with as many
+            without GPUs. The CPUs are shared out evenly: each actor computes with as many
             threads.
 
     Returns:
@@ -141,7 +141,7 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
     Raises:
         InputError: as `scoring.score_rollouts`; or Ray does not start.
         MissingExtraError: Ray is not installed.
-        OptionError: more workers than there are processors.
+        OptionError: more workers than there are CPUs.
     """
     run = open_run(job.run)
     count = num_shards(run, job.shard_size)
@@ -151,7 +151,7 @@ def score_with_ray(job: ScoringJob, *, num_workers: int | None = None) -> dict[s
         num_workers = num_workers or num_gpus or max(1, len(ray.nodes()))
         if not 1 <= num_workers <= num_cpus:
             raise OptionError(
-                f"--ray-workers must lie between 1 and the cluster's {num_cpus} processors, found"
+                f"--ray-workers must lie between 1 and the cluster's {num_cpus} CPUs, found"
                 f" {num_workers}"
             )
         if job.overwrite:

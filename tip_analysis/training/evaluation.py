@@ -154,11 +154,11 @@ def evaluate_model(
         prompts: problems with answers.
         num_samples: k, samples of each problem.
         sampling: temperature, nucleus, length limit and seed; temperature 1 by default.
-        template: what stands around a problem.
+        template: the text around a problem.
         chat_template_kwargs: switches for the chat template.
         grader: name of a grader.
         token_budget: tokens a batch, room for responses included.
-        overwrite: make the rows of this configuration afresh.
+        overwrite: make the rows of this configuration again.
 
     Returns:
         The stage's summary: the fields of `accuracy.Accuracy`, and counts.

@@ -37,7 +37,7 @@ class TrainingOptions:
     num_steps: int = 100
     """Optimizer steps."""
     prompts_per_step: int = 8
-    """Prompts a step."""
+    """Prompts per step."""
     rollouts_per_prompt: int = 16
     """Rollouts of each prompt."""
     learning_rate: float = 1e-6
@@ -54,8 +54,8 @@ class TrainingOptions:
     """Seed of prompt order, sampling and selection: arms that share it see the same prompts and
     random numbers."""
     rescore_every: int = 0
-    """Offline: make the masks anew with the student as it is, every so many steps; 0 keeps them as
-    they were."""
+    """Offline: make the masks again with the student as it is by then, every so many steps; 0
+    keeps them as they were."""
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers but the head; 0 trains all weights."""
     lora_alpha: float = 32.0

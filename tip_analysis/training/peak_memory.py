@@ -1,7 +1,7 @@
 """Peak memory of a stretch of work: of the device on a GPU, of the process's resident set
 elsewhere.
 
-The resident set's peak is that of the operating system, which Linux can begin anew
+The resident set's peak is that of the operating system, which Linux can reset
 (`/proc/self/clear_refs`), so that one process can measure one arm after another. Where it cannot,
 the peak is that of the process's whole life.
 """

@@ -349,7 +349,7 @@ class Trainer:
         return torch.autocast(self.student.device.type, dtype=torch.bfloat16)
 
     def rescore(self) -> None:
-        """Offline: make the masks anew from what both models now say of the fixed rollouts.
+        """Offline: make the masks again from what both models now say of the fixed rollouts.
 
         Raises:
             OptionError: rollouts are not fixed.

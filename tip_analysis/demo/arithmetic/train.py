@@ -3,7 +3,7 @@
 
 Writes `DIR/teacher` and `DIR/student`: config, safetensors weights and tokenizer, as
 `AutoModelForCausalLM` loads them. With the default options and seed 0 it makes the weights in
-`data/arithmetic`, up to rounding that differs between processors.
+`data/arithmetic`, up to rounding that differs between CPUs.
 
 Both models learn from solutions of problems outside the held-out split. The target at a position is
 the grammar's exact distribution of the next token after the text as it stands, not the token that
@@ -92,7 +92,7 @@ class ModelOptions:
     slip_share: float
     """Share of texts with random slips."""
     batch_size: int = 96
-    """Texts a step."""
+    """Texts per step."""
     slip_rate: float = 0.03
     """Probability of a slip at each token of a text with slips."""
 
@@ -135,7 +135,7 @@ class TrainOptions:
     only: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")
     """Which of the two to train."""
     num_threads: int = 1
-    """Processor threads; more threads sum in another order."""
+    """CPU threads; more threads sum in another order."""
     num_eval_problems: int = 200
     """Held-out problems for the closing measurement."""
 

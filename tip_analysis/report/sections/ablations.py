@@ -112,7 +112,7 @@ def _accuracy_picture(
         key=f"accuracy-{slug_of(view)}",
         caption=(
             "Accuracy after training on the selected tokens alone, mean over seeds with its 95%"
-            " interval. Level lines: training on all tokens, and the student before training."
+            " interval. Horizontal lines: training on all tokens, and the student before training."
         ),
         alt=(
             "Lines of accuracy against retention ratio for each rule; the table below has the"
@@ -249,7 +249,7 @@ def _arms_block(arms: pl.DataFrame, summary: pl.DataFrame) -> Table:
         "Best@k",
         "held-out KL",
         "tokens trained on",
-        "s a step",
+        "seconds per step",
         "peak GB",
     ]
     caption = (

@@ -46,7 +46,7 @@ def overview(views: Sequence[RunView]) -> Section:
         "Overview",
         parts,
         shows=(
-            "which share of the student’s own tokens falls into each quadrant at the cuts named,"
+            "which share of the written tokens falls into each quadrant at the cuts named,"
             " and how far that is from the shares that the paper reports over its pairs."
         ),
         shows_not=(
@@ -237,15 +237,11 @@ def _planted_block(view: RunView) -> Table:
             "recall",
             percent(found["q3_recall"]),
             (
-                f"of {count(found['num_confident'])} planted errors with student top-1 ≥ 0.9,"
-                " called Q3"
+                f"of {count(found['num_confident'])} planted errors with student top-1 ≥ 0.9"
+                " lie in Q3"
             ),
         ],
-        [
-            "precision",
-            percent(found["q3_precision"]),
-            "of the tokens called Q3, are planted errors",
-        ],
+        ["precision", percent(found["q3_precision"]), "of the Q3 tokens are planted errors"],
         [
             "AUC",
             number(found["auc"]),

@@ -63,8 +63,7 @@ def sensitivity(views: Sequence[RunView]) -> Section:
             " the paper’s ranges hold."
         ),
         shows_not=(
-            "which cut is right: no cut is privileged by the data, and the paper does not state its"
-            " own."
+            "which cut is right: the data single out no cut, and the paper does not state its own."
         ),
     )
 

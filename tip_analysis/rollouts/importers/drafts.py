@@ -57,7 +57,7 @@ class ImportOptions:
     """Prompts by id: what lost chat markers are restored from, and what responses without a prompt
     are joined to."""
     template: str = "plain"
-    """What stands around a problem."""
+    """The text around a problem."""
 
 
 @dataclass

@@ -99,7 +99,7 @@ def import_rollouts(
             refused.
         prompts: The prompts that the rollouts answer: chat markers are restored from them, and
             responses without a prompt joined to them by id.
-        template: What stands around a problem in `prompts`.
+        template: The text around a problem in `prompts`.
         chat_template_kwargs: Switches for the chat template, such as `enable_thinking`.
         reward_key: Which of several rewards or metrics is taken.
         filter_name: lm-evaluation-harness: whose filter's metrics are taken.
@@ -202,7 +202,7 @@ def _identify(rows: list[dict[str, Any]], wheres: Sequence[str], format: str) ->
             name = key or f"{format}-{len(names)}"
             num_prompts[
                 name
-                # one identifier for two prompts (few-shot examples drawn anew, say) would mix them
+                # one identifier for two prompts (few-shot examples drawn again, say) would mix them
             ] += 1
             is_new = num_prompts[name] == 1 or "prompt_id" in row
             names[prompt] = name if is_new else f"{name}#{num_prompts[name]}"

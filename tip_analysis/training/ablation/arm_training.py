@@ -68,7 +68,7 @@ class StudyOptions:
     """Everything that the arms of a study share."""
 
     student: "str | LanguageModel"
-    """Name of the student (loaded anew for each arm), or the model (copied for each arm)."""
+    """Name of the student (loaded again for each arm), or the model (copied for each arm)."""
     teacher: "str | LanguageModel"
     """Name of the teacher, or the model."""
     prompts: Sequence[Prompt] = ()
@@ -92,7 +92,7 @@ class StudyOptions:
     grader: str = "math"
     """Name of the grader."""
     template: str = "plain"
-    """What stands around a problem."""
+    """The text around a problem."""
     teacher_context: str = "none"
     """`none`, or `solution`: the teacher is shown the reference solution."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -180,7 +180,7 @@ class Plan:
                 "longest prompt, response",
                 f"{preset.max_prompt_tokens:,}, {preset.max_new_tokens:,} tokens",
             ),
-            ("response tokens a step", f"{self.tokens_per_step:,}"),
+            ("response tokens per step", f"{self.tokens_per_step:,}"),
             ("tokens written in training", f"{self.generated_tokens:,}"),
             ("tokens written in evaluation", f"{self.evaluation_tokens:,}"),
             *((f"memory: {name.replace('_', ' ')}", value) for name, value in giga.items()),

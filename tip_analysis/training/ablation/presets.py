@@ -48,7 +48,7 @@ class Preset:
     grader: str = "math"
     """Name of the grader."""
     template: str = "boxed"
-    """What stands around a problem."""
+    """The text around a problem."""
     paper_pair: str | None = None
     """Name of the pair in the paper's result tables."""
     note: str = ""

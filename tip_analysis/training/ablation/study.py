@@ -244,7 +244,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 class _Board:
-    """The live table: one row per arm, one cell per seed; silent where nobody looks."""
+    """The live table: one row per arm, one cell per seed; silent without a terminal."""
 
     def __init__(self, tasks: Sequence[Task], live: Live | None) -> None:
         self._arms = list(dict.fromkeys(arm for arm, _ in tasks))
