@@ -60,9 +60,12 @@ def one_line(text: str, limit: int = 600) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    """What an error says, in one line: its first, with the next where that only announces it; its
+    kind where it says nothing."""
+    lines = list(filter(None, (line.strip() for line in str(error).splitlines())))
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _is_control(character: str) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file
 
 from tip_analysis.core.errors import ModelError
@@ -27,6 +28,13 @@ from tip_analysis.models.loading import (
     locate,
     model_body,
     resolve_device,
+)
+from tip_analysis.models.weights import (
+    LOADING_ERRORS,
+    adapted_rows,
+    base_of,
+    is_adapter,
+    load_tokenizer_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,13 +52,12 @@ def load_head(name: str, *, dtype: str, device: str = "auto") -> LanguageModel:
         ModelError: there is no such model, or it cannot be loaded.
     """
     folder, options = locate(name)
-    if "gguf_file" not in options and not (Path(folder) / "adapter_config.json").is_file():
+    if "gguf_file" not in options and not is_adapter(folder):
         try:
             model = _head_alone(folder, options, DTYPES[dtype])
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            reason = first_line(error)
-            raise ModelError(f"cannot load the head of {name!r}: {reason}") from error
+            tokenizer = load_tokenizer_files(folder, options)
+        except LOADING_ERRORS as error:
+            raise ModelError(f"cannot load the head of {name!r}: {first_line(error)}") from error
         if model is not None:
             head = OutputHead(model)
             head.linear.to(resolve_device(device))
@@ -73,24 +80,24 @@ def head_rows(name: str) -> int:
         ModelError: there is no such model.
     """
     folder, options = locate(name)
-    adapter = Path(folder) / "adapter_config.json"
-    if adapter.is_file():
-        return head_rows(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"])
     try:
+        if is_adapter(folder):
+            return adapted_rows(Path(folder)) or head_rows(base_of(Path(folder)))
         return int(
             AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
             .get_text_config()
             .vocab_size
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = first_line(error)
-        raise ModelError(f"cannot read the config of {name!r}: {reason}") from error
+    except LOADING_ERRORS as error:
+        raise ModelError(f"cannot read the config of {name!r}: {first_line(error)}") from error
 
 
 def _head_alone(folder: str, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel | None:
     """The model on the meta device but for its head; None where the head's weights are not found
     under a known name."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None  # of two parts, or of another kind: the whole model's loader knows
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model = model.eval().requires_grad_(False)

@@ -18,18 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from tip_analysis.core.errors import (
@@ -38,9 +32,9 @@ from tip_analysis.core.errors import (
     UnknownNameError,
     VocabularyMismatchError,
 )
-from tip_analysis.core.optional import require
 from tip_analysis.core.text import first_line
 from tip_analysis.models.locating import DEVICE_TYPES, DTYPE_NAMES, locate
+from tip_analysis.models.weights import LOADING_ERRORS, load_tokenizer_files, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +46,8 @@ HEAD_TOLERANCE = {
     torch.float32: 1e-4,
     torch.float64: 1e-9,
 }
-"""How far the split head may be from the model's own logits, relative to their largest magnitude: a
-few roundings."""
+"""How far two ways to the same numbers may be apart, relative to their largest magnitude: a few
+roundings."""
 
 
 @dataclass(frozen=True)
@@ -172,18 +166,39 @@ class OutputHead:
         finally:
             del body.forward
 
+    def _some_tokens(self) -> Tensor:
+        """Eight tokens [1, 8], evenly spaced over the vocabulary."""
+        weight: Tensor = self._model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+        size = min(self.vocab_size, weight.shape[0])
+        tokens = torch.arange(8, device=weight.device).mul(max(1, size // 8))
+        return tokens.remainder(size).unsqueeze(0)
+
+    @torch.no_grad()
+    def verify_causal(self) -> None:
+        """Refuse a model whose output at a token changes with the tokens after it.
+
+        Raises:
+            ModelError: it does (bert and others of its kind).
+        """
+        tokens = self._some_tokens()
+        # Two rows of one pass, which differ after the fourth token: the same kernels, so that even
+        # in low precision hardly a rounding lies between them.
+        rows = torch.cat([tokens, tokens[:, :4].repeat(1, 2)])
+        output = model_body(self._model)(input_ids=rows, use_cache=False).last_hidden_state
+        one, other = output[:, :4].float()
+        # The median: one token sent to another expert by a rounding is no dependence on the future.
+        change = (one - other).abs().amax(-1).median() / output.abs().max().clamp(min=1e-6)
+        if change > HEAD_TOLERANCE[self._model.dtype] / 10:
+            raise ModelError(
+                f"{type(self._model).__name__} is no causal language model: what it says at a token"
+                " depends on the tokens after it"
+            )
+
     @torch.no_grad()
     def verify(self) -> None:
         """Compare with the model's own logits on a short input; where the plain head differs, use
         the model's own forward."""
-        weight: Tensor = self._model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
-        size = min(self.vocab_size, weight.shape[0])
-        tokens = (
-            torch.arange(8, device=weight.device)
-            .mul(max(1, size // 8))
-            .remainder(size)
-            .unsqueeze(0)
-        )
+        tokens = self._some_tokens()
         own = self._model(input_ids=tokens, use_cache=False).logits[0]
         body_output = model_body(self._model)(input_ids=tokens, use_cache=False)
         hidden = body_output.last_hidden_state[0]
@@ -231,15 +246,16 @@ def load_model(
         kwargs["device_map"] = "auto"
     try:
         with _without_bars():
-            model = _load_weights(folder, options, kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+            model = load_weights(folder, options, kwargs)
+        tokenizer = load_tokenizer_files(folder, options)
         if placement != "several":
             model = model.to(placement)  # pyright: ignore[reportArgumentType]
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"cannot load the model {name!r}: {first_line(error)}") from error
     model = model.eval().requires_grad_(False)
     head = OutputHead(model)
     head.verify()
+    head.verify_causal()
     return LanguageModel(name, model, tokenizer, head)
 
 
@@ -261,8 +277,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     folder, options = locate(name)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return load_tokenizer_files(folder, options)
+    except LOADING_ERRORS as error:
         raise ModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
 
 
@@ -423,32 +439,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
-
-
-def _load_weights(
-    folder: str, options: Mapping[str, Any], kwargs: dict[str, Any]
-) -> PreTrainedModel:
-    if (Path(folder) / "adapter_config.json").is_file():
-        return _load_adapter(Path(folder), kwargs)
-    if "gguf_file" in options:
-        if hasattr(transformers, "GgufConfig"):  # releases before it always dequantize
-            kwargs = kwargs | {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    else:
-        kwargs = kwargs | {"use_safetensors": True}
-    return AutoModelForCausalLM.from_pretrained(folder, **options, **kwargs)
-
-
-def _load_adapter(folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A LoRA adapter on the base model that its config names."""
-    require("peft", f"the LoRA adapter in {folder}")
-    from peft import PeftModel  # slow to import, seldom needed
-
-    base_name = json.loads((folder / "adapter_config.json").read_text("utf-8"))[
-        "base_model_name_or_path"
-    ]
-    base_folder, base_options = locate(base_name)
-    base = _load_weights(base_folder, base_options, kwargs)
-    return PeftModel.from_pretrained(base, str(folder), use_safetensors=True)  # pyright: ignore[reportReturnType]
 
 
 def _placement(device: str) -> torch.device | str:
