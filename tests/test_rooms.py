@@ -63,3 +63,28 @@ def test_every_name_of_a_room_can_be_had_and_is_no_modules_name(room: str) -> No
     assert not siblings & set(module.__all__), "a module would hide the function of its name"
     for name in module.__all__:
         assert getattr(module, name) is not None
+
+
+def test_type_checkers_and_running_programs_find_the_same_names_in_the_same_rooms() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname or alias.name: str(node.module)
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = {name: f"tip_analysis.{room}" for name, room in tip_analysis._HOMES.items()}
+    rooms = dict.fromkeys(tip_analysis._ROOMS, "tip_analysis")
+    assert seen == homes | rooms
+    assert set(tip_analysis.__all__) == seen.keys() | {"__version__"}
+
+
+@pytest.mark.parametrize("name", tip_analysis.__all__)
+def test_every_name_of_the_door_can_be_had(name: str) -> None:
+    assert getattr(tip_analysis, name) is not None
+
+
+def test_a_name_that_the_door_lacks_is_answered_with_those_it_has() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'qadrants'; it has .*open_run"):
+        tip_analysis.qadrants  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

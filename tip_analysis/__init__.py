@@ -6,72 +6,280 @@
     scored = tip.add_scores(run.tokens())
     quadrants = tip.assign_quadrants(scored, entropy_cut="median", divergence_cut="mean")
 
-Nothing is loaded before it is used: importing the package takes neither torch nor polars.
+Stages are functions too: `tip.rollout`, `tip.score`, `tip.measure_gradients`, `tip.select`,
+`tip.ablate`, `tip.evaluate`, `tip.write_report`, `tip.export`. Rooms are attributes:
+`tip.analysis`, `tip.figures`, `tip.report`, `tip.training`, `tip.divergence` … `dir(tip)` lists all
+of them.
+
+Nothing is loaded before it is used: importing the package takes neither torch nor polars. `_HOMES`
+says which name lives where.
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from tip_analysis.core.optional import extras_named
+
 if TYPE_CHECKING:
-    from tip_analysis import analysis, figures, gradients, report, training
+    from tip_analysis import (
+        analysis,
+        figures,
+        gradients,
+        models,
+        report,
+        rollouts,
+        scoring,
+        training,
+    )
     from tip_analysis import logits as divergence
-    from tip_analysis.analysis import add_scores, assign_quadrants, register_rule, select_tokens
-    from tip_analysis.core import Quadrant, Run, create_run, open_run
+    from tip_analysis.analysis import (
+        DEFAULT_GRID,
+        PAPER_RANGES,
+        Cuts,
+        Preference,
+        ReportOptions,
+        RunView,
+        Taxonomy,
+        add_scores,
+        arm_results,
+        assign_quadrants,
+        bootstrap_interval,
+        claims_table,
+        compare_runs,
+        composition,
+        correlation_table,
+        coverage,
+        coverage_curve,
+        cut_sensitivity,
+        density,
+        differences_from_all,
+        export,
+        final_arms,
+        join_gradients,
+        overlap,
+        paper_differences,
+        parse_arms,
+        planted_detection,
+        planted_recall,
+        prefer_measurement,
+        proposition_2,
+        quadrant_shares,
+        quadrant_statistics,
+        register_rule,
+        register_score,
+        resolve_cuts,
+        rule_names,
+        select,
+        select_tokens,
+        strongest_tokens,
+        text_around,
+        to_masks,
+        widen,
+    )
+    from tip_analysis.core import (
+        InputError,
+        Loss,
+        MissingExtraError,
+        Quadrant,
+        Run,
+        StageSummary,
+        TipAnalysisError,
+        create_run,
+        open_run,
+    )
+    from tip_analysis.demo import example_run, make_small_run, run_demo
+    from tip_analysis.gradients import measure_gradients
+    from tip_analysis.models import LanguageModel, load_model, load_tokenizer
+    from tip_analysis.report import build_report, write_report
     from tip_analysis.report.notebook import show_quadrants, show_rollout
+    from tip_analysis.rollouts import Prompt, import_run, read_prompts, register_grader, rollout
+    from tip_analysis.scoring import score
+    from tip_analysis.training import TrainingOptions, ablate, evaluate
 
 try:
     __version__ = version("tip-analysis")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_ROOMS = {
-    "analysis": "analysis",
-    "divergence": "logits",
-    "figures": "figures",
-    "gradients": "gradients",
-    "report": "report",
-    "training": "training",
-}
-_HOMES = {
-    "Quadrant": "core",
-    "Run": "core",
-    "add_scores": "analysis",
-    "assign_quadrants": "analysis",
-    "create_run": "core",
-    "open_run": "core",
-    "register_rule": "analysis",
-    "select_tokens": "analysis",
-    "show_quadrants": "report.notebook",
-    "show_rollout": "report.notebook",
-}
-
 __all__ = [
+    "DEFAULT_GRID",
+    "PAPER_RANGES",
+    "Cuts",
+    "InputError",
+    "LanguageModel",
+    "Loss",
+    "MissingExtraError",
+    "Preference",
+    "Prompt",
     "Quadrant",
+    "ReportOptions",
     "Run",
+    "RunView",
+    "StageSummary",
+    "Taxonomy",
+    "TipAnalysisError",
+    "TrainingOptions",
     "__version__",
+    "ablate",
     "add_scores",
     "analysis",
+    "arm_results",
     "assign_quadrants",
+    "bootstrap_interval",
+    "build_report",
+    "claims_table",
+    "compare_runs",
+    "composition",
+    "correlation_table",
+    "coverage",
+    "coverage_curve",
     "create_run",
+    "cut_sensitivity",
+    "density",
+    "differences_from_all",
     "divergence",
+    "evaluate",
+    "example_run",
+    "export",
     "figures",
+    "final_arms",
     "gradients",
+    "import_run",
+    "join_gradients",
+    "load_model",
+    "load_tokenizer",
+    "make_small_run",
+    "measure_gradients",
+    "models",
     "open_run",
+    "overlap",
+    "paper_differences",
+    "parse_arms",
+    "planted_detection",
+    "planted_recall",
+    "prefer_measurement",
+    "proposition_2",
+    "quadrant_shares",
+    "quadrant_statistics",
+    "read_prompts",
+    "register_grader",
     "register_rule",
+    "register_score",
     "report",
+    "resolve_cuts",
+    "rollout",
+    "rollouts",
+    "rule_names",
+    "run_demo",
+    "score",
+    "scoring",
+    "select",
     "select_tokens",
     "show_quadrants",
     "show_rollout",
+    "strongest_tokens",
+    "text_around",
+    "to_masks",
     "training",
+    "widen",
+    "write_report",
 ]
+
+_ROOMS = {
+    "divergence": "logits",
+    "analysis": "analysis",
+    "figures": "figures",
+    "gradients": "gradients",
+    "models": "models",
+    "report": "report",
+    "rollouts": "rollouts",
+    "scoring": "scoring",
+    "training": "training",
+}
+_HOMES = {
+    "Cuts": "analysis",
+    "DEFAULT_GRID": "analysis",
+    "PAPER_RANGES": "analysis",
+    "Preference": "analysis",
+    "ReportOptions": "analysis",
+    "RunView": "analysis",
+    "Taxonomy": "analysis",
+    "add_scores": "analysis",
+    "arm_results": "analysis",
+    "assign_quadrants": "analysis",
+    "bootstrap_interval": "analysis",
+    "claims_table": "analysis",
+    "compare_runs": "analysis",
+    "composition": "analysis",
+    "correlation_table": "analysis",
+    "coverage": "analysis",
+    "coverage_curve": "analysis",
+    "cut_sensitivity": "analysis",
+    "density": "analysis",
+    "differences_from_all": "analysis",
+    "export": "analysis",
+    "final_arms": "analysis",
+    "join_gradients": "analysis",
+    "overlap": "analysis",
+    "paper_differences": "analysis",
+    "parse_arms": "analysis",
+    "planted_detection": "analysis",
+    "planted_recall": "analysis",
+    "prefer_measurement": "analysis",
+    "proposition_2": "analysis",
+    "quadrant_shares": "analysis",
+    "quadrant_statistics": "analysis",
+    "register_rule": "analysis",
+    "register_score": "analysis",
+    "resolve_cuts": "analysis",
+    "rule_names": "analysis",
+    "select": "analysis",
+    "select_tokens": "analysis",
+    "strongest_tokens": "analysis",
+    "text_around": "analysis",
+    "to_masks": "analysis",
+    "widen": "analysis",
+    "InputError": "core",
+    "Loss": "core",
+    "MissingExtraError": "core",
+    "Quadrant": "core",
+    "Run": "core",
+    "StageSummary": "core",
+    "TipAnalysisError": "core",
+    "create_run": "core",
+    "open_run": "core",
+    "example_run": "demo",
+    "make_small_run": "demo",
+    "run_demo": "demo",
+    "measure_gradients": "gradients",
+    "LanguageModel": "models",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "build_report": "report",
+    "write_report": "report",
+    "show_quadrants": "report.notebook",
+    "show_rollout": "report.notebook",
+    "Prompt": "rollouts",
+    "import_run": "rollouts",
+    "read_prompts": "rollouts",
+    "register_grader": "rollouts",
+    "rollout": "rollouts",
+    "score": "scoring",
+    "TrainingOptions": "training",
+    "ablate": "training",
+    "evaluate": "training",
+}
+"""The room that each name lives in. Type checkers read the imports above, a running program this; a
+test holds the two together."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return import_module(f"tip_analysis.{_ROOMS[name]}")
     if name in _HOMES:
-        return getattr(import_module(f"tip_analysis.{_HOMES[name]}"), name)
+        with extras_named(f"tip.{name}"):
+            return getattr(import_module(f"tip_analysis.{_HOMES[name]}"), name)
     raise AttributeError(
         f"module 'tip_analysis' has no attribute {name!r}; it has {', '.join(__all__)}"
     )

@@ -14,11 +14,11 @@ from strategies import token_frames
 
 from tip_analysis.analysis.bootstrap import (
     SortedColumn,
+    bootstrap_interval,
     default_resamples,
     expanded_interval,
     interval_frame,
     prompt_weights,
-    ratio_interval,
 )
 from tip_analysis.analysis.cut_measuring import measure_cut
 from tip_analysis.analysis.cuts import parse_cut
@@ -194,7 +194,7 @@ def test_each_resample_draws_as_many_prompts_as_there_are() -> None:
 @pytest.mark.parametrize("num_prompts", [12, 60])
 def test_the_standard_error_equals_the_analytic_one_for_an_iid_mean(num_prompts: int) -> None:
     values = np.random.default_rng(0).normal(size=(num_prompts, 1))
-    interval = ratio_interval(values, np.ones((num_prompts, 1)), num_resamples=20_000)
+    interval = bootstrap_interval(values, np.ones((num_prompts, 1)), num_resamples=20_000)
     assert interval.se[0] == pytest.approx(values.std(ddof=1) / math.sqrt(num_prompts), rel=0.03)
     half = (interval.high[0] - interval.low[0]) / 2
     t_half = stats.t.ppf(0.975, num_prompts - 1) * values.std(ddof=1) / math.sqrt(num_prompts)
@@ -210,7 +210,9 @@ def _coverage(num_prompts: int, per_prompt: int, by_prompt: bool, simulations: i
         rewards = rng.normal(size=(num_prompts, 1)) + rng.normal(size=(num_prompts, per_prompt))
         sums = rewards.sum(1, keepdims=True) if by_prompt else rewards.reshape(-1, 1)
         counts = np.full(sums.shape, per_prompt if by_prompt else 1.0)
-        interval = ratio_interval(sums, counts, num_resamples=400, seed=int(rng.integers(2**31)))
+        interval = bootstrap_interval(
+            sums, counts, num_resamples=400, seed=int(rng.integers(2**31))
+        )
         covered += bool(interval.low[0] <= 0.0 <= interval.high[0])
     return covered / simulations
 

@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import synthetic
 
 from tip_analysis.core.errors import InputError, MissingExtraError
 from tip_analysis.core.optional import EXTRA_OF, extras_named, require
+from tip_analysis.core.run_folder import create_run
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tip_analysis"
@@ -64,7 +64,7 @@ def test_every_package_that_is_imported_belongs_to_the_plain_installation_or_to_
         re.split(r"[\[><=; ]", entry)[0].replace("-", "_") for entry in PROJECT["dependencies"]
     }
     known = plain | EXTRA_OF.keys() | set(sys.stdlib_module_names) | {"tip_analysis"}
-    known |= {"markupsafe"}  # comes with Jinja2
+    known |= {"markupsafe", "pydantic_core", "typing_extensions"}  # with Jinja2 and pydantic
     imported = {
         name.partition(".")[0]: path
         for path in PACKAGE.rglob("*.py")
@@ -142,7 +142,7 @@ MODEL_PACKAGES = {name for name, extra in EXTRA_OF.items() if extra == "models"}
 def test_a_command_that_needs_models_says_which_extra_to_install(
     arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
-    synthetic.write_run(tmp_path / "run", synthetic.make_tables())
+    create_run(tmp_path / "run")
     (tmp_path / "problems.jsonl").write_text('{"problem": "12+34+56=", "answer": "102"}\n')
     ended = without(MODEL_PACKAGES, command_line(*arguments), cwd=tmp_path)
     assert ended.returncode == 2, ended.stderr

@@ -29,11 +29,11 @@ from tip_analysis.gradients.loss_gradients import (
 )
 from tip_analysis.gradients.measuring import (
     GradientSettings,
-    measure_gradients,
     measure_rollouts,
     model_pair,
     norm_interval,
     stratified_positions,
+    stream_gradients,
     token_gradients,
 )
 from tip_analysis.gradients.scopes import parameter_scope
@@ -534,7 +534,7 @@ def test_a_sample_of_tokens_is_a_part_of_all() -> None:
     pair, rollouts = model_pair(student, teacher), some_rollouts()[6:]
     frames = {
         count: pl.concat(
-            measure_gradients(
+            stream_gradients(
                 pair, rollouts, GradientSettings(method="exact", tokens_per_rollout=count)
             )
         )
@@ -558,7 +558,7 @@ def test_rows_keep_the_contract() -> None:
     pair = model_pair(double_model(), double_model(seed=1))
     empty = Rollout("e/0", "e", [3], [])
     frame = pl.concat(
-        measure_gradients(pair, [*some_rollouts(), empty], GradientSettings(num_probes=3, seed=7))
+        stream_gradients(pair, [*some_rollouts(), empty], GradientSettings(num_probes=3, seed=7))
     )
     assert validate(frame, GradientTable).height == 2 * sum(
         rollout.num_tokens for rollout in some_rollouts()
@@ -593,7 +593,7 @@ def test_tokens_of_infinite_loss_are_left_out(caplog: pytest.LogCaptureFixture) 
     pair.teacher.head.__class__ = head_class
     with caplog.at_level(logging.WARNING):
         settings = GradientSettings(losses=("reverse_kl",), method="exact")
-        frame = pl.concat(measure_gradients(pair, rollouts, settings))
+        frame = pl.concat(stream_gradients(pair, rollouts, settings))
     assert calls
     assert "1 tokens have an infinite loss" in caplog.text
     assert frame.filter(pl.col("rollout_id") == "a/0")["position"].to_list() == [0, 2]
@@ -892,14 +892,14 @@ def test_gradients_on_disk_are_used_again(
 ) -> None:
     pair, rollouts = model_pair(double_model(), double_model(seed=1)), some_rollouts()
     settings = GradientSettings(num_probes=2)
-    first = pl.concat(measure_gradients(pair, rollouts, settings, folder=tmp_path))
+    first = pl.concat(stream_gradients(pair, rollouts, settings, folder=tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}-{fold}" for name in ("reverse_kl", "forward_kl", REWARD) for fold in (0, 1)
     }
     monkeypatch.setattr("tip_analysis.gradients.loss_gradients.weighted_gradient", None)
-    again = pl.concat(measure_gradients(pair, rollouts, settings, folder=tmp_path))
+    again = pl.concat(stream_gradients(pair, rollouts, settings, folder=tmp_path))
     assert first.equals(again)
-    part = pl.concat(measure_gradients(pair, rollouts, settings, folder=tmp_path, only=[5, 2]))
+    part = pl.concat(stream_gradients(pair, rollouts, settings, folder=tmp_path, only=[5, 2]))
     assert part.equals(
         first.filter(pl.col("rollout_id") == "p2/1").vstack(
             first.filter(pl.col("rollout_id") == "p1/0")

@@ -88,7 +88,7 @@ def expanded_interval(value: Floats, replicates: Floats, num_prompts: int) -> In
     return Interval(value, low, high, se)
 
 
-def ratio_interval(
+def bootstrap_interval(
     numerator: Floats, denominator: Floats, *, num_resamples: int = DEFAULT_RESAMPLES, seed: int = 0
 ) -> Interval:
     """Ratios of sums with intervals, from sums per prompt alone: [P, S] over [P, S] (or [P, 1]).

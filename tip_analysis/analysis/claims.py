@@ -25,7 +25,7 @@ import polars as pl
 from scipy import stats
 
 from tip_analysis.analysis import accuracy
-from tip_analysis.analysis.bootstrap import ratio_interval
+from tip_analysis.analysis.bootstrap import bootstrap_interval
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.resources import data_path
 
@@ -181,7 +181,7 @@ def problem_difference(
     if by_problem.height == 0:
         return None, None, None, 0
     differences = by_problem["difference"].cast(pl.Float64).to_numpy()[:, None]
-    interval = ratio_interval(
+    interval = bootstrap_interval(
         differences, np.ones_like(differences), num_resamples=num_resamples, seed=seed
     )
     low, high = (

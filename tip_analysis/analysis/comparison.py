@@ -9,7 +9,7 @@ import polars as pl
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.names import Quadrant
-from tip_analysis.core.run_folder import Run
+from tip_analysis.core.run_folder import RunLike, open_run
 
 COMPARED = (
     "student_entropy",
@@ -22,7 +22,7 @@ COMPARED = (
 
 
 def compare_runs(
-    run_a: Run, run_b: Run, taxonomy: Taxonomy = DEFAULT_TAXONOMY
+    run_a: RunLike, run_b: RunLike, taxonomy: Taxonomy = DEFAULT_TAXONOMY
 ) -> dict[str, pl.DataFrame]:
     """Result tables by title: quadrant shares, means, and, where tokens are shared, how they move
     between quadrants.
@@ -32,7 +32,9 @@ def compare_runs(
     Raises:
         RunError: a run has no scored tokens.
     """
-    sides = [_placed(run.tokens(), taxonomy).filter("loss_mask") for run in (run_a, run_b)]
+    sides = [
+        _placed(run.tokens(), taxonomy).filter("loss_mask") for run in map(open_run, (run_a, run_b))
+    ]
     tables = {
         "quadrant shares": _side_by_side(
             [quadrant_shares(side).select("quadrant", "share") for side in sides]

@@ -15,9 +15,9 @@ import polars as pl
 from tip_analysis.analysis.bootstrap import (
     Floats,
     Interval,
+    bootstrap_interval,
     group_index,
     interval_frame,
-    ratio_interval,
     summands,
     sums_by_group,
     with_counts,
@@ -71,7 +71,7 @@ def coverage_curve(
         num_seeds = part["seed"].n_unique()
         share_of_seeds = _times_selected(part, frame) / num_seeds
         kept = sums_by_group(values * share_of_seeds[:, None], prompts, size)
-        interval = ratio_interval(kept, totals, num_resamples=num_resamples, seed=seed)
+        interval = bootstrap_interval(kept, totals, num_resamples=num_resamples, seed=seed)
         ends = np.stack([interval.value, interval.low, interval.high, interval.se], axis=1)
         rows += [
             (*key, name, *ends[index].tolist(), float(interval.value[-1]), num_seeds)

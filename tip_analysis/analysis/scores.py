@@ -164,6 +164,27 @@ SCORES: dict[str, ScoreFunction] = {
 """Every score by name."""
 
 
+def register_score(name: str, score: ScoreFunction, *, overwrite: bool = False) -> None:
+    """Add a score, which rules and reports then know by its name.
+
+    Args:
+        name: what it is called.
+        score: from the table's columns, as polars expressions (`lambda c: c["jsd"]`), to one number
+            a token.
+        overwrite: replace a score of that name.
+
+    Raises:
+        OptionError: the name is empty or taken.
+    """
+    if not name or name != name.strip():
+        raise OptionError(f"a score needs a name without spaces around it; found {name!r}")
+    if name in SCORES and not overwrite:
+        raise OptionError(
+            f"there is a score {name!r} already; choose another name, or pass overwrite=True"
+        )
+    SCORES[name] = score
+
+
 def score_expression(tokens: pl.LazyFrame, name: str) -> pl.Expr:
     """The named score over the columns of `tokens`, Float64.
 

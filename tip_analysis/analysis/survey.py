@@ -19,8 +19,8 @@ import polars as pl
 from tip_analysis.analysis.bootstrap import (
     DEFAULT_RESAMPLES,
     Floats,
+    bootstrap_interval,
     interval_frame,
-    ratio_interval,
 )
 from tip_analysis.analysis.correlations import correlation_matrix
 from tip_analysis.analysis.cuts import Cuts
@@ -151,7 +151,7 @@ class _Counted:
         )
         counts = by_prompt.drop("prompt_id").to_numpy().astype(np.float64)
         resamples = max(100, min(DEFAULT_RESAMPLES, _PROMPT_BUDGET // counts.shape[0]))
-        interval = ratio_interval(counts, counts.sum(1, keepdims=True), num_resamples=resamples)
+        interval = bootstrap_interval(counts, counts.sum(1, keepdims=True), num_resamples=resamples)
         present = pl.col("0", "1", "2", "3") > 0
         numbers = {
             "num_tokens": by_rollout.select(pl.col("0", "1", "2", "3").sum()).row(0),

@@ -10,19 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from tip_analysis.cli import options
 from tip_analysis.cli.console import console, show_claims, show_note, show_summary, show_table
 from tip_analysis.cli.option_values import parse_part, parse_switches
-from tip_analysis.core.errors import OptionError, RunError
-from tip_analysis.core.terminal import stderr_console
-from tip_analysis.core.text import one_line
+from tip_analysis.core.errors import OptionError
 
 if TYPE_CHECKING:
     from tip_analysis.analysis.taxonomy import Taxonomy
-    from tip_analysis.core.run_folder import Run
-    from tip_analysis.models.loading import LanguageModel
     from tip_analysis.training.ablation.presets import Preset
 
 
@@ -91,184 +86,76 @@ def demo(command: options.Demo) -> None:
 
 def rollout(command: options.Rollout) -> None:
     """Sample rollouts."""
-    from tip_analysis.core.run_folder import create_run
-    from tip_analysis.rollouts.prompts import read_prompts, resolve_template
-    from tip_analysis.rollouts.sampling import Sampling
-    from tip_analysis.rollouts.stage import sample_rollouts
+    from tip_analysis.rollouts.door import rollout
 
-    sampling = Sampling(
-        command.max_new_tokens, command.temperature, command.top_p, command.top_k, command.seed
-    )
-    resolve_template(command.template)
-    switches = parse_switches(command.chat_template_kwargs)
-    prompts = read_prompts(command.prompts, limit=command.limit)
-    student = _load(command.student, command.models)
-    summary = sample_rollouts(
-        create_run(command.run),
-        student=student,
-        prompts=prompts,
-        sampling=sampling,
+    summary = rollout(
+        command.run,
+        student=command.student,
+        prompts=command.prompts,
         num_rollouts=command.num_rollouts,
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        top_p=command.top_p,
+        top_k=command.top_k,
+        seed=command.seed,
+        limit=command.limit,
         template=command.template,
-        chat_template_kwargs=switches,
+        chat_template_kwargs=parse_switches(command.chat_template_kwargs),
         grader=command.grader,
         prompts_per_batch=command.prompts_per_batch,
-        token_budget=command.models.tokens_a_batch(),
         overwrite=command.overwrite,
+        **loading(command.models),
     )
-    show_summary(f"{command.run}: rollouts", summary)
+    show_summary(f"{command.run}: {summary.title}", summary)
 
 
 def import_(command: options.Import) -> None:
     """Bring in rollouts of another tool."""
-    from tip_analysis.core.run_folder import create_run
-    from tip_analysis.models.loading import load_tokenizer, tokenizer_fingerprint
-    from tip_analysis.rollouts.importers.formats import import_rollouts
-    from tip_analysis.rollouts.prompts import read_prompts
-    from tip_analysis.rollouts.stage import store_imported
+    from tip_analysis.rollouts.door import import_run
 
-    how: dict[str, Any] = {
-        "template": command.template,
-        "chat_template_kwargs": parse_switches(command.chat_template_kwargs),
-        "reward_key": command.reward_key,
-        "filter_name": command.filter_name,
-        "all_turns": command.all_turns,
-        "prompts_per_batch": command.prompts_per_batch,
-        "limit": command.limit,
-    }
-    tokenizer = load_tokenizer(command.student)
-    rollouts, report = import_rollouts(
-        command.from_,
+    summary = import_run(
+        command.run,
         command.files,
-        tokenizer=tokenizer,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        prompts=read_prompts(command.prompts) if command.prompts else (),
-        **how,
-    )
-    run = create_run(command.run)
-    summary = store_imported(
-        run, rollouts, report, student=command.student, options=how, overwrite=command.overwrite
+        format=command.from_,
+        student=command.student,
+        prompts=command.prompts or (),
+        overwrite=command.overwrite,
+        template=command.template,
+        chat_template_kwargs=parse_switches(command.chat_template_kwargs),
+        reward_key=command.reward_key,
+        filter_name=command.filter_name,
+        all_turns=command.all_turns,
+        prompts_per_batch=command.prompts_per_batch,
+        limit=command.limit,
     )
     for warning in summary.pop("import_report")["warnings"]:
         show_note("note:", warning)
-    show_summary(f"{command.run}: rollouts", summary)
+    show_summary(f"{command.run}: {summary.title}", summary)
 
 
 def score(command: options.Score) -> None:
     """Score rollouts with both models, at once or one after the other."""
-    from tip_analysis.core.run_folder import open_run
+    from tip_analysis.scoring.door import score
 
-    run = open_run(command.run)
-    run.rollouts()
-    part = parse_part(command.shard)
-    name = command.student or recorded_student(run)
-    if command.engine == "ray":
-        if part != (0, 1):
-            raise OptionError(
-                "--shard is for array jobs of one process each; --engine ray shares the shards out"
-                " itself"
-            )
-        if command.phase != "both":
-            raise OptionError(
-                "--phase goes with --engine local; --shard i/n spreads a phase over array jobs"
-            )
-        summary = _score_with_ray(command, name)
-    elif command.phase == "teacher":
-        show_summary(f"{command.run}: teacher's states", _store_teacher(command, run, name, part))
-        return
-    else:
-        summary = _score_here(command, run, name, part)
-    show_summary(f"{command.run}: tokens", summary)
-
-
-def _score_here(
-    command: options.Score, run: "Run", student_name: str, part: tuple[int, int]
-) -> dict[str, Any]:
-    """In this process, with the teacher's body or with its stored states."""
-    from tip_analysis.models.batching import TokenBudget
-    from tip_analysis.models.head_alone import load_head
-    from tip_analysis.scoring.stage import Scorer, score_rollouts
-    from tip_analysis.scoring.teacher_states import TeacherStore
-
-    stored = None
-    if command.phase == "student":
-        stored = TeacherStore(run)
-        stored.require(
-            teacher=command.teacher,
-            teacher_context=command.teacher_context,
-            shard_size=command.shard_size,
-        )
-        teacher = load_head(
-            command.teacher, dtype=stored.teacher["dtype"], device=command.models.device
-        )
-        student = _load(student_name, command.models)
-    else:
-        student = _load(student_name, command.models)
-        teacher = (
-            student if command.teacher == student_name else _load(command.teacher, command.models)
-        )
-    summary = score_rollouts(
-        run,
-        Scorer(
-            student,
-            teacher,
-            TokenBudget(command.models.tokens_a_batch()),
-            command.top_k,
-            stop_tokens=command.stop_tokens,
-        ),
-        teacher_context=command.teacher_context,
-        shard_size=command.shard_size,
-        part=part,
-        overwrite=command.overwrite,
-        stored=stored,
-    )
-    if (
-        stored is not None
-        and command.discard_teacher_states
-        and "num_shards_missing" not in summary
-    ):
-        stored.discard()
-    return summary
-
-
-def _store_teacher(
-    command: options.Score, run: "Run", student_name: str, part: tuple[int, int]
-) -> dict[str, Any]:
-    from tip_analysis.models.batching import TokenBudget
-    from tip_analysis.models.head_alone import head_rows
-    from tip_analysis.scoring.teacher_states import store_teacher_states
-
-    return store_teacher_states(
-        run,
-        _load(command.teacher, command.models),
-        form=command.teacher_store,
-        store_k=command.store_k,
-        vocab_size=head_rows(student_name),
-        teacher_context=command.teacher_context,
-        shard_size=command.shard_size,
-        budget=TokenBudget(command.models.tokens_a_batch()),
-        part=part,
-        overwrite=command.overwrite,
-    )
-
-
-def _score_with_ray(command: options.Score, student: str) -> dict[str, Any]:
-    from tip_analysis.scoring.ray_engine import ScoringJob, score_with_ray
-
-    job = ScoringJob(
-        run=str(command.run.resolve()),
-        student=student,
+    summary = score(
+        command.run,
         teacher=command.teacher,
+        student=command.student,
         teacher_context=command.teacher_context,
-        shard_size=command.shard_size,
         top_k=command.top_k,
         stop_tokens=command.stop_tokens,
-        token_budget=command.models.tokens_a_batch(),
-        dtype=command.models.dtype,
-        device=command.models.device,
+        shard_size=command.shard_size,
+        part=parse_part(command.shard),
+        phase=command.phase,
+        teacher_store=command.teacher_store,
+        store_k=command.store_k,
+        discard_teacher_states=command.discard_teacher_states,
+        engine=command.engine,
+        ray_workers=command.ray_workers,
         overwrite=command.overwrite,
+        **loading(command.models),
     )
-    return score_with_ray(job, num_workers=command.ray_workers)
+    show_summary(f"{command.run}: {summary.title}", summary)
 
 
 def select(command: options.Select) -> None:
@@ -287,17 +174,17 @@ def select(command: options.Select) -> None:
         raise OptionError(f"select needs --rules, among {', '.join(rule_names())}")
     import polars as pl
 
+    from tip_analysis.analysis.door import select
     from tip_analysis.analysis.mask_tables import composition
-    from tip_analysis.analysis.masks import write_masks
     from tip_analysis.analysis.measurements import Preference
     from tip_analysis.analysis.quadrants import assign_quadrants
     from tip_analysis.core.run_folder import open_run
 
     run, taxonomy = open_run(command.run), taxonomy_of(command)
-    masks = write_masks(
+    masks = select(
         run,
         rules=command.rules,
-        retention_ratios=command.ratios,
+        ratios=command.ratios,
         selection_scope=command.selection_scope,
         seeds=command.seeds,
         normalization_scope=taxonomy.normalization_scope,
@@ -324,73 +211,45 @@ def select(command: options.Select) -> None:
 
 def gradients(command: options.Gradients) -> None:
     """Measure gradient norms and alignment."""
-    from tip_analysis.analysis.measurements import prefer_measurement
-    from tip_analysis.core.record import model_name
-    from tip_analysis.core.run_folder import open_run
-    from tip_analysis.gradients.rollout_gradients import GradientSettings
-    from tip_analysis.gradients.stage import measure_run, setting_of
+    from tip_analysis.gradients.door import measure_gradients
 
-    run = open_run(command.run)
-    settings = GradientSettings(
+    found = measure_gradients(
+        command.run,
         losses=command.loss,
-        param_scope=command.params,
         method=command.method,
         num_probes=command.num_probes,
-        seed=command.seed,
+        params=command.params,
         loss_aggregation=command.loss_aggregation,
-    )
-    scored = run.stages().get("score", {}).get("config")
-    if scored is None:
-        raise RunError(
-            f"{run.path} is not scored yet; `tip-analysis score {run.path} --teacher MODEL` comes"
-            " first"
-        )
-    names = [model_name(scored.get(role)) for role in ("student", "teacher")]
-    if names[0] is None or names[1] is None:
-        raise RunError(f"{run.path} does not say which models it was scored with: score it again")
-    student = _load(names[0], command.models)
-    teacher = student if names[0] == names[1] else _load(names[1], command.models)
-    found = measure_run(
-        run,
-        student=student,
-        teacher=teacher,
-        settings=settings,
-        teacher_context=scored.get("teacher_context", "none"),
+        seed=command.seed,
         limit=command.limit,
+        dtype=command.models.dtype,
+        device=command.models.device,
+        prefer=command.prefer,
         overwrite=command.overwrite,
     )
-    if command.prefer:
-        prefer_measurement(run, setting_of(settings))
     for loss, summary in found.items():
         show_summary(f"{command.run}: gradients of {loss} over {command.params}", summary)
 
 
 def evaluate(command: options.Evaluate) -> None:
     """Grade samples of a model."""
-    from tip_analysis.core.run_folder import create_run
-    from tip_analysis.rollouts.grading import default_grader
-    from tip_analysis.rollouts.prompts import read_prompts
-    from tip_analysis.rollouts.sampling import Sampling
-    from tip_analysis.rollouts.stage import toy_pair_of
-    from tip_analysis.training.evaluation import evaluate_model
+    from tip_analysis.training.door import evaluate
 
-    sampling = Sampling(
-        command.max_new_tokens, command.temperature, command.top_p, seed=command.seed
-    )
-    prompts = read_prompts(command.prompts, limit=command.limit)
-    model = _load(command.model, command.models)
-    summary = evaluate_model(
-        create_run(command.run),
-        model=model,
-        prompts=prompts,
+    summary = evaluate(
+        command.run,
+        model=command.model,
+        prompts=command.prompts,
         num_samples=command.num_samples,
-        sampling=sampling,
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        top_p=command.top_p,
+        seed=command.seed,
+        limit=command.limit,
         template=command.template,
         chat_template_kwargs=parse_switches(command.chat_template_kwargs),
-        grader=command.grader
-        or default_grader(has_answer=True, is_toy=toy_pair_of(model) is not None),
-        token_budget=command.models.tokens_a_batch(),
+        grader=command.grader,
         overwrite=command.overwrite,
+        **loading(command.models),
     )
     show_summary(f"{command.model} on {command.prompts}", summary)
 
@@ -399,31 +258,27 @@ def ablate(command: options.Ablate) -> None:
     """Train and evaluate every arm, and judge the paper's claims on the outcome."""
     from tip_analysis.analysis.arms import arm_results, parse_arms
     from tip_analysis.analysis.claims import claims_table
-    from tip_analysis.core.run_folder import create_run
-    from tip_analysis.training.ablation.plans import plan_ablation
-    from tip_analysis.training.ablation.presets import load_evaluation_sets, load_prompts
-    from tip_analysis.training.ablation.study import run_ablation, study_from_preset
 
     preset = _experiment(command)
-    arms = parse_arms(preset.arms, command.ratios)
+    parse_arms(preset.arms, command.ratios)
     if command.dry_run:
+        from tip_analysis.training.ablation.plans import plan_ablation
+
         show_table(f"plan of {preset.name}", plan_ablation(preset).table())
         return
-    prompts = load_prompts(preset.prompts, limit=command.limit) if preset.prompts else []
-    study = study_from_preset(
-        preset,
-        prompts=prompts,
-        evaluation_prompts=load_evaluation_sets(preset.evaluation_sets, limit=command.limit),
+    from tip_analysis.training.door import ablate
+
+    rows = ablate(
+        command.run,
+        preset=preset,
+        ratios=command.ratios,
+        limit=command.limit,
         evaluate_every=command.evaluate_every,
         checkpoint_every=command.checkpoint_every,
         teacher_context=command.teacher_context,
-        dtype=command.models.dtype,
-        device=command.models.device,
-        token_budget=command.models.tokens_a_batch(65_536),
-    )
-    run = create_run(command.run)
-    rows = run_ablation(
-        run, study, arms=arms, seeds=preset.seeds, jobs=command.jobs, threads=command.threads
+        jobs=command.jobs,
+        threads=command.threads,
+        **loading(command.models, token_budget=65_536),
     )
     columns = [
         "rule",
@@ -442,10 +297,7 @@ def ablate(command: options.Ablate) -> None:
 def _experiment(command: options.Ablate) -> "Preset":
     """The preset that is named, or else the run's own pair, with the user's options in place of its
     own."""
-    from tip_analysis.core.record import model_name
-    from tip_analysis.core.run_folder import open_run
-    from tip_analysis.models.locating import ARITHMETIC_PAIR
-    from tip_analysis.training.ablation.presets import change_preset, pair_preset, resolve_preset
+    from tip_analysis.training.ablation.presets import experiment
 
     renamed = {
         "evaluation_sets": command.evaluation_prompts,
@@ -456,16 +308,7 @@ def _experiment(command: options.Ablate) -> "Preset":
         "num_steps": command.steps
     }
     changes |= {name: getattr(command, name) for name in _PRESET_OPTIONS}
-    if command.preset is not None:
-        return resolve_preset(command.preset, **changes)
-    stages = open_run(command.run).stages() if (command.run / "run.json").is_file() else {}
-    scored = stages.get("score", {}).get("config", {})
-    names: list[Any] = [
-        getattr(command, role) or model_name(scored.get(role)) for role in ("student", "teacher")
-    ]
-    if tuple(names) == ARITHMETIC_PAIR and command.prompts is None:
-        return resolve_preset("arithmetic", **changes)
-    return change_preset(pair_preset(*names), **changes)
+    return experiment(command.run, command.preset, **changes)
 
 
 _PRESET_OPTIONS = (
@@ -502,11 +345,10 @@ def report(command: options.Report) -> None:
     from tip_analysis.analysis.measurements import Preference
     from tip_analysis.report.build import ReportOptions, write_report
 
-    output = command.output or Path("reports") / f"{command.runs[0].resolve().name}.html"
     report_options = ReportOptions(
         taxonomy_of(command), measurement=Preference.parse(command.measurement)
     )
-    written = write_report(command.runs, output, report_options)
+    written = write_report(command.runs, command.output, report_options)
     console.print(f"report: {written}", soft_wrap=True)
 
 
@@ -521,23 +363,21 @@ def taxonomy_of(
 
 def export(command: options.Export) -> None:
     """Write flat Parquet files."""
-    from tip_analysis.analysis.export import export_run
-    from tip_analysis.core.run_folder import open_run
+    from tip_analysis.analysis.door import export
 
-    for path, num_rows in export_run(
-        open_run(command.run), command.to, taxonomy_of(command), overwrite=command.overwrite
-    ).items():
+    written = export(
+        command.run, command.to, taxonomy=taxonomy_of(command), overwrite=command.overwrite
+    )
+    for path, num_rows in written.items():
         console.print(f"{path}: {num_rows:,} rows", soft_wrap=True)
 
 
 def compare(command: options.Compare) -> None:
     """Show two runs side by side."""
     from tip_analysis.analysis.comparison import compare_runs
-    from tip_analysis.core.run_folder import open_run
 
-    for title, table in compare_runs(
-        open_run(command.run_a), open_run(command.run_b), taxonomy_of(command)
-    ).items():
+    tables = compare_runs(command.run_a, command.run_b, taxonomy_of(command))
+    for title, table in tables.items():
         show_table(title, table)
 
 
@@ -556,28 +396,13 @@ def status(command: options.Status) -> None:
     console.print("next: " + "\n      ".join(next_steps(run)), soft_wrap=True)
 
 
-def recorded_student(run: "Run") -> str:
-    """The model that a run's rollouts name as their author.
-
-    Raises:
-        RunError: they name none.
-    """
-    from tip_analysis.core.record import model_name
-
-    config = run.stages().get("rollout", {}).get("config", {})
-    if "student" not in config:
-        raise RunError(
-            f"{run.path} does not say which student wrote its rollouts; name it with --student"
-        )
-    return str(model_name(config["student"]))
-
-
-def _load(name: str, models: options.ModelOptions) -> "LanguageModel":
-    """Load a model, saying so where somebody is looking."""
-    from tip_analysis.models.loading import load_model
-
-    with stderr_console().status(Text(one_line(f"loading {name}", 80))):
-        return load_model(name, dtype=models.dtype, device=models.device)
+def loading(models: options.ModelOptions, token_budget: int = 16384) -> dict[str, Any]:
+    """How models are loaded and batched, as the door's functions take it."""
+    return {
+        "token_budget": models.tokens_a_batch(token_budget),
+        "dtype": models.dtype,
+        "device": models.device,
+    }
 
 
 _COMMANDS: dict[type, Callable[[Any], None]] = {

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tip_analysis.core.terminal import stdout_console
+from tip_analysis.core.text import shown
 from tip_analysis.core.words import points
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def show_claims(claims: "pl.DataFrame") -> None:
             f" {points(row['paper_max'])})"
         )
         arms = f"{row['arm_a']} {row['relation']} {row['arm_b']}"
-        table.add_row(row["claim"], arms, ours, _shown(row["num_seeds"]), row["verdict"], paper)
+        table.add_row(row["claim"], arms, ours, shown(row["num_seeds"]), row["verdict"], paper)
     title = Text("the paper's claims on this pair", style="bold")
     console.print(
         title.append(" (differences in points of accuracy, over seeds)", style="not bold")
@@ -62,7 +63,7 @@ def show_summary(title: str, summary: dict[str, Any]) -> None:
     console.print(title, style="bold", soft_wrap=True)
     table = Table(show_header=False, box=None)
     for name, value in summary.items():
-        table.add_row(name.replace("_", " "), _shown(value))
+        table.add_row(name.replace("_", " "), shown(value))
     console.print(table)
 
 
@@ -81,19 +82,5 @@ def show_table(title: str, frame: "pl.DataFrame") -> None:
             name.replace("_", " "), justify="right" if numeric else "left", no_wrap=not numeric
         )
     for row in frame.iter_rows():
-        table.add_row(*(_shown(value, digits=3) for value in row))
+        table.add_row(*(shown(value, digits=3) for value in row))
     console.print(table)
-
-
-def _shown(value: Any, digits: int = 4) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float) and 1000 <= abs(value) < 1e15:
-        return f"{value:,.0f}"
-    if isinstance(value, float):
-        return f"{value:,.{digits}g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(item, digits)}" for name, item in value.items()) or "–"
-    return str(value)

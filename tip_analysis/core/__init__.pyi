@@ -1,4 +1,5 @@
 from .errors import InputError as InputError
+from .errors import MissingExtraError as MissingExtraError
 from .errors import OptionError as OptionError
 from .errors import RunError as RunError
 from .errors import SchemaError as SchemaError
@@ -8,3 +9,4 @@ from .names import Quadrant as Quadrant
 from .run_folder import Run as Run
 from .run_folder import create_run as create_run
 from .run_folder import open_run as open_run
+from .stage_summary import StageSummary as StageSummary

@@ -84,6 +84,10 @@ def attach_room(
     load, names, public = lazy_loader.attach_stub(room, file)
 
     def load_or_name_extra(name: str) -> Any:
+        if name not in public:
+            raise AttributeError(
+                f"module {room!r} has no attribute {name!r}; it has {', '.join(public)}"
+            )
         with extras_named(f"{room}.{name}"):
             return load(name)
 

@@ -11,6 +11,7 @@ table (`rollout`, `score`) refuse to go on under another identity; stages that a
 `gradients` …) keep one record for each.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,11 +43,15 @@ from tip_analysis.core.table_files import (
     shards_of,
 )
 
-__all__ = ["Run", "Stage", "create_run", "open_run"]
+__all__ = ["Run", "RunLike", "Stage", "create_run", "open_run"]
 
 
-def open_run(path: str | Path, *, on_altered: str = "refuse") -> "Run":
-    """Open an existing run folder.
+RunLike = str | os.PathLike[str]
+"""A run, or where it lies: what every function that takes a run folder accepts."""
+
+
+def open_run(path: RunLike, *, on_altered: str = "refuse") -> "Run":
+    """Open an existing run folder; a run that is open already is given back as it is.
 
     Args:
         path: the folder.
@@ -56,6 +61,8 @@ def open_run(path: str | Path, *, on_altered: str = "refuse") -> "Run":
     Raises:
         RunError: there is no run at `path`.
     """
+    if isinstance(path, Run):
+        return path
     path = Path(path)
     try:
         is_run, is_folder = (path / "run.json").is_file(), path.is_dir()
@@ -70,7 +77,7 @@ def open_run(path: str | Path, *, on_altered: str = "refuse") -> "Run":
     return Run(path, on_altered=on_altered)
 
 
-def create_run(path: str | Path) -> "Run":
+def create_run(path: RunLike) -> "Run":
     """Open the run folder at `path`, made if need be.
 
     Raises:
@@ -108,6 +115,9 @@ class Run:
 
     def _repr_html_(self) -> str:
         return notebook_html(self)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def rollouts(self) -> pl.LazyFrame:
         """One row per rollout (`schema.RolloutTable`)."""

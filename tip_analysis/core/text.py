@@ -6,6 +6,7 @@ attribute can carry it; what is markup to a page or to a terminal's renderer is 
 """
 
 import unicodedata
+from typing import Any
 
 MAX_TOKEN = 48
 """Characters of a token that are shown; the rest is counted."""
@@ -74,3 +75,18 @@ def _is_control(character: str) -> bool:
         and character not in "\n\t"
         and unicodedata.category(character) in _HIDDEN
     )
+
+
+def shown(value: Any, digits: int = 4) -> str:
+    """A value of a summary or of a result table, as people read it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float) and 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
+    if isinstance(value, float):
+        return f"{value:,.{digits}g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(item, digits)}" for name, item in value.items()) or "–"
+    return str(value)

@@ -1,6 +1,7 @@
-from .measuring import measure_gradients as measure_gradients
+from .door import measure_gradients as measure_gradients
 from .measuring import model_pair as model_pair
 from .measuring import norm_interval as norm_interval
+from .measuring import stream_gradients as stream_gradients
 from .measuring import token_gradients as token_gradients
 from .rollout_gradients import GradientSettings as GradientSettings
 from .rollout_gradients import TokenGradients as TokenGradients

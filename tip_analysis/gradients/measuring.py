@@ -52,10 +52,10 @@ from tip_analysis.rollouts.encoded import Rollout
 __all__ = [
     "GradientSettings",
     "TokenGradients",
-    "measure_gradients",
     "model_pair",
     "norm_interval",
     "stratified_positions",
+    "stream_gradients",
     "token_gradients",
 ]
 
@@ -167,7 +167,7 @@ def measure_rollouts(
         logger.warning("%d tokens have an infinite loss and are left out", meter.num_infinite)
 
 
-def measure_gradients(
+def stream_gradients(
     pair: Pair,
     rollouts: Sequence[Rollout],
     settings: GradientSettings,

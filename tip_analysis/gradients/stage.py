@@ -19,7 +19,7 @@ from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.table_files import scan
-from tip_analysis.gradients.measuring import measure_gradients, model_pair
+from tip_analysis.gradients.measuring import model_pair, stream_gradients
 from tip_analysis.gradients.rollout_gradients import GradientSettings
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
@@ -110,7 +110,7 @@ def _measure(
     ]
     bar = track("gradients", len(inputs), done=len(inputs) - len(only))
     with TemporaryDirectory(prefix="tip-analysis-") as folder, bar as advance:
-        frames = measure_gradients(pair, inputs, settings, folder=Path(folder), only=only)
+        frames = stream_gradients(pair, inputs, settings, folder=Path(folder), only=only)
         for index in wanted:
             parts = []
             for rollout in shards[index]:

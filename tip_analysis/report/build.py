@@ -7,12 +7,15 @@ whatever the size of the run.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tip_analysis.analysis.run_view import ReportOptions, RunView, open_views
 from tip_analysis.core.atomic_files import write_atomically
+from tip_analysis.core.errors import OptionError
+from tip_analysis.core.run_folder import RunLike
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import listed, plural
 from tip_analysis.report import paper
@@ -34,16 +37,27 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(
-    paths: Sequence[str | Path], output: str | Path, options: ReportOptions | None = None
+    runs: RunLike | Sequence[RunLike],
+    output: str | Path | None = None,
+    options: ReportOptions | None = None,
 ) -> Path:
-    """Build the report of the runs at `paths` and write it to `output`, whole or not at all.
+    """Build the report of one run or of several, and write it, whole or not at all.
+
+    Args:
+        runs: run folders with scored tokens; several are compared side by side.
+        output: where the page goes; by default `reports/NAME.html`, NAME being the first run's.
+        options: taxonomy and the like.
+
+    Example:
+        tip.write_report("runs/mine", "reports/mine.html")
 
     Raises:
         RunError: there is no run at a path, or it has no scored tokens.
         OptionError: an option is out of its range.
         StorageError: the page cannot be written.
     """
-    output = Path(output)
+    paths = [Path(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
+    output = Path(output) if output else Path("reports") / f"{default_name(paths)}.html"
     html = build_report(paths, options, output=output)
 
     def write(part: Path) -> None:
@@ -51,6 +65,17 @@ def write_report(
 
     write_atomically(output, write)
     return output
+
+
+def default_name(paths: Sequence[Path]) -> str:
+    """What a report is called that nobody named: as its first run.
+
+    Raises:
+        OptionError: no run is named.
+    """
+    if not paths:
+        raise OptionError("name at least one run folder")
+    return paths[0].resolve().name
 
 
 def build_report(

@@ -1,3 +1,5 @@
+from .door import import_run as import_run
+from .door import rollout as rollout
 from .encoded import Rollout as Rollout
 from .grading import register_grader as register_grader
 from .importers.formats import FORMATS as FORMATS

@@ -15,7 +15,7 @@ from typing import Any
 
 from tip_analysis.rollouts.answers.choices import read_choice, same_choice, unwrap
 from tip_analysis.rollouts.answers.notation import normalize_formula, normalize_numbers, readings
-from tip_analysis.rollouts.answers.numbers import Value, read_number, same_number
+from tip_analysis.rollouts.answers.numerals import Value, read_number, same_number
 from tip_analysis.rollouts.answers.quantities import (
     Quantity,
     magnitude,

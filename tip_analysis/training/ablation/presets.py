@@ -7,11 +7,15 @@ torch here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from tip_analysis.analysis.arms import PAPER_ARMS, Arm, parse_arms
 from tip_analysis.core.errors import OptionError, UnknownNameError
+from tip_analysis.core.record import model_name
+from tip_analysis.core.run_folder import RunLike, open_run
 from tip_analysis.core.toy_pairs import toy_pairs
+from tip_analysis.models.locating import ARITHMETIC_PAIR
 from tip_analysis.rollouts.prompts import Prompt, is_file, read_prompts
 from tip_analysis.training.options import TrainingOptions
 
@@ -201,6 +205,33 @@ def pair_preset(student: str | None, teacher: str | None, template: str = "boxed
         512,
         template=template,
     )
+
+
+def experiment(run: RunLike, preset: "str | Preset | None" = None, **changes: Any) -> Preset:
+    """What an ablation in a run folder trains and judges: the preset that is named, or else the
+    run's own pair, with the user's choices in place of its own.
+
+    Args:
+        run: the run folder, which need not exist.
+        preset: a preset's name, or a preset.
+        changes: fields of `Preset` or of `TrainingOptions`; None changes nothing.
+
+    Raises:
+        UnknownNameError: no such preset or field.
+        OptionError: an argument that the preset needs is missing.
+    """
+    if isinstance(preset, Preset):
+        return change_preset(preset, **changes)
+    if preset is not None:
+        return resolve_preset(preset, **changes)
+    stages = open_run(run).stages() if (Path(run) / "run.json").is_file() else {}
+    scored = stages.get("score", {}).get("config", {})
+    names: list[Any] = [
+        changes.get(role) or model_name(scored.get(role)) for role in ("student", "teacher")
+    ]
+    if tuple(names) == ARITHMETIC_PAIR and changes.get("prompts") is None:
+        return resolve_preset("arithmetic", **changes)
+    return change_preset(pair_preset(*names), **changes)
 
 
 def change_preset(preset: Preset, **overrides: Any) -> Preset:

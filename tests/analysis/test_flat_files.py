@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from synthetic import make_tables, write_run
 
-from tip_analysis.analysis.export import IGNORED, export_run
+from tip_analysis.analysis.flat_files import IGNORED, export_run
 from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.taxonomy import Taxonomy

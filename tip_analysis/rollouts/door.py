@@ -1,0 +1,158 @@
+"""`rollout` and `import_run`: a run folder's rollouts in one call, from the names of things.
+
+The command line and `import tip_analysis as tip` call these; the work is done in `stage`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tip_analysis.core.errors import OptionError, PromptFileError
+from tip_analysis.core.run_folder import RunLike, create_run
+from tip_analysis.core.stage_summary import StageSummary
+from tip_analysis.models.loading import load_tokenizer, tokenizer_fingerprint
+from tip_analysis.models.named import ModelLike, as_model
+from tip_analysis.rollouts.importers.formats import import_rollouts
+from tip_analysis.rollouts.prompts import Prompt, prompt_from_row, read_prompts, resolve_template
+from tip_analysis.rollouts.row_files import Row
+from tip_analysis.rollouts.sampling import Sampling
+from tip_analysis.rollouts.stage import sample_rollouts, store_imported
+
+PromptsLike: TypeAlias = str | Path | Sequence[Prompt | Mapping[str, Any]]
+"""A file or hub dataset, or the prompts themselves: `Prompt`s, or rows as such a file has them."""
+
+
+def rollout(
+    run: RunLike,
+    *,
+    student: ModelLike,
+    prompts: PromptsLike,
+    num_rollouts: int = 4,
+    max_new_tokens: int = 512,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    limit: int | None = None,
+    template: str = "plain",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    grader: str | None = None,
+    prompts_per_batch: int = 8,
+    token_budget: int = 16384,
+    dtype: str = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> StageSummary:
+    """Sample rollouts of the student for every prompt; what is there already is kept.
+
+    Args:
+        run: a run folder, made if it does not exist.
+        student: the model that writes, loaded or named.
+        prompts: a file, a hub dataset, or the prompts themselves.
+        num_rollouts: rollouts of each prompt.
+        max_new_tokens: longest response, in tokens.
+        temperature: 0 is greedy.
+        top_p: nucleus; 1 is off.
+        top_k: 0 is off.
+        seed: of the sampling.
+        limit: the first so many prompts only.
+        template: what stands around a problem.
+        chat_template_kwargs: switches for the chat template.
+        grader: a grader's name; by default one that suits the prompts.
+        prompts_per_batch: prompts whose rollouts make one optimizer step.
+        token_budget: tokens a batch; halves itself when memory runs out.
+        dtype: of a student that is named.
+        device: likewise.
+        overwrite: start afresh.
+
+    Example:
+        tip.rollout("runs/mine", student="arithmetic-student", prompts="problems.jsonl")
+
+    Raises:
+        ConfigurationMismatchError: the folder holds rollouts of another configuration.
+        PromptFileError: the prompts cannot be used.
+        ModelError: there is no such model.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    resolve_template(template)
+    asked = as_prompts(prompts, limit=limit)
+    loaded = as_model(student, dtype=dtype, device=device)
+    folder = create_run(run)
+    found = sample_rollouts(
+        folder,
+        student=loaded,
+        prompts=asked,
+        sampling=sampling,
+        num_rollouts=num_rollouts,
+        template=template,
+        chat_template_kwargs=chat_template_kwargs,
+        grader=grader,
+        prompts_per_batch=prompts_per_batch,
+        token_budget=token_budget,
+        overwrite=overwrite,
+    )
+    return StageSummary(folder, "rollouts", found)
+
+
+def import_run(
+    run: RunLike,
+    files: Sequence[str | Path],
+    *,
+    format: str,
+    student: str,
+    prompts: PromptsLike = (),
+    overwrite: bool = False,
+    **how: Any,
+) -> StageSummary:
+    """Bring rollouts that another tool wrote into a run folder.
+
+    Args:
+        run: a run folder, made if it does not exist.
+        files: files, or folders of them.
+        format: who wrote them (`importers.formats.FORMATS`).
+        student: the model that wrote them; its tokenizer gives the token ids.
+        prompts: the prompts that they answer.
+        overwrite: start afresh.
+        how: further options of `import_rollouts`.
+
+    Returns:
+        The stage's summary, `import_report` (what could not be recovered) among it.
+    """
+    tokenizer = load_tokenizer(student)
+    rows, report = import_rollouts(
+        format,
+        [Path(file) for file in files],
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        prompts=as_prompts(prompts) if prompts else (),
+        **how,
+    )
+    folder = create_run(run)
+    found = store_imported(folder, rows, report, student=student, options=how, overwrite=overwrite)
+    return StageSummary(folder, "rollouts", found)
+
+
+def as_prompts(prompts: PromptsLike, *, limit: int | None = None) -> list[Prompt]:
+    """The prompts that a file, a hub dataset or a list of rows holds.
+
+    Raises:
+        PromptFileError: they cannot be used, or an id occurs twice.
+        OptionError: `limit` is below 1.
+    """
+    if isinstance(prompts, str | Path):
+        return read_prompts(prompts, limit=limit)
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit: expected at least 1, found {limit}")
+    rows = prompts if limit is None else prompts[:limit]
+    asked = [
+        row
+        if isinstance(row, Prompt)
+        else prompt_from_row(Row(f"prompts, row {index}", dict(row)), default_id=f"prompt-{index}")
+        for index, row in enumerate(rows)
+    ]
+    if not asked:
+        raise PromptFileError("no prompts were given")
+    if repeated := [name for name, count in Counter(p.id for p in asked).items() if count > 1]:
+        raise PromptFileError(f"the prompt id {repeated[0]!r} occurs twice")
+    return asked

@@ -1,0 +1,150 @@
+"""`ablate` and `evaluate`: arms trained and judged, and a model graded, in one call each.
+
+The command line and `import tip_analysis as tip` call these; the work is done in `ablation.study`
+and `evaluation`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from tip_analysis.analysis.arms import parse_arms
+from tip_analysis.core.run_folder import RunLike, create_run
+from tip_analysis.core.stage_summary import StageSummary
+from tip_analysis.models.named import ModelLike, as_model
+from tip_analysis.rollouts.door import PromptsLike, as_prompts
+from tip_analysis.rollouts.grading import default_grader
+from tip_analysis.rollouts.sampling import Sampling
+from tip_analysis.rollouts.stage import toy_pair_of
+from tip_analysis.training.ablation.presets import (
+    Preset,
+    experiment,
+    load_evaluation_sets,
+    load_prompts,
+)
+from tip_analysis.training.ablation.study import run_ablation, study_from_preset
+from tip_analysis.training.evaluation import evaluate_model
+
+
+def evaluate(
+    run: RunLike,
+    *,
+    model: ModelLike,
+    prompts: PromptsLike,
+    num_samples: int = 16,
+    max_new_tokens: int = 512,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    limit: int | None = None,
+    template: str = "plain",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    grader: str | None = None,
+    token_budget: int = 16384,
+    dtype: str = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> StageSummary:
+    """Sample answers to problems, grade them, and give mean@k and Best@k with standard errors.
+
+    Args:
+        run: the run folder that the rows go to, made if it does not exist.
+        model: loaded, or named as a student is.
+        prompts: problems with answers: a file, a hub dataset, or the prompts themselves.
+        num_samples: k, samples of each problem.
+        max_new_tokens: longest response, in tokens.
+        temperature: 0 is greedy.
+        top_p: nucleus; 1 is off.
+        seed: of the sampling.
+        limit: the first so many problems only.
+        template: what stands around a problem.
+        chat_template_kwargs: switches for the chat template.
+        grader: a grader's name; by default `math`, or `exact` for the arithmetic pair.
+        token_budget: tokens a batch; halves itself when memory runs out.
+        dtype: of a model that is named.
+        device: likewise.
+        overwrite: make the rows of this configuration again.
+
+    Example:
+        tip.evaluate("runs/mine", model="arithmetic-student", prompts="problems.jsonl")
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
+    problems = as_prompts(prompts, limit=limit)
+    loaded = as_model(model, dtype=dtype, device=device)
+    is_toy = toy_pair_of(loaded) is not None
+    folder = create_run(run)
+    found = evaluate_model(
+        folder,
+        model=loaded,
+        prompts=problems,
+        num_samples=num_samples,
+        sampling=sampling,
+        template=template,
+        chat_template_kwargs=chat_template_kwargs,
+        grader=grader or default_grader(has_answer=True, is_toy=is_toy),
+        token_budget=token_budget,
+        overwrite=overwrite,
+    )
+    return StageSummary(folder, f"evaluation of {loaded.name}", found)
+
+
+def ablate(
+    run: RunLike,
+    *,
+    preset: str | Preset | None = None,
+    ratios: Sequence[float] = (),
+    limit: int | None = None,
+    evaluate_every: int = 0,
+    checkpoint_every: int = 20,
+    teacher_context: str = "none",
+    jobs: int = 1,
+    threads: int = 1,
+    token_budget: int = 65_536,
+    dtype: str = "auto",
+    device: str = "auto",
+    **changes: Any,
+) -> pl.DataFrame:
+    """Train a student on the tokens that each rule selects, under several seeds; what is done
+    already is kept.
+
+    Args:
+        run: the run folder that results go to, made if it does not exist.
+        preset: a preset's name, or a preset; by default the run's own pair.
+        ratios: ρ of arms that name none.
+        limit: the first so many prompts, and problems of each evaluation set, only.
+        evaluate_every: steps between evaluations; 0 evaluates at the end only.
+        checkpoint_every: steps between checkpoints.
+        teacher_context: what the teacher sees besides the prompt.
+        jobs: arms trained at once, each in a process of its own.
+        threads: of each such process.
+        token_budget: tokens a batch of the sampler.
+        dtype: of the models.
+        device: likewise.
+        changes: fields of `Preset` (`arms`, `seeds`, `prompts`, `evaluation_sets`, `num_samples`
+            …) or of `TrainingOptions` (`num_steps`, `learning_rate`, `loss` …) in place of the
+            preset's; None changes nothing.
+
+    Returns:
+        The rows of the ablation table; `arm_results` and `claims_table` say what they mean.
+
+    Example:
+        rows = tip.ablate("runs/mine", arms=["all", "soft_or:0.5"], seeds=[0, 1, 2])
+        tip.claims_table(rows)
+    """
+    planned = experiment(run, preset, **changes)
+    study = study_from_preset(
+        planned,
+        prompts=load_prompts(planned.prompts, limit=limit) if planned.prompts else [],
+        evaluation_prompts=load_evaluation_sets(planned.evaluation_sets, limit=limit),
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
+        teacher_context=teacher_context,
+        dtype=dtype,
+        device=device,
+        token_budget=token_budget,
+    )
+    arms = parse_arms(planned.arms, ratios)
+    return run_ablation(
+        create_run(run), study, arms=arms, seeds=planned.seeds, jobs=jobs, threads=threads
+    )
