@@ -385,6 +385,37 @@ def _statistics(p: np.ndarray, q: np.ndarray, sampled: np.ndarray, top_k: int) -
         "student_topk_logprobs": np.take_along_axis(log_p, top_p, 1).clip(None, 0).tolist(),
         "teacher_topk_ids": top_q.tolist(),
         "teacher_topk_logprobs": np.take_along_axis(log_q, top_q, 1).clip(None, 0).tolist(),
+        **_estimators(p, q, d, reverse),
+    }
+
+
+def _estimators(
+    p: np.ndarray, q: np.ndarray, d: np.ndarray, delta: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What method section 10 says of estimators, and stop masses with the last two tokens as stops;
+    the vocabulary has no more than the sixteen candidates."""
+    distance = 1 - 2 * p + (p**2).sum(1, keepdims=True)
+    square_mean = ((p * (d - delta[:, None])) ** 2).sum(1)
+    best = (p * d * distance).sum(1) / (p * distance).sum(1)
+    variance = [
+        (p * (d - b[:, None]) ** 2 * distance).sum(1) - square_mean
+        for b in (np.zeros_like(delta), delta, best)
+    ]
+    centre = (d * (1 - p)).sum(1) / (1 - p).sum(1)
+    spread = ((d - centre[:, None]) ** 2 * (1 - p)).sum(1)
+    of_ratio = (p * (d - delta[:, None]) ** 2).sum(1)
+    mass_p, mass_q = p[:, -2:].sum(1), q[:, -2:].sum(1)
+    within = (p[:, -2:] * d[:, -2:]).sum(1) - mass_p * np.log(mass_p / mass_q)
+    return {
+        "k1_variance": variance[0].clip(0),
+        "k1_variance_centred": variance[1].clip(0),
+        "k1_snr": square_mean / variance[2].clip(1e-30),
+        "ier": of_ratio / (spread - of_ratio).clip(1e-30),
+        "topk_bias": np.zeros_like(delta),
+        "topk_bias_no_tail": np.zeros_like(delta),
+        "student_stop_mass": mass_p,
+        "teacher_stop_mass": mass_q,
+        "stop_mismatch": within.clip(0),
     }
 
 
