@@ -8,18 +8,18 @@ whatever the size of the run.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tip_analysis.analysis.run_view import ReportOptions, RunView, open_views
 from tip_analysis.core.atomic_files import write_atomically
-from tip_analysis.core.errors import OptionError
+from tip_analysis.core.errors import OptionError, RunError, TipAnalysisError
 from tip_analysis.core.run_folder import RunLike
-from tip_analysis.core.text import visible
+from tip_analysis.core.text import one_line, visible
 from tip_analysis.core.words import listed, plural
 from tip_analysis.report import paper
-from tip_analysis.report.page import Section, render
+from tip_analysis.report.page import Part, Section, Warnings, render
 from tip_analysis.report.sections import (
     ablations,
     browser,
@@ -106,19 +106,50 @@ def build_report(
 
 
 def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section]:
-    """All sections in their order."""
-    return [
-        overview.overview(views),
-        taxonomy.quadrant_map(views),
-        taxonomy.sensitivity(views),
-        gradients.gradients(views),
-        selections.selections(views),
-        groups.group_effects(views),
-        ablations.ablations(views),
-        taxonomy.strong_tokens(views),
-        browser.browser(views),
-        provenance.provenance(views, str(output)),
+    """All sections in their order; in place of one that cannot be made stands why.
+
+    Raises:
+        OptionError, RunError: an option or a run folder is at fault, which no section is to hide.
+        Exception: no section can be made; the first section's error.
+    """
+    makers: list[tuple[str, str, Callable[[], Section]]] = [
+        ("overview", "Overview", lambda: overview.overview(views)),
+        ("map", "Quadrant map", lambda: taxonomy.quadrant_map(views)),
+        ("sensitivity", "Sensitivity to the cuts", lambda: taxonomy.sensitivity(views)),
+        ("gradients", "Gradient norms and alignment", lambda: gradients.gradients(views)),
+        ("selection", "Selection rules", lambda: selections.selections(views)),
+        ("effects", "Position, frequency and kind of token", lambda: groups.group_effects(views)),
+        ("ablations", "Ablations and the paper’s claims", lambda: ablations.ablations(views)),
+        ("strongest", "Strongest tokens", lambda: taxonomy.strong_tokens(views)),
+        ("browser", "Token browser", lambda: browser.browser(views)),
+        ("provenance", "Provenance", lambda: provenance.provenance(views, str(output))),
     ]
+    sections, faults = [], []
+    for key, title, make in makers:
+        try:
+            sections.append(make())
+        except (OptionError, RunError):
+            raise
+        except Exception as error:  # whatever it is, it is this section's
+            logger.warning("section %r of the report cannot be made: %s", title, _reason(error))
+            faults.append(error)
+            sections.append(_without(key, title, error))
+    if len(faults) >= len(makers) - 1:  # provenance alone is no report
+        raise faults[0]
+    return sections
+
+
+def _without(key: str, title: str, error: Exception) -> Section:
+    """What stands in place of a section that cannot be made."""
+    fault = Warnings([f"This section cannot be made: {_reason(error)}"])
+    return Section(key, title, [Part("", [fault])])
+
+
+def _reason(error: Exception) -> str:
+    said = one_line(str(error), 400)
+    if isinstance(error, TipAnalysisError):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _version() -> str:

@@ -1,15 +1,16 @@
 """The section on gradients: size and alignment by quadrant, for every loss that was measured, and
 what predicts them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.analysis.correlations import correlation_table, equation_6
+from tip_analysis.analysis.correlations import TARGETS, correlation_table, equation_6
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics, widen
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.words import count, interval, listed, number, percent, plural
 from tip_analysis.figures.gradients import LOSS_NAMES
 from tip_analysis.report.page import (
@@ -122,12 +123,7 @@ def _finding(loss: str, table: pl.DataFrame) -> str:
     rows = {str(row["quadrant"]): row for row in table.iter_rows(named=True)}
     largest = max(rows, key=lambda name: rows[name]["share_grad_norm_sq"] or 0.0)
     q3 = rows["Q3"]
-    downhill = [name for name, row in rows.items() if (row["mean_grad_dot_loss_low"] or 0.0) > 0]
-    words = (
-        f"point downhill on average (95% interval above 0) in {listed(downhill)}"
-        if downhill
-        else ("point downhill in no quadrant clearly (every 95% interval of the mean of φ holds 0)")
-    )
+    words = _direction_words(rows)
     return (
         f"Under the {LOSS_NAMES.get(loss, loss)}, {largest} carries most of the gradient"
         f" ({percent(rows[largest]['share_grad_norm_sq'])} of Σ‖g‖² on"
@@ -135,6 +131,18 @@ def _finding(loss: str, table: pl.DataFrame) -> str:
         f" {percent(q3['share_grad_norm_sq'])} on {percent(q3['share'])}, and"
         f" {percent(q3['share_grad_dot_loss'])} of Σφ. Gradients {words}."
     )
+
+
+def _direction_words(rows: Mapping[str, dict[str, Any]]) -> str:
+    if all(row["mean_grad_dot_loss"] is None for row in rows.values()):
+        return (
+            "have no known direction: φ takes ∇L from other prompts, and rollouts of one prompt"
+            " only were measured; measure more with a larger --limit"
+        )
+    downhill = [name for name, row in rows.items() if (row["mean_grad_dot_loss_low"] or 0.0) > 0]
+    if downhill:
+        return f"point downhill on average (95% interval above 0) in {listed(downhill)}"
+    return "point downhill in no quadrant clearly (every 95% interval of the mean of φ holds 0)"
 
 
 def _profile_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
@@ -271,13 +279,16 @@ def _quadrant_block(view: RunView, loss: str, table: pl.DataFrame) -> Table:
     return Table(columns, rows, caption, frozenset(range(1, len(columns))))
 
 
-def _correlation_block(view: RunView, loss: str) -> Table:
-    def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
-        main = correlation_table(tokens, num_resamples=num_resamples)
-        return pl.concat([main, equation_6(tokens, num_resamples=num_resamples)])
-
+def _correlation_block(view: RunView, loss: str) -> Table | Warnings:
     sample = view.sampled(view.measured(loss))
-    table = compute(sample, min(100, view.options.num_resamples))
+    num_resamples = min(100, view.options.num_resamples)
+    try:
+        parts = [_correlations(sample, num_resamples)]
+        if "oracle_weight" in parts[0]["target"].to_list():
+            parts.append(equation_6(sample, num_resamples=num_resamples))
+    except SchemaError as error:
+        return Warnings([f"Rank correlations cannot be made: {error}"])
+    table = pl.concat(parts)
     names = {"grad_norm": "‖g‖", "grad_dot_loss": "φ", "oracle_weight": "φ/M"}
     rows = [
         [
@@ -301,6 +312,17 @@ def _correlation_block(view: RunView, loss: str) -> Table:
         caption,
         frozenset({2, 3, 4}),
     )
+
+
+def _correlations(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
+    """With φ where it was measured, else of the norm alone."""
+    targets = TARGETS if _measures_alignment(tokens) else ("grad_norm",)
+    return correlation_table(tokens, targets=targets, num_resamples=num_resamples)
+
+
+def _measures_alignment(tokens: pl.LazyFrame) -> bool:
+    """Whether φ was measured: ∇L comes from other prompts, so one prompt alone has none."""
+    return tokens.select(pl.col("grad_dot_loss").count()).collect().item() > 0
 
 
 def _measured_words(table: pl.DataFrame, view: RunView) -> str:
