@@ -138,6 +138,7 @@ def make_tables(
             },
             strict=False,
         )
+        .pipe(_with_nulls)
         .cast(_dtypes(TokenTable))
         .select(TokenTable.column_names())
     )
@@ -417,6 +418,12 @@ def _estimators(
         "teacher_stop_mass": mass_q,
         "stop_mismatch": within.clip(0),
     }
+
+
+def _with_nulls(tokens: pl.DataFrame) -> pl.DataFrame:
+    """Columns of the contract that nothing here asks for stay empty."""
+    missing = [name for name in TokenTable.column_names() if name not in tokens.columns]
+    return tokens.with_columns(pl.lit(None).alias(name) for name in missing)
 
 
 def _rollout_table(
