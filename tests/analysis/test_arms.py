@@ -1,8 +1,12 @@
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tip_analysis.analysis.arms import (
+    ALL,
     PAPER_ARMS,
+    UNTRAINED,
     Arm,
     arm_results,
     arms_of,
@@ -102,3 +106,33 @@ def test_problem_rows_and_arms():
     assert found.height == 10
     assert found.filter(rule="q3", seed=1)["mean_reward"].to_list() == [0.8, 0.0]
     assert set(arms_of(rows())) == {Arm("q3", 0.1), Arm("all")}
+
+
+@given(
+    st.sampled_from(["q3", "soft_or", "random", "of_another_program"]),
+    st.floats(0, 1, exclude_min=True),
+)
+def test_an_arm_has_one_spelling_which_is_read_back_exactly(rule: str, ratio: float) -> None:
+    arm = Arm(rule, ratio)
+    assert Arm.parse(str(arm)) == arm
+
+
+def test_spellings_by_eye() -> None:
+    assert [str(Arm(*key)) for key in (("q3", 0.1), ("q3", 1.0), ("all", 1.0))] == [
+        "q3:0.1",
+        "q3:1",
+        "all",
+    ]
+    assert Arm.parse("untrained") == Arm(UNTRAINED)
+    for text in ("q3", "q3:0.1:0.2", "all:0.5", "q3:much", "q3:2"):
+        with pytest.raises(OptionError):
+            Arm.parse(text)
+
+
+def test_rows_of_an_arm_are_those_of_exactly_its_ratio() -> None:
+    table = pl.DataFrame(
+        {"rule": ["q3", "q3", "all", "random"], "retention_ratio": [0.3, 0.1 * 3, 1.0, 0.3]}
+    )
+    assert table.filter(Arm("q3", 0.3).rows()).rows() == [("q3", 0.3)]
+    assert table.filter(Arm("q3", 0.1 * 3).rows()).height == 1
+    assert table.filter(ALL.rows()).height == 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tip_analysis.analysis import claims as module
+from tip_analysis.analysis.arms import ALL, Arm
 from tip_analysis.analysis.claims import (
     arm_summary,
     claims_table,
@@ -23,7 +24,7 @@ from tip_analysis.core.errors import InputError, OptionError, SchemaError
 
 
 def arms(**accuracies: list[float]) -> pl.DataFrame:
-    """Keyword `q3_10=[…]` is the arm q3@0.1 with one accuracy per seed."""
+    """Keyword `q3_10=[…]` is the arm q3:0.1 with one accuracy per seed."""
     rows = []
     for name, values in accuracies.items():
         rule, _, percent = name.rpartition("_")
@@ -49,12 +50,12 @@ def verdicts(table: pl.DataFrame) -> dict[tuple[str, str], str]:
 
 def test_verdicts_by_eye() -> None:
     assert verdicts(claims_table(ARMS)) == {
-        ("a", "entropy_sampling@0.5"): "supported",
-        ("b", "soft_or@0.5"): "not resolved",
-        ("b", "soft_or@0.1"): "supported",
-        ("c", "q3@0.1"): "supported",
-        ("d", "q3@0.1"): "not resolved",
-        ("e", "soft_or@0.5"): "supported",
+        ("a", "entropy_sampling:0.5"): "supported",
+        ("b", "soft_or:0.5"): "not resolved",
+        ("b", "soft_or:0.1"): "supported",
+        ("c", "q3:0.1"): "supported",
+        ("d", "q3:0.1"): "not resolved",
+        ("e", "soft_or:0.5"): "supported",
     }
 
 
@@ -123,7 +124,7 @@ def test_only_shared_seeds_are_paired_and_one_seed_resolves_nothing() -> None:
 
 def test_arms_that_were_not_run_say_so() -> None:
     table = claims_table(ARMS.filter(pl.col("rule") != "q3"))
-    assert verdicts(table)[("c", "q3@0.1")] == "not run"
+    assert verdicts(table)[("c", "q3:0.1")] == "not run"
     assert table.filter(claim="c")["effect"].to_list() == [None]
     empty = claims_table(ARMS.clear())
     assert set(empty["verdict"].cast(pl.String)) == {"not run"}
@@ -204,7 +205,7 @@ def test_the_papers_numbers_stand_beside() -> None:
         "std",
     ]
     assert results.height == 117
-    differences = paper_differences((("entropy_sampling", 0.5), ("all", 1.0)))
+    differences = paper_differences((Arm("entropy_sampling", 0.5), ALL))
     assert differences.height == 9
     qwen = differences.filter(pl.col("pair").str.starts_with("Qwen3"), benchmark="MATH-500")[
         "difference"
@@ -214,7 +215,7 @@ def test_the_papers_numbers_stand_beside() -> None:
     expected = [0.761 - 0.743, 0.215 - 0.192, 0.171 - 0.153]  # Tables 4 and 8, Qwen3
     assert (row["paper_min"], row["paper_max"]) == pytest.approx((min(expected), max(expected)))
     assert (row["paper_comparisons"], row["paper_agreeing"]) == (3, 3)
-    assert claims_table(ARMS).filter(claim="b", arm_a="soft_or@0.1")[
+    assert claims_table(ARMS).filter(claim="b", arm_a="soft_or:0.1")[
         "paper_comparisons"
     ].to_list() == [0]
 

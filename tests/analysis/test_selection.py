@@ -1,5 +1,6 @@
 """Selection: exact k, ties, scopes, nesting, sampling, the registry and its errors."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -14,20 +15,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from strategies import token_frames
 
-from tip_analysis.analysis import selection
-from tip_analysis.analysis.scores import add_scores, resolve_normalization
-from tip_analysis.analysis.selection import (
-    RULES,
-    exact_ratio,
-    masks_by_part,
-    num_selected,
-    random_exponentials,
-    register_rule,
-    rule_names,
-    select_tokens,
-    to_masks,
-)
-from tip_analysis.core.errors import OptionError, SchemaError, UnknownNameError
+from tip_analysis.analysis import counter_random, rules
+from tip_analysis.analysis.arms import Arm
+from tip_analysis.analysis.counter_random import random_exponentials
+from tip_analysis.analysis.retention import exact_ratio, num_selected
+from tip_analysis.analysis.rules import RULES, columns_read, register_rule, rule_names
+from tip_analysis.analysis.scores import TokenColumns, add_scores, resolve_normalization
+from tip_analysis.analysis.selection import masks_by_part, select_tokens, to_masks
+from tip_analysis.core.errors import OptionError, RuleError, SchemaError, UnknownNameError
 from tip_analysis.core.schema import MaskTable
 
 COMPLETE = [name for name, rule in RULES.items() if rule.complete]
@@ -256,7 +251,7 @@ def test_the_logarithm_is_accurate_to_its_last_bits() -> None:
     u = np.concatenate(
         [np.random.default_rng(0).random(100_000), [2.0**-54, 0.5, 1 - 2.0**-53, math.sqrt(0.5)]]
     )
-    assert selection._negative_log(u) == pytest.approx(-np.log(u), rel=5e-16)
+    assert counter_random._negative_log(u) == pytest.approx(-np.log(u), rel=5e-16)
 
 
 def test_sampling_frequencies_follow_the_weights() -> None:
@@ -369,9 +364,15 @@ def _scorable(size: int) -> pl.DataFrame:
 def test_rules_of_ones_own() -> None:
     tokens = frame(jsd=[0.3, 0.2, 0.1, 0.0], token=["a", "b", "c", "d"])
     register_rule("mine", lambda df: df["jsd"] * df["position"])
-    register_rule("values", lambda df: np.where(df["token"].to_numpy() == "d", 1.0, 0.0))
+    register_rule(
+        "values", lambda df: np.where(df["token"].to_numpy() == "d", 1.0, 0.0), values=True
+    )
     register_rule("expression", lambda df: pl.col("position"))
-    register_rule("first_or_last", lambda df: [float(place in (0, 3)) for place in df["position"]])
+    register_rule(
+        "first_or_last",
+        lambda df: [float(place in (0, 3)) for place in df["position"]],
+        values=True,
+    )
     register_rule("weights", lambda df: df["jsd"], sampled=True, description="by JSD")
     assert selected(select_tokens(tokens, rule="mine", retention_ratio=0.25)) == {("a/0", 1)}
     assert selected(select_tokens(tokens, rule="values", retention_ratio=0.25)) == {("a/0", 3)}
@@ -393,14 +394,14 @@ def test_entry_points_bring_rules(monkeypatch: pytest.MonkeyPatch) -> None:
             return lambda df: df["position"]
 
     monkeypatch.setattr(
-        selection, "entry_points", lambda group: [Entry()] if group == "tip_analysis.rules" else []
+        rules, "entry_points", lambda group: [Entry()] if group == "tip_analysis.rules" else []
     )
-    selection._load_entry_points.cache_clear()
+    rules._load_entry_points.cache_clear()
     assert "from_elsewhere" in rule_names()
     assert selected(
         select_tokens(frame(jsd=[1.0, 2.0]), rule="from_elsewhere", retention_ratio=0.5)
     ) == {("a/0", 1)}
-    selection._load_entry_points.cache_clear()
+    rules._load_entry_points.cache_clear()
 
 
 def test_rules_that_cannot_be_used_say_why() -> None:
@@ -423,7 +424,7 @@ def test_rules_that_cannot_be_used_say_why() -> None:
     register_rule("negative", lambda df: df["jsd"] - 1.0, sampled=True)
     with pytest.raises(OptionError, match="weight ≥ 0; 2 are negative"):
         select_tokens(tokens, rule="negative", retention_ratio=0.5)
-    register_rule("short", lambda df: [1.0 for _ in range(len(df) - 1)])
+    register_rule("short", lambda df: [1.0 for _ in range(len(df) - 1)], values=True)
     with pytest.raises(SchemaError, match="one score a token"):
         select_tokens(tokens, rule="short", retention_ratio=0.5)
 
@@ -439,3 +440,91 @@ def test_the_gradient_oracle_takes_the_largest_alignment() -> None:
         ("a/0", 1),
         ("a/0", 2),
     }
+
+
+def test_a_users_rule_is_called_once_and_given_what_it_declared() -> None:
+    tokens = frame(jsd=[0.3, 0.2, 0.1, 0.0])
+    seen: list[object] = []
+
+    def by_expression(columns):
+        seen.append(columns)
+        return columns["jsd"]
+
+    def by_values(table):
+        seen.append(table)
+        return table["jsd"].to_numpy()
+
+    register_rule("by_expression", by_expression)
+    register_rule("by_values", by_values, values=True)
+    for name in ("by_expression", "by_values"):
+        assert selected(select_tokens(tokens, rule=name, retention_ratio=0.25)) == {("a/0", 0)}
+    assert [type(given) for given in seen] == [TokenColumns, pl.DataFrame]
+    seen.clear()
+    scored = _scorable(4)
+    register_rule("weights", by_expression, sampled=True)
+    to_masks(scored, rules=["weights"], retention_ratios=[0.25, 0.5], seeds=[0, 1, 2])
+    assert len(seen) == 1
+
+
+def test_an_error_in_a_users_rule_reaches_the_user_with_its_name_and_its_cause() -> None:
+    tokens = frame(jsd=[0.3, 0.2])
+    calls = []
+
+    def broken(columns):
+        calls.append(columns)
+        return {"jsd": 1}["jds"]
+
+    register_rule("broken", broken)
+    register_rule("broken_values", lambda table: table["jsd"].no_such_method(), values=True)
+    register_rule("asks_for_values", lambda df: df["jsd"] if df["jsd"] > 0 else -df["jsd"])
+    register_rule("gives_values", lambda df: [1.0, 2.0])
+    register_rule("words", lambda df: ["a", "b"], values=True)
+    with pytest.raises(RuleError, match=r"rule 'broken' failed: KeyError: 'jds'") as caught:
+        select_tokens(tokens, rule="broken", retention_ratio=0.5)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert len(calls) == 1
+    with pytest.raises(RuleError, match=r"'broken_values' failed: AttributeError") as caught:
+        select_tokens(tokens, rule="broken_values", retention_ratio=0.5)
+    assert isinstance(caught.value.__cause__, AttributeError)
+    with pytest.raises(RuleError, match=r"TypeError.*registered with values=True"):
+        select_tokens(tokens, rule="asks_for_values", retention_ratio=0.5)
+    with pytest.raises(SchemaError, match=r"found list: .*values=True"):
+        select_tokens(tokens, rule="gives_values", retention_ratio=0.5)
+    with pytest.raises(SchemaError, match="column of numbers"):
+        select_tokens(tokens, rule="words", retention_ratio=0.5)
+
+
+def test_an_error_inside_a_rules_expression_has_its_name_too() -> None:
+    def fails(value: float) -> float:
+        raise ValueError("no such number")
+
+    register_rule("lazy", lambda df: df["jsd"].map_elements(fails, return_dtype=pl.Float64))
+    with pytest.raises(RuleError, match=r"rule 'lazy' failed.*"):
+        select_tokens(frame(jsd=[0.3, 0.2]), rule="lazy", retention_ratio=0.5)
+
+
+def test_what_is_known_of_a_rule_is_an_attribute_and_no_name() -> None:
+    facts = {
+        "keeps_all": {"all"},
+        "needs_gradients": {"gradient_oracle"},
+        "is_reference": {"random", "gradient_oracle"},
+        "is_entropy_only": {"entropy", "entropy_sampling"},
+        "sampled": {"random", "entropy_sampling", "entropy_jsd_sampling"},
+    }
+    for fact, names in facts.items():
+        assert {name for name, rule in RULES.items() if getattr(rule, fact)} == names
+    everything = register_rule("everything", lambda df: df["jsd"])
+    RULES["everything"] = dataclasses.replace(everything, keeps_all=True)
+    tokens = _scorable(4)
+    masks = to_masks(tokens, rules=["everything"], retention_ratios=[0.25, 0.5])
+    assert (masks.height, masks["retention_ratio"].unique().to_list()) == (4, [1.0])
+    assert Arm("everything", 0.5).has_ratio is False
+    mine = register_rule("mine", lambda df: df["student_entropy"] * 2.0)
+    assert mine.is_entropy_only
+    assert columns_read(mine) == {"student_entropy"}
+
+
+def test_the_ratio_is_stored_as_given() -> None:
+    ratios = [0.1, 0.1 + 1e-12, 1 / 3]
+    masks = to_masks(_scorable(40), rules=["jsd"], retention_ratios=ratios)
+    assert sorted(masks["retention_ratio"].unique().to_list()) == sorted(ratios)

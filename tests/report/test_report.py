@@ -590,11 +590,11 @@ def test_arms_show_the_mean_over_seeds(ablated):
     shown, arms = ablated
     rows = {row[0]: row for row in shown.table("Arms by accuracy")[1:]}
     assert set(rows) == {"all"} | {
-        f"{rule}@{ratio:g}" for rule, ratio in ARM_ACCURACIES if rule != "all"
+        f"{rule}:{ratio:g}" for rule, ratio in ARM_ACCURACIES if rule != "all"
     }
     for name, ratio in ARM_ACCURACIES:
         of_arm = arms.filter(pl.col("rule") == name, pl.col("retention_ratio") == ratio)["accuracy"]
-        row = rows[name if name == "all" else f"{name}@{ratio:g}"]
+        row = rows[name if name == "all" else f"{name}:{ratio:g}"]
         assert row[2] == f"{100 * of_arm.mean():.1f}%± {100 * of_arm.std():.1f}%"
 
 

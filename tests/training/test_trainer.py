@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_language_model
 
-from tip_analysis.analysis.selection import RULES, register_rule
+from tip_analysis.analysis.rules import RULES, register_rule
 from tip_analysis.core.errors import (
     ConfigurationMismatchError,
     LogitsError,
@@ -513,7 +513,10 @@ def test_only_the_statistics_of_the_rule_are_computed():
 def test_a_users_own_rule_can_be_trained_with():
     register_rule("jsd_late", lambda df: df["jsd"] * df["position"], overwrite=True)
     register_rule(
-        "by_values", lambda df: np.asarray(df["hellinger"].to_numpy()) * 2.0, overwrite=True
+        "by_values",
+        lambda df: np.asarray(df["hellinger"].to_numpy()) * 2.0,
+        values=True,
+        overwrite=True,
     )
     try:
         for name in ("jsd_late", "by_values"):

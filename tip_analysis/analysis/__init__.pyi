@@ -39,12 +39,13 @@ from .quadrants import DEFAULT_GRID as DEFAULT_GRID
 from .quadrants import assign_quadrants as assign_quadrants
 from .quadrants import cut_sensitivity as cut_sensitivity
 from .quadrants import quadrant_shares as quadrant_shares
+from .rules import register_rule as register_rule
+from .rules import rule_names as rule_names
 from .run_view import ReportOptions as ReportOptions
 from .run_view import RunView as RunView
 from .scores import add_scores as add_scores
 from .scores import register_score as register_score
-from .selection import register_rule as register_rule
-from .selection import rule_names as rule_names
+from .scores import score_expression as score_expression
 from .selection import select_tokens as select_tokens
 from .selection import to_masks as to_masks
 from .status import stage_table as stage_table

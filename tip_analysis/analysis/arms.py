@@ -6,11 +6,13 @@ Reads rows of `schema.AblationTable`. An arm is a selection rule with a retentio
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import polars as pl
 
-from tip_analysis.analysis.selection import exact_ratio
-from tip_analysis.analysis.selection import rule as rule_of
+from tip_analysis.analysis.retention import exact_ratio
+from tip_analysis.analysis.rules import known_rules
+from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.core.errors import OptionError
 
 UNTRAINED = "untrained"
@@ -19,18 +21,52 @@ UNTRAINED = "untrained"
 
 @dataclass(frozen=True, order=True)
 class Arm:
-    """What is compared."""
+    """What is compared: a selection rule at a retention ratio, spelled `q3:0.1`.
+
+    ρ is what was given, and is compared exactly: 0.1 is 0.1 wherever it was typed.
+    """
 
     rule: str
     retention_ratio: float = 1.0
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it is the student as it was."""
+        return self.rule == UNTRAINED
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether ρ means anything: not where nothing is trained, nor where all is kept."""
+        known = known_rules([self.rule])
+        return not (self.is_untrained or (self.rule in known and known[self.rule].keeps_all))
+
     def __str__(self) -> str:
+        ratio = repr(float(self.retention_ratio)).removesuffix(".0")
+        return f"{self.rule}:{ratio}" if self.has_ratio else self.rule
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The arm that a text spells: `str(Arm.parse(text))` is the text.
+
+        Raises:
+            OptionError: it names no ratio, several, or none in (0, 1].
+        """
+        rule, *ratios = text.split(":")
+        arm = cls(rule, *(_ratio(ratio, text) for ratio in ratios[:1]))
+        if len(ratios) != int(arm.has_ratio):
+            raise OptionError(f"expected an arm such as q3:0.1 or all; found {text!r}")
+        return arm
+
+    def rows(self) -> pl.Expr:
+        """Which rows of a table with `rule` and `retention_ratio` are this arm's."""
+        same = pl.col("rule") == self.rule
         return (
-            self.rule
-            if self.rule in ("all", UNTRAINED)
-            else f"{self.rule} {self.retention_ratio:g}"
+            same & (pl.col("retention_ratio") == self.retention_ratio) if self.has_ratio else same
         )
 
+
+ALL = Arm("all")
+"""Training on every token: what the other arms are compared with."""
 
 PAPER_ARMS = (
     "all",
@@ -49,7 +85,8 @@ def parse_arms(rules: Sequence[str], ratios: Sequence[float]) -> list[Arm]:
     """Arms of rules and retention ratios: each rule at each ratio, except where it brings its own,
     as `q3:0.1:0.2`.
 
-    `all` gives one arm whatever the ratios; an arm that is named twice is there once.
+    A rule that keeps all gives one arm whatever the ratios; an arm that is named twice is there
+    once.
 
     Raises:
         UnknownNameError: there is no such rule.
@@ -59,25 +96,30 @@ def parse_arms(rules: Sequence[str], ratios: Sequence[float]) -> list[Arm]:
     for entry in rules:
         name, *own = entry.split(":")
         rule_of(name)
-        if name == "all":
-            arms[Arm("all")] = None
+        if not Arm(name).has_ratio:
+            arms[Arm(name)] = None
             continue
         chosen = [_ratio(text, entry) for text in own] or list(ratios)
         if not chosen:
             raise OptionError(
                 f"rule {name!r} needs a retention ratio: give --ratios, or write it as {name}:0.1"
             )
-        for ratio in chosen:
-            exact_ratio(ratio)
-            arms[Arm(name, float(ratio))] = None
+        arms |= dict.fromkeys(Arm(name, _checked(ratio)) for ratio in chosen)
     if not arms:
         raise OptionError("an ablation needs at least one rule")
     return list(arms)
 
 
+def _checked(ratio: float) -> float:
+    exact_ratio(ratio)
+    return float(ratio)
+
+
 def _ratio(text: str, entry: str) -> float:
     try:
-        return float(text)
+        return _checked(float(text))
+    except OptionError:
+        raise
     except ValueError as error:
         raise OptionError(
             f"expected retention ratios after the rule's name, as in q3:0.1:0.2; found {entry!r}"
@@ -140,4 +182,5 @@ def problem_rows(ablations: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
 def arms_of(ablations: pl.DataFrame | pl.LazyFrame) -> Iterable[Arm]:
     """The arms that a table has rows of, the untrained student left out."""
     rows = ablations.lazy().select("rule", "retention_ratio").unique(maintain_order=True).collect()
-    return [Arm(rule, ratio) for rule, ratio in rows.iter_rows() if rule != UNTRAINED]
+    arms = (Arm(rule, ratio) for rule, ratio in rows.iter_rows())
+    return [arm for arm in arms if not arm.is_untrained]

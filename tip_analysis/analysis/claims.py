@@ -25,6 +25,7 @@ import polars as pl
 from scipy import stats
 
 from tip_analysis.analysis import accuracy
+from tip_analysis.analysis.arms import Arm
 from tip_analysis.analysis.bootstrap import bootstrap_interval
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.resources import data_path
@@ -33,6 +34,9 @@ DEFAULT_MARGIN = 0.02
 """Two points: how far apart two accuracies may be and still count as equal."""
 
 PAPER_RESULTS = "tip_paper_results.csv"
+
+Arms = tuple[Arm, Arm]
+"""A and B."""
 
 Relation = Literal[">", "≈", "≳"]
 VERDICTS = ("supported", "contradicted", "not resolved", "not run")
@@ -235,29 +239,31 @@ def claims_table(
             ["rule", "retention_ratio", "seed", "problem_id", "mean_reward"],
             "claims_table (problems)",
         )
-    rows = []
-    for claim in claims:
-        for keys in _arms_of(claim, arms):
-            a, b = (_arm(arms, *key) for key in keys)
-            effect = paired_difference(a, b, metric)
-            by_problem = problem_difference(*(_arm(problems, *key) for key in keys), seed=seed)
-            verdict = (
-                judge(claim.relation, effect[1], effect[2], margin)
-                if a.height and b.height
-                else "not run"
-            )
-            named = (claim.name, claim.statement, *(arm_name(*key) for key in keys), claim.relation)
-            rows.append(
-                (
-                    *named,
-                    *effect,
-                    *by_problem,
-                    margin,
-                    verdict,
-                    *_paper_summary(claim, keys, margin),
-                )
-            )
+    rows = [
+        _judged(claim, pair, arms, problems, metric, margin, seed)
+        for claim in claims
+        for pair in _arms_of(claim, arms)
+    ]
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row")
+
+
+def _judged(
+    claim: Claim,
+    pair: Arms,
+    arms: pl.DataFrame,
+    problems: pl.DataFrame,
+    metric: str,
+    margin: float,
+    seed: int,
+) -> tuple:
+    """One row of the table."""
+    a, b = (arms.filter(arm.rows()) for arm in pair)
+    effect = paired_difference(a, b, metric)
+    by_problem = problem_difference(*(problems.filter(arm.rows()) for arm in pair), seed=seed)
+    was_run = a.height and b.height
+    verdict = judge(claim.relation, effect[1], effect[2], margin) if was_run else "not run"
+    named = (claim.name, claim.statement, *map(str, pair), claim.relation)
+    return (*named, *effect, *by_problem, margin, verdict, *_paper_summary(claim, pair, margin))
 
 
 _SCHEMA = {
@@ -271,11 +277,6 @@ _SCHEMA = {
     **dict.fromkeys(["paper_median", "paper_min", "paper_max"], pl.Float64),
     **dict.fromkeys(["paper_comparisons", "paper_agreeing"], pl.Int64),
 }
-
-
-def arm_name(rule: str, retention_ratio: float) -> str:
-    """How an arm is called: `q3@0.1`; `all` has no ratio."""
-    return rule if rule == "all" else f"{rule}@{retention_ratio:g}"
 
 
 def arm_summary(arms: pl.DataFrame, *, metric: str = "accuracy") -> pl.DataFrame:
@@ -294,7 +295,7 @@ def arm_summary(arms: pl.DataFrame, *, metric: str = "accuracy") -> pl.DataFrame
     quantiles = [float(stats.t.ppf(0.975, n - 1)) if n > 1 else None for n in grouped["num_seeds"]]
     half = pl.Series(quantiles, dtype=pl.Float64) * grouped["std"] / grouped["num_seeds"].sqrt()
     names = [
-        arm_name(rule, ratio)
+        str(Arm(rule, ratio))
         for rule, ratio in grouped.select("rule", "retention_ratio").iter_rows()
     ]
     return grouped.select(
@@ -309,16 +310,12 @@ def arm_summary(arms: pl.DataFrame, *, metric: str = "accuracy") -> pl.DataFrame
     )
 
 
-Arms = tuple[tuple[str, float], tuple[str, float]]
-"""Rule and retention ratio of A and of B."""
-
-
 def paper_differences(arms: Arms) -> pl.DataFrame:
     """The paper's own A − B on every pair and benchmark with both arms, as shares: pair, benchmark,
     difference."""
     results = paper_results().filter(pl.col("metric") == "mean@16 accuracy %")
     keys = ["pair", "benchmark"]
-    a, b = (_arm(results, *arm).select(*keys, "mean") for arm in arms)
+    a, b = (results.filter(arm.rows()).select(*keys, "mean") for arm in arms)
     joined = a.join(b, on=keys, suffix="_b", maintain_order="left")
     return joined.select(*keys, ((pl.col("mean") - pl.col("mean_b")) / 100.0).alias("difference"))
 
@@ -337,13 +334,13 @@ def _arms_of(claim: Claim, arms: pl.DataFrame) -> list[Arms]:
     """The comparisons of a claim: its own ratios, or all that both rules were run at (½ where there
     is none)."""
     if claim.ratio_a is not None and claim.ratio_b is not None:
-        return [((claim.rule_a, claim.ratio_a), (claim.rule_b, claim.ratio_b))]
+        return [(Arm(claim.rule_a, claim.ratio_a), Arm(claim.rule_b, claim.ratio_b))]
     run = [
         set(arms.filter(pl.col("rule") == rule)["retention_ratio"].to_list())
         for rule in (claim.rule_a, claim.rule_b)
     ]
     ratios = sorted(run[0] & run[1], reverse=True) or [0.5]
-    return [((claim.rule_a, ratio), (claim.rule_b, ratio)) for ratio in ratios]
+    return [(Arm(claim.rule_a, ratio), Arm(claim.rule_b, ratio)) for ratio in ratios]
 
 
 def _problems_of(arms: pl.DataFrame) -> pl.DataFrame:
@@ -359,13 +356,6 @@ def _problems_of(arms: pl.DataFrame) -> pl.DataFrame:
         pl.col("problem_accuracy").alias("mean_reward"),
     )
     return lists.explode("problem_id", "mean_reward", empty_as_null=False)
-
-
-def _arm(table: pl.DataFrame, rule: str, ratio: float) -> pl.DataFrame:
-    chosen = pl.col("rule") == rule
-    return table.filter(
-        chosen if rule == "all" else chosen & ((pl.col("retention_ratio") - ratio).abs() < 1e-9)
-    )
 
 
 def _last_step(arms: pl.DataFrame, metric: str) -> pl.DataFrame:

@@ -24,12 +24,10 @@ from tip_analysis.analysis.bootstrap import (
 )
 from tip_analysis.analysis.mask_tables import MASK_KEYS
 from tip_analysis.analysis.resampling import Resampler, written_tokens
+from tip_analysis.analysis.rules import known_rules
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Quadrant
-
-ENTROPY_ONLY_RULES = ("entropy", "entropy_sampling")
-"""Rules that look at the student's entropy alone: what Proposition 2 is about."""
 
 _MASKS_AT_ONCE = 16
 
@@ -129,7 +127,9 @@ def proposition_2(
         selected = _mask_matrix(masks, keys[start : start + _MASKS_AT_ONCE], frame)
         sizes += selected.sum(1).astype(np.int64).tolist()
         parts.append(interval_frame(_q3_interval(resampler, selected, phi), names))
-    only = pl.col("rule").is_in(ENTROPY_ONLY_RULES).alias("entropy_only")
+    known = known_rules(keys["rule"].unique())
+    entropy_only = [name for name, rule in known.items() if rule.is_entropy_only]
+    only = pl.col("rule").is_in(entropy_only).alias("entropy_only")
     table = pl.concat([keys.with_columns(only), pl.concat(parts)], how="horizontal")
     return with_counts(table, frame).with_columns(
         pl.Series("num_tokens", sizes, dtype=pl.Int64),

@@ -18,15 +18,15 @@ from tip_analysis.analysis.measurements import (
     run_measurement,
     with_gradients,
 )
+from tip_analysis.analysis.retention import exact_ratio
+from tip_analysis.analysis.rules import rule
 from tip_analysis.analysis.scores import add_scores
-from tip_analysis.analysis.selection import exact_ratio, rule, to_masks
+from tip_analysis.analysis.selection import to_masks
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.table_files import read
-
-NEEDS_GRADIENTS = ("gradient_oracle",)
-"""Rules that select among the tokens whose gradients were measured, and no others."""
 
 
 def write_masks(
@@ -34,9 +34,9 @@ def write_masks(
     *,
     rules: Sequence[str],
     retention_ratios: Sequence[float],
-    selection_scope: str = "rollout",
+    selection_scope: SelectionScope | str = SelectionScope.ROLLOUT,
     seeds: Sequence[int] = (0,),
-    normalization_scope: str = "run",
+    normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
     measurement: Preference | None = None,
     overwrite: bool = False,
@@ -65,7 +65,7 @@ def write_masks(
     how = {"normalization_scope": normalization_scope, "divergence_clip": divergence_clip}
     tables = {
         needs: candidates(run, needs_gradients=needs, measurement=measurement, **how)
-        for needs in {name in NEEDS_GRADIENTS for name in rules}
+        for needs in {rule(name).needs_gradients for name in rules}
     }
     masks = []
     with track("selecting", len(wanted), unit="masks") as advance:
@@ -76,7 +76,7 @@ def write_masks(
                 "selection_scope": selection_scope,
                 "seed": seed,
             }
-            among = tables[name in NEEDS_GRADIENTS]
+            among = tables[rule(name).needs_gradients]
             config = key | how | among.recorded
             stage = run.begin(
                 "select", key=key, config=config, inputs=among.inputs, overwrite=overwrite
@@ -152,14 +152,14 @@ def recorded_measurements(run: Run) -> list[Measurement]:
 def _wanted(
     rules: Sequence[str], ratios: Sequence[float], seeds: Sequence[int]
 ) -> list[tuple[str, float, int]]:
-    """Every (rule, ρ, seed) asked for, once: `all` at ρ = 1, rules that do not sample under seed
-    0."""
+    """Every (rule, ρ, seed) asked for, once: a rule that keeps all at ρ = 1, rules that do not
+    sample under seed 0."""
     if not rules or not ratios or not seeds:
         raise OptionError("name at least one rule, one ratio and one seed")
     for ratio in ratios:
         exact_ratio(ratio)
     wanted = [
-        (name, 1.0 if name == "all" else float(ratio), seed if rule(name).sampled else 0)
+        (name, rule(name).retention(ratio), rule(name).seed(seed))
         for name in rules
         for ratio in ratios
         for seed in seeds

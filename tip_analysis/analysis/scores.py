@@ -64,6 +64,19 @@ class TokenColumns:
         return column.cast(pl.Float64) if self._schema[name].is_float() else column
 
 
+class RecordedColumns(TokenColumns):
+    """Columns of any table, which remember those that were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(pl.Schema(), "a rule")
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> pl.Expr:
+        """The column as an expression, whatever its name."""
+        self.seen.add(name)
+        return pl.col(name)
+
+
 ScoreFunction = Callable[[TokenColumns], pl.Expr]
 
 
@@ -165,13 +178,13 @@ SCORES: dict[str, ScoreFunction] = {
 
 
 def register_score(name: str, score: ScoreFunction, *, overwrite: bool = False) -> None:
-    """Add a score, which rules and reports then know by its name.
+    """Add a score that `score_expression` knows by name.
 
     Args:
-        name: what it is called.
-        score: from the table's columns, as polars expressions (`lambda c: c["jsd"]`), to one number
-            a token.
-        overwrite: replace a score of that name.
+        name: What users call it.
+        score: From the columns of the scored table, as polars expressions, to an expression:
+            `lambda columns: columns["jsd"] * columns["position"]`.
+        overwrite: Replace a score of that name.
 
     Raises:
         OptionError: the name is empty or taken.

@@ -93,7 +93,7 @@ def _grader(name: str) -> None:
 
 
 def _rules(entries: Sequence[str]) -> None:
-    from tip_analysis.analysis.selection import rule
+    from tip_analysis.analysis.rules import rule
 
     for entry in entries:
         rule(entry.split(":", maxsplit=1)[0])

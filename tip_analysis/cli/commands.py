@@ -160,7 +160,7 @@ def score(command: options.Score) -> None:
 
 def select(command: options.Select) -> None:
     """Write masks, or list the rules."""
-    from tip_analysis.analysis.selection import rule, rule_names
+    from tip_analysis.analysis.rules import rule, rule_names
 
     if command.list:
         table = Table("rule", "samples", "what it selects", box=None, header_style="bold")

@@ -54,6 +54,10 @@ class MissingExtraError(InputError, ImportError):
         return type(self), self._arguments  # so that it crosses from one process to another
 
 
+class RuleError(InputError):
+    """A rule that a user registered fails; the original error is the cause."""
+
+
 class SchemaError(InputError):
     """A table does not keep its contract (see `tip_analysis.core.schema`)."""
 

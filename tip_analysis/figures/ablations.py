@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from tip_analysis.analysis.arms import Arm
 from tip_analysis.figures.style import (
     COLUMN_WIDTH,
     GRID,
@@ -21,7 +22,6 @@ from tip_analysis.figures.style import (
 
 _MARKS = "osD^vPX*<>hd"
 VERDICT_COLORS = {"supported": "#0072b2", "contradicted": "#d55e00", "not resolved": "#98a2ae"}
-BASELINES = ("untrained", "all")
 
 
 def accuracy_by_ratio(
@@ -35,17 +35,20 @@ def accuracy_by_ratio(
         metric: name of the accuracy, for the axis.
     """
     require(arms, ["rule", "retention_ratio", "accuracy", "low", "high"])
-    rules = [rule for rule in arms["rule"].unique(maintain_order=True) if rule not in BASELINES]
+    named = [Arm(rule) for rule in arms["rule"].unique(maintain_order=True)]
+    rules = [arm.rule for arm in named if arm.has_ratio]
+    levels = [arm for arm in named if not arm.has_ratio]
     colors = sns.color_palette("colorblind", n_colors=max(1, len(rules)))
     wide = width >= WIDE
     with figure_style():
         figure = Figure(figsize=(width, 3.6 if wide else width * 1.3), layout="constrained")
         axes = figure.subplots()
-        for name, style in (("all", "-"), ("untrained", ":")):
-            for row in arms.filter(pl.col("rule") == name).iter_rows(named=True):
+        for arm in levels:
+            style = ":" if arm.is_untrained else "-"
+            for row in arms.filter(arm.rows()).iter_rows(named=True):
                 axes.axhline(row["accuracy"], color=MUTED, ls=style, lw=1.1)
                 axes.annotate(
-                    name,
+                    arm.rule,
                     (1, row["accuracy"]),
                     xycoords=("axes fraction", "data"),
                     ha="right",
@@ -66,7 +69,7 @@ def accuracy_by_ratio(
             )
             known = part.with_columns(pl.Series("x", x)).drop_nulls(["low", "high"])
             axes.vlines(known["x"], known["low"], known["high"], color=colors[index], lw=1.1)
-        ratios = sorted(arms.filter(~pl.col("rule").is_in(BASELINES))["retention_ratio"].unique())
+        ratios = sorted(arms.filter(pl.col("rule").is_in(rules))["retention_ratio"].unique())
         axes.set_xscale("log")
         axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         axes.minorticks_off()
@@ -103,8 +106,8 @@ def difference_from_all(
         figure = Figure(figsize=(width, 0.9 + 0.3 * max(1, len(keys))), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=MUTED, lw=0.9)
-        for place, (rule, ratio) in enumerate(keys):
-            same = (pl.col("rule") == rule) & ((pl.col("retention_ratio") - ratio).abs() < 1e-9)
+        for place, key in enumerate(keys):
+            same = Arm(*key).rows()
             theirs = paper.filter(same)["difference"]
             axes.plot(
                 theirs, [place] * len(theirs), "D", ms=5, mfc="none", mec=MUTED, mew=0.9, ls=""
@@ -126,7 +129,7 @@ def difference_from_all(
                     mec=SURFACE,
                     mew=0.6,
                 )
-        axes.set_yticks(range(len(keys)), [f"{rule}  ρ {ratio:g}" for rule, ratio in keys])
+        axes.set_yticks(range(len(keys)), [str(Arm(*key)) for key in keys])
         axes.set_ylim(len(keys) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(axis="x", color=GRID)

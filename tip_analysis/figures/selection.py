@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from tip_analysis.analysis.rules import keeps_all, known_rules
 from tip_analysis.figures.style import (
     INK,
     MUTED,
@@ -21,7 +22,6 @@ from tip_analysis.figures.style import (
 
 _LINES = ("-", "--", "-.", ":")
 _MARKS = "osD^vPX*<>hd"
-BOUND_RULES = {"random": "lower reference", "gradient_oracle": "upper reference"}
 
 
 def composition(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
@@ -100,7 +100,8 @@ def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH
         label: name of the quantity, for the axis.
     """
     require(table, ["rule", "retention_ratio", "share", "share_low", "share_high"])
-    rules = [rule for rule in table["rule"].unique(maintain_order=True) if rule != "all"]
+    rules = table.filter(~keeps_all())["rule"].unique(maintain_order=True).to_list()
+    known = known_rules(rules)
     colors = sns.color_palette("colorblind", n_colors=max(1, len(rules)))
     with figure_style():
         figure = Figure(
@@ -113,8 +114,9 @@ def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH
                 "retention_ratio"
             )
             x, y = part["retention_ratio"].to_numpy(), part["share"].to_numpy()
-            color = INK if rule in BOUND_RULES else colors[index]
-            name = f"{rule} ({BOUND_RULES[rule]})" if rule in BOUND_RULES else rule
+            reference = known[rule].reference if rule in known else ""
+            color = INK if reference else colors[index]
+            name = f"{rule} ({reference})" if reference else rule
             style = {
                 "color": color,
                 "ls": _LINES[index % 4],

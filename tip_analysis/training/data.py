@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tip_analysis.analysis.masks import NEEDS_GRADIENTS, candidates
-from tip_analysis.analysis.selection import rule as rule_of
+from tip_analysis.analysis.masks import candidates
+from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.core.errors import ModelError, OptionError, RunError, VocabularyMismatchError
 from tip_analysis.core.run_folder import Run
@@ -162,7 +162,7 @@ def fixed_rollouts(
             " train on"
         )
     every = [rollout for rollouts in by_prompt.values() for rollout in rollouts]
-    if rule == "all":
+    if rule_of(rule).keeps_all:
         masks = {rollout.rollout_id: rollout.written for rollout in every}
     else:
         key = {
@@ -188,8 +188,8 @@ def _selected_positions(
             *(["seed"] if rule_of(key["rule"]).sampled else []),
         ]  # others have one mask
         same = [pl.col(name).cast(pl.String) == str(key[name]) for name in names]
-        close = (pl.col("retention_ratio") - key["retention_ratio"]).abs() < 1e-12
-        stored = run.masks().filter(*same, close).select("rollout_id", "position").collect()
+        same.append(pl.col("retention_ratio") == key["retention_ratio"])
+        stored = run.masks().filter(*same).select("rollout_id", "position").collect()
         if stored.height:
             return stored
     if not run.has("tokens"):
@@ -202,7 +202,7 @@ def _selected_positions(
     )
     among = candidates(
         run,
-        needs_gradients=key["rule"] in NEEDS_GRADIENTS,
+        needs_gradients=rule_of(key["rule"]).needs_gradients,
         normalization_scope=normalization_scope,
         divergence_clip=divergence_clip,
     )

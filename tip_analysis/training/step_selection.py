@@ -8,17 +8,17 @@ table of one step. Only the statistics that the rule reads are computed; a rule 
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from tip_analysis.analysis.scores import SCORE_COLUMNS, TokenColumns, add_scores
-from tip_analysis.analysis.selection import Rule, select_tokens
-from tip_analysis.analysis.selection import rule as rule_of
-from tip_analysis.core.errors import LogitsError, OptionError
+from tip_analysis.analysis.rules import columns_read
+from tip_analysis.analysis.rules import rule as rule_of
+from tip_analysis.analysis.scores import SCORE_COLUMNS, add_scores
+from tip_analysis.analysis.selection import select_tokens
+from tip_analysis.core.errors import LogitsError, OptionError, SchemaError
 from tip_analysis.core.schema import TokenTable
 from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import (
@@ -46,44 +46,28 @@ _SINGLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Statistics that can be had on their own; any other brings the whole of `token_statistics`."""
 
 
-class _Recorder(TokenColumns):
-    """Columns that remember which of them were asked for."""
-
-    def __init__(self) -> None:
-        columns = {name: column.dtype for name, column in TokenTable.columns().items()}
-        super().__init__(pl.Schema(columns | dict.fromkeys(SCORE_COLUMNS, pl.Float64())), "a rule")
-        self.seen: set[str] = set()
-
-    def __getitem__(self, name: str) -> pl.Expr:
-        self.seen.add(name)
-        return super().__getitem__(name)
-
-
-@cache
-def _columns_of(rule: Rule) -> frozenset[str]:
-    recorder = _Recorder()
-    try:
-        expression = rule.score(recorder)
-    except (AttributeError, TypeError):
-        expression = None
-    if not isinstance(expression, pl.Expr):  # it wants values, and may read any of them
-        return frozenset(TokenTable.columns()) | frozenset(SCORE_COLUMNS)
-    return frozenset(recorder.seen)
-
-
 def needed_statistics(rule: str) -> frozenset[str]:
     """The columns of the token table, beyond keys, that a rule's score is made of.
 
     Raises:
         UnknownNameError: there is no such rule.
+        RuleError: it fails.
+        SchemaError: it reads a column that no training step computes.
         OptionError: it needs gradients, which no training step measures.
     """
-    if rule == "gradient_oracle":
+    chosen = rule_of(rule)
+    if chosen.needs_gradients:
         raise OptionError(
-            "the rule 'gradient_oracle' needs measured gradients: train on its stored masks with"
-            " mode offline"
+            f"the rule {rule!r} needs measured gradients: train on its stored masks with mode"
+            " offline"
         )
-    columns = set(_columns_of(rule_of(rule)))
+    columns = set(columns_read(chosen))
+    if chosen.values and not columns:  # it does not say what it reads, and may read anything
+        columns = {*TokenTable.columns(), *SCORE_COLUMNS}
+    if unknown := columns - set(TokenTable.columns()) - set(SCORE_COLUMNS):
+        raise SchemaError(
+            f"rule {rule!r} reads {', '.join(sorted(unknown))}, which no training step computes"
+        )
     if columns & set(SCORE_COLUMNS):
         columns |= {"student_entropy_norm", "reverse_kl", "forward_kl"}
     return frozenset(columns - set(SCORE_COLUMNS) - set(KEY_COLUMNS))
@@ -151,7 +135,7 @@ def select_step(
         divergence_clip: quantile at which δ is clipped before its min-max.
         seed: of the sampling rules.
     """
-    if rule == "all":
+    if rule_of(rule).keeps_all:
         return np.ones(sum(int(rollout.written.sum()) for rollout in rollouts), dtype=bool)
     counts = [int(rollout.written.sum()) for rollout in rollouts]
     frame = pl.DataFrame(

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.models.batching import plan_batches
 from tip_analysis.models.hidden_states import chosen_hidden_states
@@ -121,7 +122,8 @@ class Trainer:
         """Do one optimizer step."""
         began = time.perf_counter()
         every = self.options.rescore_every
-        if every and self.step and self.step % every == 0 and self.options.rule != "all":
+        keeps_all = rule_of(self.options.rule).keeps_all
+        if every and self.step and self.step % every == 0 and not keeps_all:
             self.rescore()
         with self.precision():
             rollouts = self.source.rollouts(self.step, self.student)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tip_analysis.analysis.densities import strongest_tokens
 from tip_analysis.analysis.measurements import Preference
+from tip_analysis.analysis.rules import keeps_all
 from tip_analysis.analysis.run_view import GRADIENT_SCORES, ReportOptions, RunView
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import RunError, SchemaError, UnknownNameError
@@ -269,7 +270,7 @@ def _selected_by(view: RunView, rollout_id: str) -> dict[int, str]:
     masks."""
     if not view.run.has("masks"):
         return {}
-    masks = view.run.masks().filter(pl.col("rollout_id") == rollout_id, pl.col("rule") != "all")
+    masks = view.run.masks().filter(pl.col("rollout_id") == rollout_id, ~keeps_all())
     smallest = (
         masks.group_by("position", "rule")
         .agg(pl.col("retention_ratio").min())

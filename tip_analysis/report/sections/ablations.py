@@ -7,6 +7,7 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis.ablation_tables import differences_from_all, final_arms
+from tip_analysis.analysis.arms import ALL, Arm
 from tip_analysis.analysis.claims import arm_summary, claims_table, paper_differences, paper_results
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.text import visible
@@ -22,8 +23,6 @@ from tip_analysis.report.page import (
     picture,
 )
 from tip_analysis.report.sections.overview import label_of, slug_of
-
-ALL = ("all", 1.0)
 
 
 def ablations(views: Sequence[RunView]) -> Section:
@@ -80,7 +79,7 @@ def _part(view: RunView, label: str) -> Part:
 def _finding(judged: pl.DataFrame) -> str:
     words = []
     several = pl.len().over("claim") > 1
-    ratio = pl.lit(" at ρ = ") + pl.col("arm_a").str.split("@").list.last()
+    ratio = pl.Series([f" at ρ = {Arm.parse(arm).retention_ratio:g}" for arm in judged["arm_a"]])
     named = judged.with_columns(
         pl.col("claim") + pl.when(several).then(ratio).otherwise(pl.lit(""))
     )
@@ -124,7 +123,7 @@ def _accuracy_picture(
 def _difference_picture(view: RunView, minus_all: pl.DataFrame) -> Block:
     theirs = pl.concat(
         [
-            paper_differences(((rule, ratio), ALL)).select(
+            paper_differences((Arm(rule, ratio), ALL)).select(
                 pl.lit(rule).alias("rule"),
                 pl.lit(ratio, pl.Float64).alias("retention_ratio"),
                 "difference",

@@ -6,8 +6,9 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis import mask_tables as composition
-from tip_analysis.analysis.coverage_tables import ENTROPY_ONLY_RULES, coverage_curve, proposition_2
+from tip_analysis.analysis.coverage_tables import coverage_curve, proposition_2
 from tip_analysis.analysis.masks import recorded_measurements
+from tip_analysis.analysis.rules import keeps_all
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Loss
@@ -123,7 +124,7 @@ def _aligned(view: RunView, tokens: pl.LazyFrame) -> pl.LazyFrame:
 def _finding(missed: pl.DataFrame) -> str:
     """Which rule sees most of Q3 at the smallest ρ that all rules share, and what entropy misses
     there."""
-    rows = missed.filter(pl.col("rule") != "all").drop_nulls("q3_missed").sort("q3_missed")
+    rows = missed.filter(~keeps_all()).drop_nulls("q3_missed").sort("q3_missed")
     if rows.height == 0:
         return "Q3 is empty: no rule can miss it."
     ratio = rows["retention_ratio"].min()
@@ -133,9 +134,7 @@ def _finding(missed: pl.DataFrame) -> str:
         f"At ρ = {ratio:g}, {best['rule']} keeps most of Q3 ({percent(1 - best['q3_missed'])} of"
         " its tokens)"
     )
-    entropy = at_ratio.filter(pl.col("rule").is_in(ENTROPY_ONLY_RULES)).sort(
-        "q3_missed", descending=True
-    )
+    entropy = at_ratio.filter("entropy_only").sort("q3_missed", descending=True)
     if entropy.height == 0:
         return f"{words}."
     row = entropy.row(0, named=True)
@@ -148,7 +147,7 @@ def _finding(missed: pl.DataFrame) -> str:
 def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
     keys = ["rule", "retention_ratio", "quadrant"]
     table = (
-        made.filter(pl.col("rule") != "all")
+        made.filter(~keeps_all())
         .group_by(keys, maintain_order=True)
         .agg(pl.col("share", "token_share").mean())
     )
@@ -168,7 +167,7 @@ def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
 
 def _pairs_at_one_ratio(masks: pl.DataFrame) -> tuple[float, pl.DataFrame] | None:
     """The overlap of all rules at the ρ that most rules have, one seed and one scope each."""
-    single = masks.filter(pl.col("rule") != "all").filter(
+    single = masks.filter(~keeps_all()).filter(
         pl.col("seed") == pl.col("seed").min().over("rule", "retention_ratio")
     )
     rules = (

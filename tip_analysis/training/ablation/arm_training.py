@@ -21,7 +21,7 @@ import polars as pl
 import torch
 
 from tip_analysis.analysis.accuracy import accuracy
-from tip_analysis.analysis.arms import UNTRAINED, Arm
+from tip_analysis.analysis.arms import ALL, Arm
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.locks import locked
 from tip_analysis.core.record import config_hash
@@ -238,7 +238,7 @@ class ArmRunner:
         trainer = self._trainer(arm, seed)
         rows = _resume(trainer, work)
         device = trainer.student.device
-        last = 0 if arm.rule == UNTRAINED else trainer.options.num_steps
+        last = 0 if arm.is_untrained else trainer.options.num_steps
         peak = 0
         while not rows or rows[-1]["step"] < last:
             until = min(last, _next_multiple(trainer.step, self.study.evaluate_every, last))
@@ -276,7 +276,7 @@ class ArmRunner:
 
     def _trainer(self, arm: Arm, seed: int) -> Trainer:
         study = self.study
-        rule = "all" if arm.rule == UNTRAINED else arm.rule
+        rule = ALL.rule if arm.is_untrained else arm.rule
         options = replace(study.training, rule=rule, retention_ratio=arm.retention_ratio, seed=seed)
         borrowed = isinstance(study.student, LanguageModel)
         student = prepare_student(self._load(study.student), options, copy_weights=borrowed)
