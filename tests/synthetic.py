@@ -126,6 +126,7 @@ def make_tables(
     tokens = (
         pl.DataFrame(
             {
+                **dict.fromkeys(TokenTable.column_names()),  # null, but for what follows
                 "rollout_id": np.array(rollout_ids, dtype=object)[row_rollout],
                 "prompt_id": np.array(prompt_ids, dtype=object)[row_rollout],
                 "position": position,

@@ -26,7 +26,7 @@ def test_rules_times_ratios_with_own_ratios_and_all_once():
         Arm("soft_or", 0.5),
         Arm("soft_or", 0.1),
     ]
-    assert [str(arm) for arm in arms[:2]] == ["all", "entropy 0.5"]
+    assert [str(arm) for arm in arms[:2]] == ["all", "entropy:0.5"]
     assert len(parse_arms(PAPER_ARMS, [])) == 11
 
 

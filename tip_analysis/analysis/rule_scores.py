@@ -6,6 +6,7 @@ import polars as pl
 
 from tip_analysis.analysis.rules import Rule
 from tip_analysis.analysis.scores import TokenColumns
+from tip_analysis.core.atomic_files import first_line
 from tip_analysis.core.errors import OptionError, RuleError, SchemaError
 
 
@@ -49,7 +50,8 @@ def _as_series(values: Any, name: str) -> pl.Series:
         return pl.Series(values).cast(pl.Float64)
     except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
         raise SchemaError(
-            f"rule {name!r} must give a column of numbers; found {type(values).__name__}: {error}"
+            f"rule {name!r} must give a column of numbers; found"
+            f" {type(values).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -79,5 +81,7 @@ def _counts(frame: pl.LazyFrame, name: str) -> dict[str, int]:
     )
     try:
         return counted.collect(engine="streaming").row(0, named=True)
-    except pl.exceptions.PolarsError as error:
-        raise RuleError(f"rule {name!r} failed: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a function of the user's own may run inside
+        raise RuleError(
+            f"rule {name!r} failed: {type(error).__name__}: {first_line(error)}"
+        ) from error

@@ -17,6 +17,7 @@ import polars as pl
 
 from tip_analysis.analysis import scores as importance
 from tip_analysis.analysis.scores import RecordedColumns, ScoreFunction, TokenColumns
+from tip_analysis.core.atomic_files import first_line
 from tip_analysis.core.errors import OptionError, RuleError, TipAnalysisError, UnknownNameError
 
 ENTRY_POINT_GROUP = "tip_analysis.rules"
@@ -81,7 +82,8 @@ class Rule:
             raise
         except Exception as error:
             raise RuleError(
-                f"rule {self.name!r} failed: {type(error).__name__}: {error}{self._hint()}"
+                f"rule {self.name!r} failed: {type(error).__name__}:"
+                f" {first_line(error)}{self._hint()}"
             ) from error
 
     def _hint(self) -> str:

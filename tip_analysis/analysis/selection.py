@@ -63,7 +63,10 @@ def _scored(scored: pl.LazyFrame, chosen: Rule, scope: SelectionScope) -> pl.Laz
 
 
 def _ranked(frame: pl.LazyFrame, chosen: Rule, scope: SelectionScope, seed: int) -> pl.LazyFrame:
-    priority = _sampling_priority(seed) if chosen.sampled else _plain_score()
+    priority = _plain_score()
+    if chosen.sampled:  # −E/weight with E ~ Exp(1): the k largest are k draws ∝ weight
+        frame = frame.with_columns(_exponential(seed).alias("_exponential"))
+        priority = -pl.col("_exponential") / priority  # −inf at weight 0
     frame = frame.with_columns(pl.when("loss_mask").then(priority).alias("_score"))
     group = SCOPE_COLUMNS[scope]
     order = [-pl.col("_score"), pl.col("position"), pl.col("rollout_id")]
@@ -74,7 +77,7 @@ def _ranked(frame: pl.LazyFrame, chosen: Rule, scope: SelectionScope, seed: int)
     return frame.with_columns(
         pl.when("loss_mask").then(rank).alias("selection_rank"),
         pl.when("loss_mask").then(pl.len().over(keys)).cast(pl.Int64).alias("num_competing"),
-    ).drop("_score")
+    ).drop("_score", "_exponential", strict=False)
 
 
 def _plain_score() -> pl.Expr:
@@ -82,17 +85,16 @@ def _plain_score() -> pl.Expr:
     return pl.when(pl.col("_score") == 0.0).then(0.0).otherwise(pl.col("_score"))
 
 
-def _sampling_priority(seed: int) -> pl.Expr:
-    """−E/weight with E ~ Exp(1): the k largest are k draws ∝ weight; −inf at weight 0."""
+def _exponential(seed: int) -> pl.Expr:
+    """E of each token. A column of its own: inside `when`, polars nulls what is not wanted."""
 
     def draw(keys: pl.Series) -> pl.Series:
         ids, positions = keys.struct.field("rollout_id"), keys.struct.field("position")
         return pl.Series(random_exponentials(ids, positions, seed))
 
-    exponential = pl.struct("rollout_id", "position").map_batches(
+    return pl.struct("rollout_id", "position").map_batches(
         draw, return_dtype=pl.Float64, is_elementwise=True
     )
-    return -exponential / _plain_score()
 
 
 def select_tokens(
