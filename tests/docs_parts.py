@@ -13,7 +13,7 @@ from pathlib import Path
 import dataframely as dy
 import polars as pl
 
-from tip_analysis.analysis.selection import RULES
+from tip_analysis.analysis.rules import RULES
 from tip_analysis.core.schema import TABLES
 from tip_analysis.rollouts.importers.formats import FORMATS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from docs_parts import DOCS, PARTS, README, ROOT, TREE, listed_files, with_part
 
-from tip_analysis.analysis.selection import rule_names
+from tip_analysis.analysis.rules import rule_names
 from tip_analysis.cli import options
 
 PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
