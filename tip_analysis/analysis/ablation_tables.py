@@ -5,6 +5,7 @@ Reads rows of `tip_analysis.core.schema.AblationTable`; writes nothing.
 
 import polars as pl
 
+from tip_analysis.analysis.arms import ALL, UNTRAINED, Arm
 from tip_analysis.analysis.claims import paired_difference
 
 CONFIGURATION = (
@@ -22,7 +23,7 @@ def final_arms(table: pl.DataFrame) -> pl.DataFrame:
     """Rows of trained arms at their last step, under the configuration that most rows have; without
     the untrained student."""
     trained = table.filter(
-        pl.col("rule") != "untrained", pl.col("step") == pl.col("num_steps"), pl.col("step") > 0
+        ~Arm(UNTRAINED).rows(), pl.col("step") == pl.col("num_steps"), pl.col("step") > 0
     )
     if trained.is_empty():
         return trained
@@ -39,9 +40,9 @@ def final_arms(table: pl.DataFrame) -> pl.DataFrame:
 def differences_from_all(arms: pl.DataFrame) -> pl.DataFrame:
     """Each arm's accuracy minus that of `all` on the same seeds: rule, retention_ratio, difference,
     low, high."""
-    everything = arms.filter(pl.col("rule") == "all")
+    everything = arms.filter(ALL.rows())
     rows = []
-    for (rule, ratio), part in arms.filter(pl.col("rule") != "all").group_by(
+    for (rule, ratio), part in arms.filter(~ALL.rows()).group_by(
         "rule", "retention_ratio", maintain_order=True
     ):
         difference, low, high, _ = paired_difference(part, everything, "accuracy")

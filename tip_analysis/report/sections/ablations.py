@@ -7,7 +7,7 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis.ablation_tables import differences_from_all, final_arms
-from tip_analysis.analysis.arms import ALL, Arm
+from tip_analysis.analysis.arms import ALL, UNTRAINED, Arm
 from tip_analysis.analysis.claims import arm_summary, claims_table, paper_differences, paper_results
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.text import visible
@@ -98,7 +98,7 @@ def _accuracy_picture(
     untrained = table.filter(pl.col("step") == 0)["accuracy"].mean()
     if untrained is not None:
         row = {
-            "rule": ["untrained"],
+            "rule": [UNTRAINED],
             "retention_ratio": [1.0],
             "accuracy": [untrained],
             "low": [None],
@@ -261,9 +261,9 @@ def _memory_picture(view: RunView, arms: pl.DataFrame) -> Block:
     ours = arms.group_by("rule", "retention_ratio").agg(
         pl.col("peak_memory_bytes").mean().alias("memory")
     )
-    whole = ours.filter(pl.col("rule") == "all")["memory"].mean() or ours["memory"].max()
+    whole = ours.filter(ALL.rows())["memory"].mean() or ours["memory"].max()
     theirs = paper_results().filter(pl.col("metric") == "peak memory GB")
-    full = theirs.filter(pl.col("rule") == "all").select("pair", pl.col("mean").alias("whole"))
+    full = theirs.filter(ALL.rows()).select("pair", pl.col("mean").alias("whole"))
     paper = theirs.join(full, on="pair").with_columns(
         (pl.col("mean") / pl.col("whole")).alias("relative_memory")
     )
