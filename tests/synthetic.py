@@ -465,6 +465,7 @@ def _rollout_table(
             "reward": (rng.random(num) < 0.7).astype(float) if rewards else [None] * num,
             "ground_truth": [str(int(index) + 83) for index in prompt_of],
             "solution": [None] * num,
+            "tools": [None] * num,
             "tokenizer_fingerprint": ["synthetic"] * num,
             "ids_origin": ["exact"] * num,
             "template_origin": ["none"] * num,

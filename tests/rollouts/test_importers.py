@@ -9,6 +9,17 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from importing import (
+    CHAT,
+    FINGERPRINT,
+    assistant,
+    encoded,
+    imported,
+    refused,
+    stripped,
+    user,
+    write_lines,
+)
 from small_tokenizers import (
     ALTERNATING_TEMPLATE,
     BOS_TEMPLATE,
@@ -19,57 +30,11 @@ from small_tokenizers import (
 )
 
 from tip_analysis.core.errors import ImportFormatError, OptionError, UnknownNameError
-from tip_analysis.core.schema import RolloutTable, polars_schema, validate
+from tip_analysis.core.schema import RolloutTable, polars_schema
 from tip_analysis.rollouts.importers.formats import FORMATS, VERL_CONVERTER, import_rollouts
 from tip_analysis.rollouts.prompts import read_prompts
 
-CHAT = make_tokenizer()
-FINGERPRINT = "0123456789abcdef"
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-
-
-def write_lines(path, rows, *, end="\n"):
-    path.write_text(
-        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + end,
-        encoding="utf-8",
-    )
-    return path
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-def imported(format, *files, tokenizer=CHAT, **options):
-    frame, report = import_rollouts(
-        format, files, tokenizer=tokenizer, tokenizer_fingerprint=FINGERPRINT, **options
-    )
-    validate(frame, RolloutTable)
-    assert report.rollouts == frame.height == report.ids_exact + report.ids_retokenized
-    assert frame.height == report.template_exact + report.template_reapplied + report.template_none
-    assert frame["source"].unique().to_list() == [format]
-    json.dumps(report.to_dict())
-    return frame.rows(named=True), report
-
-
-def refused(message, format, *files, error=ImportFormatError, **options):
-    with pytest.raises(error, match=message) as caught:
-        imported(format, *files, **options)
-    assert "\n" not in str(caught.value)
-
-
-def stripped(text, tokenizer=CHAT):
-    return tokenizer.decode(
-        tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True
-    )
-
-
-def encoded(text, tokenizer=CHAT):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # --- verl
@@ -444,8 +409,10 @@ def test_trl_prompts_with_their_markers_and_as_messages(tmp_path):
     rows, report = imported("trl", tmp_path)
     assert [row["prompt_text"] for row in rows] == [shown, shown]
     assert [row["template_origin"] for row in rows] == ["exact", "reapplied"]
-    assert [row["response_text"] for row in rows] == ["b", "b<|im_end|>"]
-    assert report.prompts_restored == 0
+    # the log does not say whether a completion ended: no end-of-turn token is added
+    assert [row["response_text"] for row in rows] == ["b", "b"]
+    assert [row["finish_reason"] for row in rows] == ["given", "given"]
+    assert (report.prompts_restored, report.ends_unknown) == (0, 2)
     pl.DataFrame({"prompt": ["a"]}).write_parquet(tmp_path / "completions_00001.parquet")
     refused(
         "row 0: expected the field 'completion'; found prompt",
@@ -948,7 +915,8 @@ BAD_NATIVE = {
     ),
     "mask type": ({"loss_mask": ["yes"]}, "line 1: loss_mask: expected a list of true and false"),
     "messages": ({"messages": "{"}, "line 1: messages: broken JSON"),
-    "reward": ({"reward": "much"}, "the rows do not fit the rollout table"),
+    "reward": ({"reward": "much"}, "line 1: reward: expected a number, found 'much'"),
+    "step": ({"step": "much"}, "line 1: the rows do not fit the rollout table"),
 }
 
 
@@ -1211,10 +1179,11 @@ def test_openai_text_beside_messages_and_several_choices(tmp_path):
     found, report = imported("openai", write_lines(tmp_path / "r.jsonl", [row]))
     assert [row["prompt_text"] for row in found] == [SHOWN, SHOWN]
     assert [row["response_text"] for row in found] == ["It is 46.", "47."]
-    assert [row["finish_reason"] for row in found] == [
-        "given",
-        "length",
-    ]  # the end-of-sequence token is not in the text
+    assert [row["finish_reason"] for row in found] == ["stop", "length"]
+    assert report.ends_lost == 1  # the end-of-sequence token is not in the text
+    assert any(
+        "1 of 2 rollouts lost the token that ended them" in text for text in report.warnings()
+    )
     assert (found[0]["temperature"], found[0]["seed"]) == (pytest.approx(0.8), 3)
     assert (report.ids_retokenized, report.template_reapplied) == (2, 2)
 
@@ -1280,7 +1249,7 @@ def test_openai_completions_reasoning_and_tools(tmp_path):
     )
     assert (
         found["response_text"]
-        == '<tool_call>{"name": "add", "arguments": "{}"}</tool_call><|im_end|>'
+        == '<tool_call>{"name": "add", "arguments": {}}</tool_call><|im_end|>'
     )
 
 

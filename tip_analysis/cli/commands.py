@@ -127,6 +127,7 @@ def import_(command: options.Import) -> None:
         all_turns=command.all_turns,
         prompts_per_batch=command.prompts_per_batch,
         limit=command.limit,
+        on_bad_row=command.on_bad_row,
     )
     for warning in summary.pop("import_report")["warnings"]:
         show_note("note:", warning)

@@ -35,7 +35,7 @@ from tip_analysis.cli.ranges import (
     TopK,
     ToyPrompts,
 )
-from tip_analysis.core.names import StopTokens
+from tip_analysis.core.names import OnBadRow, StopTokens
 
 Flag = FlagCreatePairsOff[bool]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -193,6 +193,9 @@ class Import:
     step."""
     limit: SomeCount = None
     """Use the first N rollouts only."""
+    on_bad_row: OnBadRow = OnBadRow.FAIL
+    """What a row does that cannot be used: fail (nothing is imported; the message names file and
+    line) or skip (it is left out, counted and reported)."""
     overwrite: Flag = False
     """Start afresh: removes the run's rollouts and what was built on them."""
     common: Common = field(default_factory=CommonOptions)

@@ -20,6 +20,15 @@ class Name(StrEnum):
         raise UnknownNameError(kind, str(value), [member.value for member in cls])
 
 
+class OnBadRow(Name):
+    """What a row of a file that cannot be used does to the rest."""
+
+    FAIL = "fail"
+    """Nothing is read; the error names file and line."""
+    SKIP = "skip"
+    """It is left out, and counted."""
+
+
 class Quadrant(Name):
     """Table 1 of the paper: student entropy h against divergence δ; high means strictly above the
     cut."""

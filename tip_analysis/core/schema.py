@@ -54,6 +54,9 @@ class RolloutTable(dy.Schema):
         nullable=True,
         description="Chat messages shown to the student, as JSON; null for a bare prompt",
     )
+    tools = dy.String(
+        nullable=True, description="Tool definitions shown with the messages, as JSON"
+    )
     prompt_text = dy.String(description="The text shown to the student, chat markers included")
     prompt_token_ids = dy.List(dy.Int32(min=0), min_length=1, description="Token ids of the prompt")
     teacher_prompt_token_ids = dy.List(

@@ -18,6 +18,7 @@ from tip_analysis.rollouts.prompts import (
     render,
     student_messages,
     teacher_messages,
+    with_tools,
 )
 
 TEACHER_CONTEXTS = ("none", "solution")
@@ -161,11 +162,12 @@ def encode_prompts(
     encoded = []
     for prompt in prompts:
         messages = student_messages(prompt, template)
-        shown = render(student.tokenizer, messages, chat_template_kwargs=chat_template_kwargs)
+        switches = with_tools(chat_template_kwargs, prompt.tools)
+        shown = render(student.tokenizer, messages, chat_template_kwargs=switches)
         to_teacher = None
         if teacher_context == "solution" and teacher is not None:
             more = teacher_messages(messages, _solution(prompt))
-            to_teacher = render(teacher.tokenizer, more, chat_template_kwargs=chat_template_kwargs)
+            to_teacher = render(teacher.tokenizer, more, chat_template_kwargs=switches)
         encoded.append(EncodedPrompt(prompt, messages, shown, to_teacher))
     return encoded
 

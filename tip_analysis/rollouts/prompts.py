@@ -8,7 +8,7 @@ problems are full of braces.
 Not covered: images and other parts of a message that are not text.
 """
 
-import itertools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.errors import InputError, OptionError, PromptFileError, UnknownNameError
+from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.optional import require
 from tip_analysis.core.text import one_line
 from tip_analysis.rollouts.row_files import (
@@ -25,6 +26,8 @@ from tip_analysis.rollouts.row_files import (
     Row,
     field_names,
     is_json,
+    json_or_none,
+    json_value,
     preview,
     read_rows,
     type_name,
@@ -32,6 +35,8 @@ from tip_analysis.rollouts.row_files import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 """A chat message: `role`, `content` (text), and whatever else the chat template reads
@@ -84,6 +89,8 @@ class Prompt:
     """Reference answer: what a grader compares with."""
     solution: str | None = None
     """Reference solution: what a teacher with privileged context is shown."""
+    tools: tuple[Any, ...] | None = None
+    """Definitions of the tools that the model may call, as chat templates take them."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Every other field of the row."""
 
@@ -100,12 +107,16 @@ class RenderedPrompt:
     """Whether a chat template made it; false for the bare text."""
 
 
-def read_prompts(source: str | Path, *, limit: int | None = None) -> list[Prompt]:
+def read_prompts(
+    source: str | Path, *, limit: int | None = None, on_bad_row: OnBadRow | str = OnBadRow.FAIL
+) -> list[Prompt]:
     """Read a file of prompts, or a hub dataset.
 
     Args:
         source: A `.jsonl` or `.parquet` file, or a dataset's name.
         limit: Read the first `limit` prompts only; what comes after is not looked at.
+        on_bad_row: `fail`, or `skip`: a row that cannot be used is left out, and a warning counts
+            them.
 
     Raises:
         PromptFileError: a missing or empty file, an unknown extension, broken JSON, a missing
@@ -115,20 +126,50 @@ def read_prompts(source: str | Path, *, limit: int | None = None) -> list[Prompt
     """
     if limit is not None and limit < 1:
         raise OptionError(f"limit: expected at least 1, found {limit}")
-    rows, stem = _source_rows(str(source))
+    bad_rows = _BadRows(OnBadRow(on_bad_row))
+    rows, stem = _source_rows(str(source), bad_rows)
     prompts: dict[str, Prompt] = {}
     first_seen: dict[str, str] = {}
-    for index, row in enumerate(itertools.islice(rows, limit)):
-        prompt = prompt_from_row(row, default_id=f"{stem}-{index}")
-        if prompt.id in prompts:
-            raise PromptFileError(
-                f"{row.where}: the id {prompt.id!r} occurs twice (first in {first_seen[prompt.id]})"
-            )
+    for index, row in enumerate(rows):
+        try:
+            prompt = prompt_from_row(row, default_id=f"{stem}-{index}")
+            if prompt.id in prompts:
+                raise PromptFileError(
+                    f"{row.where}: the id {prompt.id!r} occurs twice (first in"
+                    f" {first_seen[prompt.id]})"
+                )
+        except PromptFileError as problem:
+            bad_rows(problem)
+            continue
         prompts[prompt.id] = prompt
         first_seen[prompt.id] = row.where
+        if len(prompts) == limit:
+            break
     if not prompts:
-        raise PromptFileError(f"{source}: holds no prompt")
+        raise bad_rows.first or PromptFileError(f"{source}: holds no prompt")
+    bad_rows.report(str(source))
     return list(prompts.values())
+
+
+class _BadRows:
+    """Raises, or remembers, what is wrong with rows."""
+
+    def __init__(self, on_bad_row: OnBadRow) -> None:
+        self._skips = on_bad_row is OnBadRow.SKIP
+        self._count = 0
+        self.first: InputError | None = None
+
+    def __call__(self, problem: InputError) -> None:
+        if not self._skips:
+            raise problem
+        self._count += 1
+        self.first = self.first or problem
+
+    def report(self, source: str) -> None:
+        if self._count:
+            logger.warning(
+                "%d row(s) of %s were left out; the first: %s", self._count, source, self.first
+            )
 
 
 def is_file(source: str) -> bool:
@@ -141,11 +182,11 @@ def is_file(source: str) -> bool:
     )
 
 
-def _source_rows(source: str) -> tuple[Iterable[Row], str]:
+def _source_rows(source: str, bad_rows: _BadRows) -> tuple[Iterable[Row], str]:
     path = Path(source)
     name = _HUB_NAME.fullmatch(source)
     if is_file(source) or name is None:
-        return read_rows(path, error=PromptFileError), path.stem
+        return read_rows(path, error=PromptFileError, on_bad_row=bad_rows), path.stem
     config, split = name["config"], name["split"]
     if split is None:
         config, split = None, config
@@ -189,6 +230,8 @@ def prompt_from_row(row: Row, *, default_id: str) -> Prompt:
             f" {field_names(values)}"
         )
     text = values.pop(found[0])
+    if isinstance(text, str):
+        text = messages_in_text(text) or text
     problem, messages = None, None
     if isinstance(text, str) and found[0] != "messages":
         problem = text
@@ -208,8 +251,41 @@ def prompt_from_row(row: Row, *, default_id: str) -> Prompt:
         messages=messages,
         answer=answer,
         solution=_solution(values.pop("solution", None), row.where),
+        tools=parse_tools(values.pop("tools", None), f"{row.where}: tools"),
         metadata=values,
     )
+
+
+def messages_in_text(text: str) -> list[Any] | None:
+    """The chat messages that a text holds as JSON, as tables of one text column keep them; None for
+    any other text."""
+    value = json_or_none(text) if text.lstrip().startswith("[") else None
+    is_chat = isinstance(value, list) and all(
+        isinstance(item, dict) and "role" in item for item in value
+    )
+    return value if value and is_chat else None
+
+
+def parse_tools(
+    value: Any, where: str, *, error: type[InputError] = PromptFileError
+) -> tuple[Any, ...] | None:
+    """Tool definitions, a list or its JSON text; None where there are none.
+
+    Raises:
+        InputError: (as `error`) broken JSON, or no list of objects.
+    """
+    if isinstance(value, str):
+        value = json_value(value, where, error=error) if value.strip() else None
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
+        raise error(f"{where}: expected a list of tool definitions, found {preview(value)}")
+    return tuple(value)
+
+
+def with_tools(switches: Mapping[str, Any] | None, tools: Sequence[Any] | None) -> dict[str, Any]:
+    """Switches of a chat template, with the tools of one conversation."""
+    return dict(switches or {}) | ({"tools": list(tools)} if tools else {})
 
 
 def _identifier(value: Any, where: str) -> str:
@@ -258,13 +334,41 @@ def parse_messages(
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or not role:
             raise error(f"{place}: expected a message {{role, content}}, found {preview(message)}")
-        if message.get("content") is None and not message.get("tool_calls"):
-            raise error(f"{place}: the message of the {one_line(role, 40)} has no content")
-        kept = {key: item for key, item in message.items() if item is not None}
-        if not is_json(kept):
-            raise error(f"{place}: holds a value that JSON cannot: {preview(message)}")
-        messages.append({**kept, "content": _content_text(message.get("content"), place, error)})
+        messages.append(_message(message, place, error))
     return tuple(messages)
+
+
+def _message(message: Mapping[str, Any], place: str, error: type[InputError]) -> Message:
+    kept = {key: item for key, item in message.items() if item is not None}
+    if not is_json(kept):
+        raise error(f"{place}: holds a value that JSON cannot: {preview(message)}")
+    thought = kept.get("reasoning_content", kept.get("reasoning"))
+    if thought and not isinstance(thought, str):
+        raise error(f"{place}: reasoning: expected a string, found {type_name(thought)}")
+    if "content" not in kept and not kept.get("tool_calls") and not thought:
+        raise error(f"{place}: the message of the {one_line(message['role'], 40)} has no content")
+    if thought:  # servers call it one or the other, and templates read the older name
+        kept["reasoning_content"] = thought
+    if kept.get("tool_calls"):
+        kept["tool_calls"] = _tool_calls(kept["tool_calls"], place, error)
+    return {**kept, "content": _content_text(message.get("content"), place, error)}
+
+
+def _tool_calls(calls: Any, place: str, error: type[InputError]) -> list[Any]:
+    """Tool calls with their arguments as an object: the protocol writes them as JSON text, chat
+    templates take the object. Text that is no JSON object stays as the model wrote it."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise error(f"{place}: tool_calls: expected a list of objects, found {preview(calls)}")
+    return [_with_object_arguments(call) for call in calls]
+
+
+def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    inner = call.get("function")
+    if isinstance(inner, dict):
+        return {**call, "function": _with_object_arguments(inner)}
+    arguments = call.get("arguments")
+    decoded = json_or_none(arguments) if isinstance(arguments, str) else None
+    return {**call, "arguments": decoded} if isinstance(decoded, dict) else call
 
 
 def _content_text(content: Any, where: str, error: type[InputError]) -> str:
@@ -382,6 +486,8 @@ def render(
         # The template writes its own special tokens: adding them once more would double the first
         # one.
         rendered = RenderedPrompt(text, encode(tokenizer, text), is_chat=True)
+    elif (chat_template_kwargs or {}).get("tools"):
+        raise PromptFileError("the model has no chat template, so tools cannot be shown to it")
     elif len(messages) == 1:
         rendered = render_bare(tokenizer, messages[0]["content"])
     else:
@@ -460,7 +566,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 
 def unused_switches(
-    tokenizer: "PreTrainedTokenizerBase", chat_template_kwargs: Mapping[str, Any]
+    tokenizer: "PreTrainedTokenizerBase", chat_template_kwargs: Iterable[str]
 ) -> list[str]:
     """Names of the switches that the chat template does not mention: setting them changes
     nothing."""

@@ -42,6 +42,7 @@ def read_rows(
     *,
     error: type[InputError] = InputError,
     on_partial_line: Callable[[], None] | None = None,
+    on_bad_row: Callable[[InputError], None] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of a JSONL or Parquet file in order; blank lines are passed over.
 
@@ -51,16 +52,23 @@ def read_rows(
         on_partial_line: Called where the last line has no newline and is no JSON, as a writer that
             was killed leaves it; the line is then left out. Without it such a line is an error like
             any other.
+        on_bad_row: Called in place of raising where a single row cannot be read, which is then left
+            out; it may raise.
 
     Raises:
         InputError: (as `error`) no such file, an unknown extension, text that is not UTF-8, broken
             JSON, or a line that is no JSON object, with its number.
     """
     check_file(path, error=error)
+    handle = on_bad_row or _raise
     if path.suffix.lower() in PARQUET_SUFFIXES:
-        yield from _parquet_rows(path, error)
+        yield from _parquet_rows(path, error, handle)
     else:
-        yield from _jsonl_rows(path, error, on_partial_line)
+        yield from _jsonl_rows(path, error, on_partial_line, handle)
+
+
+def _raise(problem: InputError) -> None:
+    raise problem
 
 
 def check_file(path: Path, *, error: type[InputError] = InputError) -> None:
@@ -100,7 +108,10 @@ def is_folder(path: Path, *, error: type[InputError] = InputError) -> bool:
 
 
 def _jsonl_rows(
-    path: Path, error: type[InputError], on_partial_line: Callable[[], None] | None
+    path: Path,
+    error: type[InputError],
+    on_partial_line: Callable[[], None] | None,
+    on_bad_row: Callable[[InputError], None],
 ) -> Iterator[Row]:
     for number, line in _lines(path, error):
         where = f"{path}, line {number}"
@@ -109,13 +120,15 @@ def _jsonl_rows(
             continue
         try:
             values = json_value(text, where, error=error)
-        except error:
+        except error as problem:
             if on_partial_line and not line.endswith(b"\n"):
                 on_partial_line()
                 return
-            raise
+            on_bad_row(problem)
+            continue
         if not isinstance(values, dict):
-            raise error(f"{where}: expected a JSON object, found {type_name(values)}")
+            on_bad_row(error(f"{where}: expected a JSON object, found {type_name(values)}"))
+            continue
         yield Row(where, {key: value for key, value in values.items() if value is not None})
 
 
@@ -152,6 +165,14 @@ def json_value(text: str | bytes, where: str, *, error: type[InputError]) -> Any
     return value
 
 
+def json_or_none(text: str) -> Any:
+    """What a JSON text stands for; None where it is none."""
+    try:
+        return json_value(text, "", error=InputError)
+    except InputError:
+        return None
+
+
 def is_json(value: Any) -> bool:
     """Whether JSON can hold a value; a Parquet file can bring bytes, dates and more."""
     try:
@@ -183,16 +204,26 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _parquet_rows(path: Path, error: type[InputError]) -> Iterator[Row]:
+def _parquet_rows(
+    path: Path, error: type[InputError], on_bad_row: Callable[[InputError], None]
+) -> Iterator[Row]:
     index = 0
     try:
         with pq.ParquetFile(path) as file:
             if any(str(field.type).count("<") > MAX_DEPTH for field in file.schema_arrow):
                 raise error(f"{path}: columns are nested deeper than {MAX_DEPTH} levels")
             for batch in file.iter_batches(batch_size=256):
-                for values in batch.to_pylist():
-                    yield Row(f"{path}, row {index}", _without_nulls(values))
-                    index += 1
+                for row in range(batch.num_rows):
+                    where, index = f"{path}, row {index}", index + 1
+                    try:
+                        values = batch.slice(row, 1).to_pylist()[0]
+                    except UnicodeDecodeError:
+                        on_bad_row(error(f"{where}: text that is not UTF-8"))
+                        continue
+                    except (ValueError, OverflowError) as problem:
+                        on_bad_row(error(f"{where}: {one_line(str(problem), 200)}"))
+                        continue
+                    yield Row(where, _without_nulls(values))
     except error:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as problem:

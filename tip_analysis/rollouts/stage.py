@@ -84,6 +84,12 @@ def sample_rollouts(
             student.name,
             ", ".join(unused),
         )
+    if any(prompt.tools for prompt in prompts) and unused_switches(student.tokenizer, ["tools"]):
+        logger.warning(
+            "the chat template of %s does not show tools: the student is not told of those that the"
+            " prompts name",
+            student.name,
+        )
     tasks = encode_prompts(
         prompts, student=student, template=template, chat_template_kwargs=switches
     )
@@ -107,7 +113,17 @@ def sample_rollouts(
         },
         inputs={
             "prompts": config_hash(
-                [[p.id, p.problem, p.messages, p.answer, p.solution] for p in prompts]
+                [
+                    [
+                        p.id,
+                        p.problem,
+                        p.messages,
+                        p.answer,
+                        p.solution,
+                        *([p.tools] * bool(p.tools)),
+                    ]
+                    for p in prompts
+                ]
             )
         },
         settings={
@@ -228,6 +244,7 @@ def _row(
         "batch_id": job.batch_id,
         "source": "sampled",
         "messages": json.dumps(task.messages, ensure_ascii=False),
+        "tools": json.dumps(prompt.tools, ensure_ascii=False) if prompt.tools else None,
         "prompt_text": task.shown.text,
         "prompt_token_ids": task.shown.token_ids,
         "response_text": text,

@@ -17,7 +17,7 @@ from tip_analysis.core.run_folder import Run
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
 from tip_analysis.rollouts.encoded import TEACHER_CONTEXTS
-from tip_analysis.rollouts.prompts import render, teacher_messages
+from tip_analysis.rollouts.prompts import render, teacher_messages, with_tools
 
 
 def prepare_rollouts(
@@ -80,26 +80,36 @@ def with_teacher_prompts(
         raise UnknownNameError("teacher context", teacher_context, TEACHER_CONTEXTS)
     if teacher_context == "none":
         return rollouts
-    prompts: dict[str, list[int]] = {}
-    for row in rollouts.unique("prompt_id", keep="first", maintain_order=True).iter_rows(
-        named=True
-    ):
+    prompts: dict[tuple[str, str, str | None], list[int]] = {}
+    shown = []
+    for row in rollouts.select("rollout_id", "messages", "solution", "tools").iter_rows(named=True):
         for needed in ("solution", "messages"):
             if row[needed] is None:
                 raise RunError(
-                    f"prompt {row['prompt_id']!r} has no {needed}: --teacher-context solution needs"
-                    " one for every prompt"
+                    f"rollout {row['rollout_id']!r} has no {needed}: --teacher-context solution"
+                    " needs one for every rollout"
                 )
-        messages = teacher_messages(json.loads(row["messages"]), row["solution"])
-        prompts[row["prompt_id"]] = render(
-            teacher.tokenizer, messages, chat_template_kwargs=switches
-        ).token_ids
-    shown = pl.Series(
-        "teacher_prompt_token_ids",
-        [prompts[name] for name in rollouts["prompt_id"]],
-        dtype=pl.List(pl.Int32),
+        # a solution belongs to its rollout: those of one prompt may have several
+        key = (row["messages"], row["solution"], row["tools"])
+        if key not in prompts:
+            prompts[key] = _with_solution(teacher, *key, switches)
+        shown.append(prompts[key])
+    return rollouts.with_columns(
+        pl.Series("teacher_prompt_token_ids", shown, dtype=pl.List(pl.Int32))
     )
-    return rollouts.with_columns(shown)
+
+
+def _with_solution(
+    teacher: LanguageModel,
+    messages: str,
+    solution: str,
+    tools: str | None,
+    switches: Mapping[str, Any] | None,
+) -> list[int]:
+    """Token ids of a prompt with the solution in the user's turn."""
+    shown = teacher_messages(json.loads(messages), solution)
+    switches = with_tools(switches, json.loads(tools) if tools else None)
+    return render(teacher.tokenizer, shown, chat_template_kwargs=switches).token_ids
 
 
 def _template_switches(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.errors import ImportFormatError, PromptFileError
+from tip_analysis.rollouts.importers.drafts import TurnEnd
 from tip_analysis.rollouts.prompts import Message, encode, render_chat, roles_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Conversation:
     response_token_ids: list[int]
     loss_mask: list[bool]
     """True where the student wrote."""
+    shows_all: bool
+    """Whether everything that the student wrote, thoughts included, is in the response."""
 
 
 def split_turns(messages: Sequence[Message], where: str, *, all_turns: bool = False) -> int:
@@ -64,6 +67,7 @@ def render_conversation(
     where: str,
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    turn_end: TurnEnd = TurnEnd.CLOSED,
 ) -> Conversation:
     """Render a conversation and tell the student's tokens from the others'.
 
@@ -73,6 +77,7 @@ def render_conversation(
         num_prompt: How many messages come before the response.
         where: For error messages.
         chat_template_kwargs: Switches for the template.
+        turn_end: Whether the end of the last turn, as the template closes it, is the student's.
 
     Raises:
         ImportFormatError: the template shows earlier turns differently once later ones are there,
@@ -96,11 +101,70 @@ def render_conversation(
         raise ImportFormatError(
             f"{where}: the chat template leaves nothing that the assistant wrote"
         )
-    return _encode_pieces(tokenizer, full, prompt, spans)
+    if turn_end is not TurnEnd.CLOSED:
+        start, end = spans[-1]
+        specials = special_tokens(tokenizer)
+        written = _written_end(full[start:end], messages[-1], turn_end, specials, where)
+        spans[-1] = (start, start + written)
+    pieces = "".join(full[start:end] for start, end in spans)
+    return _encode_pieces(
+        tokenizer, full, prompt, spans, shows_all=_shows_all(pieces, messages[num_prompt:])
+    )
+
+
+def _written_end(
+    turn: str, message: Message, turn_end: TurnEnd, specials: set[str], where: str
+) -> int:
+    """Where the student's text ends in a turn that the template closed for it: behind what it wrote
+    last."""
+    if message.get("tool_calls"):
+        if turn_end is TurnEnd.CUT:
+            raise ImportFormatError(
+                f"{where}: a tool call that was cut off cannot be rendered as it was written;"
+                " import exact token ids"
+            )
+        bare = turn.rstrip()
+        for special in specials:
+            bare = bare.removesuffix(special)
+        return len(bare)
+    last = next((text for text in reversed(_texts(message)) if text.strip()), "")
+    for text in (last, last.strip()):
+        if text and (begin := turn.rfind(text)) >= 0:
+            return begin + len(text)
+    if not last:
+        return 0
+    raise ImportFormatError(
+        f"{where}: the chat template does not show how the student's last turn ends, which was cut"
+        " off (it drops thoughts, most likely); import exact token ids"
+    )
+
+
+def _texts(message: Message) -> list[str]:
+    """What the student wrote in a turn, in order."""
+    return [str(message.get(name) or "") for name in ("reasoning_content", "content")]
+
+
+def _shows_all(shown: str, messages: Sequence[Message]) -> bool:
+    """Whether the texts of the assistant's turns stand in what is shown, one after the other."""
+    position = 0
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        for text in map(str.strip, _texts(message)):
+            found = shown.find(text, position)
+            if found < 0:
+                return False
+            position = found + len(text)
+    return True
 
 
 def _encode_pieces(
-    tokenizer: "PreTrainedTokenizerBase", full: str, prompt: str, spans: list[tuple[int, int]]
+    tokenizer: "PreTrainedTokenizerBase",
+    full: str,
+    prompt: str,
+    spans: list[tuple[int, int]],
+    *,
+    shows_all: bool,
 ) -> Conversation:
     ids: list[int] = []
     mask: list[bool] = []
@@ -111,7 +175,7 @@ def _encode_pieces(
             ids += piece_ids
             mask += [is_students] * len(piece_ids)
         position = end
-    return Conversation(prompt, full[len(prompt) : position], ids, mask)
+    return Conversation(prompt, full[len(prompt) : position], ids, mask, shows_all)
 
 
 def _incremental_spans(

@@ -3,6 +3,7 @@ samples."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ from tip_analysis.rollouts.importers.drafts import (
     Draft,
     ImportOptions,
     ImportReport,
+    drafts_of,
+    handle_bad_row,
+    integer,
     list_at,
     number,
     pick_reward,
+    rows_of,
+    text_or_messages,
     text_or_none,
     token_ids,
 )
-from tip_analysis.rollouts.prompts import Message, parse_messages
-from tip_analysis.rollouts.row_files import Row, field_names, json_value, preview, read_rows
+from tip_analysis.rollouts.prompts import Message
+from tip_analysis.rollouts.row_files import Row, field_names, json_or_none, preview
 
 _LM_EVAL_FILE = re.compile(r"samples_(?P<task>.+?)_\d{4}-\d\d-\d\dT.*")
 
@@ -28,19 +34,20 @@ def read_lighteval(
 ) -> Iterator[Draft]:
     """lighteval's `details_{task}_{date}.parquet`: `doc`, `metric`, `model_response` (or `__doc__`
     …), samples in lists."""
-    for path in files:
-        for row in read_rows(path, error=ImportFormatError):
-            report.rows_read += 1
-            doc, metric, response = (
-                _lighteval_field(row, name) for name in ("doc", "metric", "model_response")
-            )
-            yield from _lighteval_drafts(row, doc, metric, response, options, report)
+
+    def drafts(row: Row) -> Iterator[Draft]:
+        doc, metric, response = (
+            _lighteval_field(row, name) for name in ("doc", "metric", "model_response")
+        )
+        return _lighteval_drafts(row, doc, metric, response, options, report)
+
+    yield from drafts_of(rows_of(files, options, report), drafts, options, report)
 
 
 def _lighteval_field(row: Row, name: str) -> dict[str, Any]:
     value = row.values.get(name, row.values.get(f"__{name}__"))
     if isinstance(value, str):
-        value = _json_or_none(value)
+        value = json_or_none(value)
     if value is None and name == "metric":
         return {}
     if not isinstance(value, dict):
@@ -70,6 +77,7 @@ def _lighteval_drafts(
     prompt_ids = list_at(response, "input_tokens", row.where) or None
     if prompt_ids and isinstance(prompt_ids[0], list):
         prompt_ids = prompt_ids[0]
+    padding = integer(response.get("padded_tokens_count"), f"{row.where}: padded_tokens_count")
     task, doc_id = doc.get("task_name"), doc.get("id")
     for index in range(num_samples):
         ids = outputs[index] if index < len(outputs) and len(outputs) == num_samples else None
@@ -83,6 +91,7 @@ def _lighteval_drafts(
             response_token_ids=(
                 None if ids is None else token_ids(ids, f"{row.where}: output_tokens")
             ),
+            num_padding=padding or 0,
             prompt_key=(
                 None if doc_id in (None, "") else f"{task}-{doc_id}" if task else str(doc_id)
             ),
@@ -136,56 +145,47 @@ def read_lm_eval(
         named = _LM_EVAL_FILE.fullmatch(path.stem)
         task = named["task"] if named else path.stem
         documents: dict[str, list[Row]] = {}
-        for row in read_rows(path, error=ImportFormatError):
-            report.rows_read += 1
+        for row in rows_of([path], options, report):
             if "doc_id" not in row.values:
-                raise ImportFormatError(
-                    f"{row.where}: expected the field 'doc_id'; found {field_names(row.values)}"
+                found = field_names(row.values)
+                handle_bad_row(
+                    ImportFormatError(f"{row.where}: expected the field 'doc_id'; found {found}"),
+                    options,
+                    report,
                 )
+                continue
             documents.setdefault(str(row.values["doc_id"]), []).append(row)
         for doc_id, rows in documents.items():
             report.merged_rows += len(rows) - 1
-            yield from _lm_eval_drafts(
-                _filtered(rows, options, report), f"{task}-{doc_id}", options, report
+            make = partial(
+                _lm_eval_drafts, rows, f"{task}-{doc_id}", options=options, report=report
             )
+            yield from drafts_of(rows[:1], lambda _, make=make: make(), options, report)
 
 
-def _filtered(rows: list[Row], options: ImportOptions, report: ImportReport) -> Row:
+def _filtered(rows: list[Row], options: ImportOptions) -> tuple[Row, str | None]:
+    """The row of the filter that is taken, and what there is to say about the choice."""
     by_filter = {str(row.values.get("filter")): row for row in rows}
     if options.filter_name is not None:
         if options.filter_name not in by_filter:
             raise UnknownNameError(f"filter ({rows[0].where})", options.filter_name, by_filter)
-        return by_filter[options.filter_name]
-    if len(by_filter) > 1:
-        first, *others = by_filter
-        report.note(
-            f"metrics are those of the filter {first!r}; there are also {', '.join(others)}"
-        )
-    return rows[0]
+        return by_filter[options.filter_name], None
+    first, *others = by_filter
+    if not others:
+        return rows[0], None
+    return (
+        rows[0],
+        f"metrics are those of the filter {first!r}; there are also {', '.join(others)}",
+    )
 
 
 def _lm_eval_drafts(
-    row: Row, prompt_key: str, options: ImportOptions, report: ImportReport
+    rows: list[Row], prompt_key: str, *, options: ImportOptions, report: ImportReport
 ) -> Iterator[Draft]:
+    row, choice = _filtered(rows, options)
     prompt, settings = _lm_eval_request(row)
-    responses = [
-        text
-        for group in list_at(row.values, "resps", row.where)
-        for text in (group if isinstance(group, list) else [group])
-    ]
-    if not responses or not all(isinstance(text, str) for text in responses):
-        raise ImportFormatError(
-            f"{row.where}: resps: expected generated texts, found"
-            f" {preview(row.values.get('resps'))}; only tasks that generate (generate_until) have"
-            " rollouts"
-        )
-    metrics = {
-        name: value
-        for name, value in row.values.items()
-        if name != "doc_id" and isinstance(value, int | float)
-    }
-    named = [name for name in list_at(row.values, "metrics", row.where) if isinstance(name, str)]
-    preferred = named or ["exact_match", "acc"]
+    responses = _lm_eval_responses(row)
+    reward = _lm_eval_reward(row, len(responses), choice, options, report)
     is_greedy = settings.get("do_sample") is False
     temperature = (
         0.0 if is_greedy else number(settings.get("temperature"), f"{row.where}: temperature")
@@ -197,16 +197,51 @@ def _lm_eval_drafts(
             response=text,
             prompt_key=prompt_key,
             extras={
-                "reward": (
-                    pick_reward(metrics, row, options, report, preferred=preferred)
-                    if len(responses) == 1
-                    else None
-                ),
+                "reward": reward,
                 "ground_truth": text_or_none(row.values.get("target")),
                 "temperature": temperature,
                 "top_p": number(settings.get("top_p"), f"{row.where}: top_p"),
             },
         )
+
+
+def _lm_eval_responses(row: Row) -> list[str]:
+    """Generated texts; null, as a server gives for a thought that was cut off, is an empty one."""
+    responses = [
+        "" if text is None else text
+        for group in list_at(row.values, "resps", row.where)
+        for text in (group if isinstance(group, list) else [group])
+    ]
+    if not responses or not all(isinstance(text, str) for text in responses):
+        raise ImportFormatError(
+            f"{row.where}: resps: expected generated texts, found"
+            f" {preview(row.values.get('resps'))}; only tasks that generate (generate_until) have"
+            " rollouts"
+        )
+    return responses
+
+
+def _lm_eval_reward(
+    row: Row, num_samples: int, choice: str | None, options: ImportOptions, report: ImportReport
+) -> float | None:
+    """A document's metric, where it belongs to one response."""
+    metrics = {
+        name: value
+        for name, value in row.values.items()
+        if name != "doc_id" and isinstance(value, int | float)
+    }
+    if num_samples > 1:
+        if metrics:
+            report.note(
+                "metrics of several samples together are not taken as rewards; grade the import to"
+                " fill them in"
+            )
+        return None
+    if choice is not None:
+        report.note(choice)
+    named = [name for name in list_at(row.values, "metrics", row.where) if isinstance(name, str)]
+    preferred = named or ["exact_match", "acc"]
+    return pick_reward(metrics, row, options, report, preferred=preferred)
 
 
 def _lm_eval_request(row: Row) -> tuple[Any, Mapping[str, Any]]:
@@ -228,23 +263,10 @@ def _lm_eval_request(row: Row) -> tuple[Any, Mapping[str, Any]]:
 
 def _prompt(value: Any, row: Row) -> str | tuple[Message, ...] | None:
     """A prompt that is a text, a list of messages, or a list of messages written as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        decoded = _json_or_none(value)
-        if (
-            isinstance(decoded, list)
-            and decoded
-            and all(isinstance(item, dict) and "role" in item for item in decoded)
-        ):
-            value = decoded
-    return (
-        parse_messages(value, f"{row.where}: prompt", error=ImportFormatError)
-        if isinstance(value, list)
-        else value
-    )
-
-
-def _json_or_none(text: str) -> Any:
-    try:
-        return json_value(text, "", error=ImportFormatError)
-    except ImportFormatError:
+    if value is None:
         return None
+    if not isinstance(value, str | list):
+        raise ImportFormatError(
+            f"{row.where}: prompt: expected a text or messages, found {preview(value)}"
+        )
+    return text_or_messages(value, f"{row.where}: prompt")

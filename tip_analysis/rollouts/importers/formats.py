@@ -15,15 +15,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from tip_analysis.core.errors import ImportFormatError, OptionError, UnknownNameError
+from tip_analysis.core.errors import ImportFormatError, InputError, OptionError, UnknownNameError
+from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.schema import RolloutTable, polars_schema, validate
-from tip_analysis.rollouts.importers.drafts import Draft, ImportOptions, ImportReport
+from tip_analysis.rollouts.importers.drafts import (
+    Draft,
+    ImportOptions,
+    ImportReport,
+    handle_bad_row,
+)
 from tip_analysis.rollouts.importers.evaluation import read_lighteval, read_lm_eval
 from tip_analysis.rollouts.importers.given import read_chat, read_native, read_responses, read_text
 from tip_analysis.rollouts.importers.resolving import Resolver
 from tip_analysis.rollouts.importers.training import VERL_CONVERTER, read_trl, read_verl
 from tip_analysis.rollouts.prompts import Prompt
-from tip_analysis.rollouts.row_files import PICKLE_SUFFIXES, check_file, is_folder
+from tip_analysis.rollouts.row_files import (
+    JSONL_SUFFIXES,
+    PARQUET_SUFFIXES,
+    PICKLE_SUFFIXES,
+    check_file,
+    is_folder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +48,9 @@ __all__ = [
     "ImportReport",
     "import_rollouts",
 ]
+
+
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 class Format(NamedTuple):
@@ -58,7 +73,9 @@ FORMATS: dict[str, Format] = {
     ),
     "chat": Format(read_chat, "*", "chat data: messages, or prompt and completion"),
     "verl": Format(read_verl, "*.jsonl", "verl's rollout and validation dumps, {step}.jsonl"),
-    "trl": Format(read_trl, "*.parquet", "TRL's logged completions, completions_{step}.parquet"),
+    "trl": Format(
+        read_trl, "completions_*.parquet", "TRL's logged completions, completions_{step}.parquet"
+    ),
     "lighteval": Format(
         read_lighteval, "details_*.parquet", "lighteval's details_{task}_{date}.parquet"
     ),
@@ -87,13 +104,14 @@ def import_rollouts(
     all_turns: bool = False,
     prompts_per_batch: int = 8,
     limit: int | None = None,
+    on_bad_row: OnBadRow | str = OnBadRow.FAIL,
 ) -> tuple[pl.DataFrame, ImportReport]:
     """Read rollouts of another tool into the rollout table.
 
     Args:
         format: One of `FORMATS`.
-        files: Files, or folders whose files of this format are read in the order of the numbers in
-            their names.
+        files: Files, or folders whose files of this format, at any depth, are read in the order of
+            the numbers in their names.
         tokenizer: The student's.
         tokenizer_fingerprint: What the rows say about it; native rows that say otherwise are
             refused.
@@ -108,6 +126,7 @@ def import_rollouts(
         prompts_per_batch: Prompts of one `batch_id`, with all their rollouts; where every row has a
             `step`, the step decides.
         limit: Import the first `limit` rollouts only.
+        on_bad_row: `fail`, or `skip`: a row that cannot be used is left out and counted.
 
     Returns:
         A valid rollout table in the order of the files, and the account of what could not be
@@ -127,7 +146,9 @@ def import_rollouts(
     paths = _expand(files, FORMATS[format])
     report = ImportReport(format, files=[str(path) for path in paths])
     by_id = {prompt.id: prompt for prompt in prompts}
-    options = ImportOptions(reward_key, filter_name, all_turns, by_id, template)
+    options = ImportOptions(
+        reward_key, filter_name, all_turns, by_id, template, OnBadRow(on_bad_row)
+    )
     resolver = Resolver(
         tokenizer,
         report,
@@ -135,30 +156,57 @@ def import_rollouts(
         template=template,
         chat_template_kwargs=chat_template_kwargs,
     )
-    drafts = itertools.islice(FORMATS[format].read(paths, options, report), limit)
-    rows, wheres = [], []
-    for draft in drafts:
-        rows.append(
-            {"source": format, "tokenizer_fingerprint": tokenizer_fingerprint}
-            | resolver.resolve(draft)
-        )
-        _check_fingerprint(rows[-1], tokenizer_fingerprint, draft.where)
-        wheres.append(draft.where)
-    if not rows:
+    drafts = FORMATS[format].read(paths, options, report)
+    own = {"source": format, "tokenizer_fingerprint": tokenizer_fingerprint}
+    found = list(itertools.islice(_resolved(drafts, resolver, own, options, report), limit))
+    found = _identify(found, format, options, report)
+    found = _fitting(found, options, report)
+    if not found:
+        reason = f"; the first row at fault: {report.skipped[0]}" if report.skipped else ""
         raise ImportFormatError(
             f"{', '.join(report.files) or 'no file'}: holds no rollout of the format {format}"
+            f"{reason}"
         )
-    _identify(rows, wheres, format)
+    for one in found:
+        report.add(one.facts)
+    rows = [one.row for one in found]
     _assign_batches(rows, prompts_per_batch)
     report.without_reward = sum(row.get("reward") is None for row in rows)
     return _table(rows), report
+
+
+class _Found(NamedTuple):
+    """A rollout on its way into the table."""
+
+    where: str
+    row: dict[str, Any]
+    facts: Mapping[str, int]
+    """What it adds to the report's counts."""
+
+
+def _resolved(
+    drafts: Iterator[Draft],
+    resolver: Resolver,
+    own: Mapping[str, Any],
+    options: ImportOptions,
+    report: ImportReport,
+) -> Iterator[_Found]:
+    for draft in drafts:
+        try:
+            row, facts = resolver.resolve(draft)
+            row = dict(own) | row
+            _check_fingerprint(row, own["tokenizer_fingerprint"], draft.where)
+        except InputError as problem:
+            handle_bad_row(problem, options, report)
+            continue
+        yield _Found(draft.where, row, facts)
 
 
 def _expand(files: Sequence[str | Path], format: Format) -> list[Path]:
     paths: list[Path] = []
     for path in map(Path, files):
         folder = is_folder(path, error=ImportFormatError)
-        found = sorted(path.glob(format.pattern), key=_by_numbers) if folder else [path]
+        found = _files_below(path, format.pattern) if folder else [path]
         if not found:
             raise ImportFormatError(f"{path}: the folder has no file {format.pattern}")
         paths += found
@@ -173,11 +221,20 @@ def _expand(files: Sequence[str | Path], format: Format) -> list[Path]:
     return paths
 
 
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part)
-        for part in re.split(r"([0-9]+)", path.name)
+def _files_below(folder: Path, pattern: str) -> list[Path]:
+    """Files of a pattern at any depth, in natural order; where the pattern takes any name, those
+    that can be read."""
+    known = JSONL_SUFFIXES + PARQUET_SUFFIXES + PICKLE_SUFFIXES
+    found = [
+        path
+        for path in folder.rglob(pattern)
+        if path.is_file() and path.suffix.lower() in known and not path.name.startswith(".")
     ]
+    return sorted(found, key=lambda path: [_by_numbers(part) for part in path.parts])
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
 
 
 def _check_fingerprint(row: Mapping[str, Any], expected: str, where: str) -> None:
@@ -188,34 +245,62 @@ def _check_fingerprint(row: Mapping[str, Any], expected: str, where: str) -> Non
         )
 
 
-def _identify(rows: list[dict[str, Any]], wheres: Sequence[str], format: str) -> None:
+def _identify(
+    found: Sequence[_Found], format: str, options: ImportOptions, report: ImportReport
+) -> list[_Found]:
     """Give each row its prompt_id (one for each distinct prompt), sample_index and rollout_id;
     those given are kept."""
     names: dict[tuple[str | None, tuple[int, ...]], str] = {}
     num_prompts: Counter[str] = Counter()
     num_samples: Counter[str] = Counter()
     taken: dict[str, str] = {}
-    for row, where in zip(rows, wheres, strict=True):
+    kept = []
+    for one in found:
+        row = one.row
         key = row.pop("prompt_key")
         prompt = (key, tuple(row["prompt_token_ids"]))
         if prompt not in names:
             name = key or f"{format}-{len(names)}"
-            num_prompts[
-                name
-                # one identifier for two prompts (few-shot examples drawn again, say) would mix them
-            ] += 1
+            # one identifier for two prompts (few-shot examples drawn again, say) would mix them
+            num_prompts[name] += 1
             is_new = num_prompts[name] == 1 or "prompt_id" in row
             names[prompt] = name if is_new else f"{name}#{num_prompts[name]}"
         row["prompt_id"] = names[prompt]
         row.setdefault("sample_index", num_samples[row["prompt_id"]])
-        num_samples[row["prompt_id"]] += 1
         row.setdefault("rollout_id", f"{row['prompt_id']}/{row['sample_index']}")
         if row["rollout_id"] in taken:
-            raise ImportFormatError(
-                f"{where}: the rollout_id {row['rollout_id']!r} occurs twice (first in"
+            twice = (
+                f"{one.where}: the rollout_id {row['rollout_id']!r} occurs twice (first in"
                 f" {taken[row['rollout_id']]})"
             )
-        taken[row["rollout_id"]] = where
+            handle_bad_row(ImportFormatError(twice), options, report)
+            continue
+        num_samples[row["prompt_id"]] += 1
+        taken[row["rollout_id"]] = one.where
+        kept.append(one)
+    return kept
+
+
+def _fitting(found: Sequence[_Found], options: ImportOptions, report: ImportReport) -> list[_Found]:
+    """The rows that keep the contract of the table; each is tried alone only if all are not."""
+    if not found or _fault([one.row for one in found]) is None:
+        return list(found)
+    kept = []
+    for one in found:
+        if (fault := _fault([one.row])) is None:
+            kept.append(one)
+        else:
+            handle_bad_row(ImportFormatError(f"{one.where}: {fault}"), options, report)
+    return kept
+
+
+def _fault(rows: list[dict[str, Any]]) -> str | None:
+    """Why rows do not fit the rollout table; None if they do."""
+    try:
+        _table([row | {"batch_id": 0} for row in rows])
+    except InputError as problem:
+        return str(problem).split("\n", maxsplit=1)[0]
+    return None
 
 
 def _assign_batches(rows: list[dict[str, Any]], prompts_per_batch: int) -> None:

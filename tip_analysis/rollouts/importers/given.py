@@ -2,6 +2,7 @@
 responses, server responses."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,28 @@ from tip_analysis.rollouts.importers.drafts import (
     Draft,
     ImportOptions,
     ImportReport,
+    TurnEnd,
+    drafts_of,
     field_of,
     number,
+    rows_of,
+    text_or_messages,
     text_or_none,
     token_ids,
 )
-from tip_analysis.rollouts.prompts import Message, parse_messages, prompt_from_row, student_messages
-from tip_analysis.rollouts.row_files import Row, field_names, json_value, preview, read_rows
+from tip_analysis.rollouts.prompts import (
+    Message,
+    Prompt,
+    parse_messages,
+    parse_tools,
+    prompt_from_row,
+    student_messages,
+)
+from tip_analysis.rollouts.row_files import Row, field_names, json_value, preview
 
 _OWN_COLUMNS = (
     "messages",
+    "tools",
     "prompt_token_ids",
     "response_token_ids",
     "loss_mask",
@@ -36,46 +49,60 @@ def read_native(
 ) -> Iterator[Draft]:
     """Rows of the rollout table, whole or in part: `prompt_token_ids` and `response_token_ids` are
     needed."""
-    columns = RolloutTable.column_names()
-    for row in _rows(files, report):
-        values = row.values
-        messages = values.get("messages")
-        if isinstance(messages, str):
-            messages = json_value(messages, f"{row.where}: messages", error=ImportFormatError)
-        mask = values.get("loss_mask")
-        if mask is not None and not (
-            isinstance(mask, list) and all(isinstance(item, bool | int) for item in mask)
-        ):
-            raise ImportFormatError(
-                f"{row.where}: loss_mask: expected a list of true and false, found {preview(mask)}"
-            )
-        prompt_id = values.get("prompt_id")
-        if not isinstance(values.get("rollout_id", ""), str):
-            found = preview(values["rollout_id"])
-            raise ImportFormatError(f"{row.where}: rollout_id: expected a string, found {found}")
-        yield Draft(
-            row.where,
-            prompt=(
-                None
-                if messages is None
-                else parse_messages(messages, f"{row.where}: messages", error=ImportFormatError)
-            ),
-            prompt_token_ids=token_ids(
-                field_of(row, "prompt_token_ids", list), f"{row.where}: prompt_token_ids"
-            ),
-            response_token_ids=token_ids(
-                field_of(row, "response_token_ids", list), f"{row.where}: response_token_ids"
-            ),
-            loss_mask=None if mask is None else [bool(item) for item in mask],
-            prompt_key=None if prompt_id is None else str(prompt_id),
-            finish_reason=values.get("finish_reason"),
-            extras={
-                name: values[name]
-                for name in columns
-                if name in values and name not in _OWN_COLUMNS
-            }
-            | {name: values[name] for name in ("ids_origin", "template_origin") if name in values},
+    rows = rows_of(files, options, report)
+    yield from drafts_of(rows, lambda row: [_native_draft(row)], options, report)
+
+
+def _native_draft(row: Row) -> Draft:
+    values = row.values
+    messages = values.get("messages")
+    if isinstance(messages, str):
+        messages = json_value(messages, f"{row.where}: messages", error=ImportFormatError)
+    mask = values.get("loss_mask")
+    if mask is not None and not (
+        isinstance(mask, list) and all(isinstance(item, bool | int) for item in mask)
+    ):
+        raise ImportFormatError(
+            f"{row.where}: loss_mask: expected a list of true and false, found {preview(mask)}"
         )
+    prompt_id = values.get("prompt_id")
+    if not isinstance(values.get("rollout_id", ""), str):
+        found = preview(values["rollout_id"])
+        raise ImportFormatError(f"{row.where}: rollout_id: expected a string, found {found}")
+    return Draft(
+        row.where,
+        prompt=(
+            None
+            if messages is None
+            else parse_messages(messages, f"{row.where}: messages", error=ImportFormatError)
+        ),
+        tools=parse_tools(values.get("tools"), f"{row.where}: tools", error=ImportFormatError),
+        prompt_token_ids=token_ids(
+            field_of(row, "prompt_token_ids", list), f"{row.where}: prompt_token_ids"
+        ),
+        response_token_ids=token_ids(
+            field_of(row, "response_token_ids", list), f"{row.where}: response_token_ids"
+        ),
+        loss_mask=None if mask is None else [bool(item) for item in mask],
+        prompt_key=None if prompt_id is None else str(prompt_id),
+        finish_reason=values.get("finish_reason"),
+        extras=_native_extras(row),
+    )
+
+
+def _native_extras(row: Row) -> dict[str, Any]:
+    """Columns of the rollout table that are taken over as they are."""
+    kept = {
+        name: row.values[name]
+        for name in RolloutTable.column_names()
+        if name in row.values and name not in _OWN_COLUMNS
+    }
+    for name in ("ids_origin", "template_origin"):
+        if name in row.values:
+            kept[name] = row.values[name]
+    if "reward" in kept:
+        kept["reward"] = number(kept["reward"], f"{row.where}: reward")
+    return kept
 
 
 def read_text(
@@ -86,39 +113,51 @@ def read_text(
 
     The prompt is shown as it would be for sampling: a chat model's template is applied.
     """
-    for row in _rows(files, report):
-        name = (
-            "response"
-            if "response" in row.values or "completion" not in row.values
-            else "completion"
+    rows = rows_of(files, options, report)
+    yield from drafts_of(rows, partial(_text_drafts, options=options), options, report)
+
+
+def _text_drafts(row: Row, options: ImportOptions) -> Iterator[Draft]:
+    name = (
+        "response" if "response" in row.values or "completion" not in row.values else "completion"
+    )
+    responses = field_of(row, name, (str, list))
+    rest = {key: value for key, value in row.values.items() if key not in (name, "reward")}
+    prompt = _prompt_beside(row, rest)
+    texts = [responses] if isinstance(responses, str) else responses
+    rewards = _reward_of_each(row, len(texts))
+    for index, (text, reward) in enumerate(zip(texts, rewards, strict=True)):
+        if not isinstance(text, str):
+            raise ImportFormatError(
+                f"{row.where}: {name}[{index}]: expected a string, found {preview(text)}"
+            )
+        yield Draft(
+            row.where,
+            prompt=tuple(student_messages(prompt, options.template)),
+            response=text,
+            tools=prompt.tools,
+            prompt_key=prompt.id if "id" in rest else None,
+            extras={"reward": reward, "ground_truth": prompt.answer, "solution": prompt.solution},
         )
-        responses = field_of(row, name, (str, list))
-        rewards = row.values.get("reward")
-        texts = [responses] if isinstance(responses, str) else responses
-        rest = {key: value for key, value in row.values.items() if key not in (name, "reward")}
-        try:
-            prompt = prompt_from_row(Row(row.where, rest), default_id="-")
-        except PromptFileError as problem:
-            raise ImportFormatError(str(problem)) from problem
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ImportFormatError(
-                    f"{row.where}: {name}[{index}]: expected a string, found {preview(text)}"
-                )
-            reward = (
-                rewards[index] if isinstance(rewards, list) and index < len(rewards) else rewards
-            )
-            yield Draft(
-                row.where,
-                prompt=tuple(student_messages(prompt, options.template)),
-                response=text,
-                prompt_key=prompt.id if "id" in rest else None,
-                extras={
-                    "reward": number(reward, f"{row.where}: reward"),
-                    "ground_truth": prompt.answer,
-                    "solution": prompt.solution,
-                },
-            )
+
+
+def _prompt_beside(row: Row, rest: dict[str, Any]) -> Prompt:
+    try:
+        return prompt_from_row(Row(row.where, rest), default_id="-")
+    except PromptFileError as problem:
+        raise ImportFormatError(str(problem)) from problem
+
+
+def _reward_of_each(row: Row, num_samples: int) -> list[float | None]:
+    """One reward for each response: a list has one for each, a number is that of all."""
+    where, given = f"{row.where}: reward", row.values.get("reward")
+    if not isinstance(given, list) or (len(given) == 1 and num_samples != 1):
+        return [number(given, where)] * num_samples
+    if len(given) != num_samples:
+        raise ImportFormatError(
+            f"{where}: expected one for each of {num_samples} response(s), found {len(given)}"
+        )
+    return [number(reward, where) for reward in given]
 
 
 def read_chat(
@@ -126,49 +165,49 @@ def read_chat(
 ) -> Iterator[Draft]:
     """Chat data: `messages`, or `prompt` and `completion`, each a text (taken as it stands) or a
     list of messages."""
-    for row in _rows(files, report):
-        prompt: str | tuple[Message, ...]
-        response: str | tuple[Message, ...]
-        if "messages" in row.values:
-            messages = parse_messages(
-                row.values["messages"], f"{row.where}: messages", error=ImportFormatError
-            )
-            num_prompt = split_turns(
-                messages, f"{row.where}: messages", all_turns=options.all_turns
-            )
-            last = max(
-                index for index, message in enumerate(messages) if message["role"] == "assistant"
-            )
-            prompt, response = messages[:num_prompt], messages[num_prompt : last + 1]
-        elif "completion" in row.values:
-            prompt, response = (_text_or_messages(row, name) for name in ("prompt", "completion"))
-        else:
-            raise ImportFormatError(
-                f"{row.where}: expected the field messages, or prompt and completion; found"
-                f" {field_names(row.values)}"
-            )
-        tools = row.values.get("tools")
-        key = row.values.get("id")
-        yield Draft(
-            row.where,
-            prompt=prompt,
-            response=response,
-            tools=_tools(tools, row.where),
-            prompt_key=None if key is None else str(key),
-            extras={
-                "ground_truth": text_or_none(row.values.get("answer")),
-                "solution": row.values.get("solution"),
-            },
+    rows = rows_of(files, options, report)
+    yield from drafts_of(rows, lambda row: [_chat_draft(row, options)], options, report)
+
+
+def _chat_draft(row: Row, options: ImportOptions) -> Draft:
+    prompt, response = _chat_parts(row, options)
+    key = row.values.get("id")
+    return Draft(
+        row.where,
+        prompt=prompt,
+        response=response,
+        tools=parse_tools(row.values.get("tools"), f"{row.where}: tools", error=ImportFormatError),
+        prompt_key=None if key is None else str(key),
+        extras={
+            "ground_truth": text_or_none(row.values.get("answer")),
+            "solution": row.values.get("solution"),
+        },
+    )
+
+
+def _chat_parts(
+    row: Row, options: ImportOptions
+) -> tuple[str | tuple[Message, ...], str | tuple[Message, ...]]:
+    """What the student was shown and what it wrote."""
+    if "messages" not in row.values and "completion" not in row.values:
+        raise ImportFormatError(
+            f"{row.where}: expected the field messages, or prompt and completion; found"
+            f" {field_names(row.values)}"
         )
+    if "messages" not in row.values:
+        prompt, response = (_text_or_messages(row, name) for name in ("prompt", "completion"))
+        return prompt, response
+    where, given = f"{row.where}: messages", row.values["messages"]
+    if isinstance(given, str):
+        given = json_value(given, where, error=ImportFormatError)
+    messages = parse_messages(given, where, error=ImportFormatError)
+    num_prompt = split_turns(messages, where, all_turns=options.all_turns)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:num_prompt], messages[num_prompt : last + 1]
 
 
 def _text_or_messages(row: Row, name: str) -> str | tuple[Message, ...]:
-    value = field_of(row, name, (str, list))
-    return (
-        value
-        if isinstance(value, str)
-        else parse_messages(value, f"{row.where}: {name}", error=ImportFormatError)
-    )
+    return text_or_messages(field_of(row, name, (str, list)), f"{row.where}: {name}")
 
 
 def read_responses(
@@ -182,14 +221,14 @@ def read_responses(
     """
     requests: dict[str, Mapping[str, Any]] = {}
     rows = []
-    for row in _rows(files, report):
+    for row in rows_of(files, options, report):
         if isinstance(body := row.values.get("body"), dict) and "response" not in row.values:
             requests[str(row.values.get("custom_id"))] = body
             report.rows_read -= 1
         else:
             rows.append(row)
-    for row in rows:
-        yield from _response_drafts(row, requests, options, report)
+    make = partial(_response_drafts, requests=requests, options=options, report=report)
+    yield from drafts_of(rows, make, options, report)
 
 
 def _response_drafts(
@@ -232,18 +271,13 @@ def _choice_draft(
 ) -> Draft:
     if not isinstance(choice, dict):
         raise ImportFormatError(f"{row.where}: choices: expected objects, found {preview(choice)}")
-    prompt_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
     ids = choice.get("token_ids")
     known = options.prompts.get(key) if key is not None else None
-    prompt: str | tuple[Message, ...] | None = None
-    if request.get("messages") is not None:
-        prompt = parse_messages(
-            request["messages"], f"{row.where}: messages", error=ImportFormatError
-        )
-    elif isinstance(request.get("prompt"), str):
-        prompt = request["prompt"]
-    elif known is not None:
-        prompt = tuple(student_messages(known, options.template))
+    prompt, prompt_ids = _request_prompt(row, request, choice)
+    prompt_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids") or prompt_ids
+    tools = parse_tools(request.get("tools"), f"{row.where}: tools", error=ImportFormatError)
+    if prompt is None and known is not None:
+        prompt, tools = tuple(student_messages(known, options.template)), tools or known.tools
     if prompt is None and prompt_ids is None:
         raise ImportFormatError(
             f"{row.where}: there is no prompt: ask vLLM for token ids (return_token_ids), put"
@@ -253,6 +287,7 @@ def _choice_draft(
     sampling = {
         name: number(request.get(name), f"{row.where}: {name}") for name in ("temperature", "top_p")
     }
+    reason = _FINISH_REASONS.get(str(choice.get("finish_reason")))
     return Draft(
         row.where,
         prompt=prompt,
@@ -261,9 +296,10 @@ def _choice_draft(
             None if prompt_ids is None else token_ids(prompt_ids, f"{row.where}: prompt_token_ids")
         ),
         response_token_ids=None if ids is None else token_ids(ids, f"{row.where}: token_ids"),
-        tools=_tools(request.get("tools"), row.where),
+        tools=tools,
         prompt_key=key,
-        finish_reason=choice.get("finish_reason"),
+        finish_reason=reason,
+        turn_end=_TURN_ENDS.get(reason, TurnEnd.OPEN),
         extras=sampling
         | {
             "seed": request.get("seed"),
@@ -271,6 +307,48 @@ def _choice_draft(
             "solution": known and known.solution,
         },
     )
+
+
+_FINISH_REASONS = {
+    "stop": "stop",
+    "tool_calls": "stop",
+    "function_call": "stop",
+    "length": "length",
+    "max_tokens": "length",
+}
+"""What servers say about the end of a response."""
+_TURN_ENDS: dict[str | None, TurnEnd] = {"stop": TurnEnd.CLOSED, "length": TurnEnd.CUT}
+
+
+def _request_prompt(
+    row: Row, request: Mapping[str, Any], choice: Mapping[str, Any]
+) -> tuple[str | tuple[Message, ...] | None, list[int] | None]:
+    """The prompt of a request as text or messages, or as token ids.
+
+    A completion's `prompt` may be a text, token ids, or a list of either: of `n` samples each, the
+    choice's index says which is its own.
+    """
+    if request.get("messages") is not None:
+        where = f"{row.where}: messages"
+        return parse_messages(request["messages"], where, error=ImportFormatError), None
+    given, where = request.get("prompt"), f"{row.where}: prompt"
+    if isinstance(given, list) and given and isinstance(given[0], str | list):
+        index, per_prompt = choice.get("index", 0), request.get("n") or 1
+        if type(index) is not int or type(per_prompt) is not int or per_prompt < 1:
+            raise ImportFormatError(
+                f"{where}: which of {len(given)} prompts is answered is not said"
+            )
+        if not 0 <= index // per_prompt < len(given):
+            raise ImportFormatError(
+                f"{where}: the choice of index {index} answers prompt {index // per_prompt}, of"
+                f" which there are {len(given)}"
+            )
+        given = given[index // per_prompt]
+    if isinstance(given, list):
+        if given and isinstance(given[0], dict):
+            return text_or_messages(given, where), None
+        return None, token_ids(given, where)
+    return (text_or_messages(given, where) if isinstance(given, str) else None), None
 
 
 def _choice_response(
@@ -281,7 +359,7 @@ def _choice_response(
         return choice.get("text")
     if has_ids:
         return None  # parsed text (reasoning, tool calls apart) says nothing about the ids
-    if message.get("reasoning_content") or message.get("tool_calls"):
+    if any(message.get(name) for name in ("reasoning", "reasoning_content", "tool_calls")):
         return parse_messages(
             [{"role": "assistant", **message}], f"{row.where}: message", error=ImportFormatError
         )
@@ -291,23 +369,3 @@ def _choice_response(
             f"{row.where}: message: expected a text as content, found {preview(content)}"
         )
     return content
-
-
-def _rows(files: Sequence[Path], report: ImportReport) -> Iterator[Row]:
-    for path in files:
-        for row in read_rows(path, error=ImportFormatError):
-            report.rows_read += 1
-            yield row
-
-
-def _tools(value: Any, where: str) -> list[Any] | None:
-    """Tool definitions, also as JSON text.
-
-    Raises:
-        ImportFormatError: they are no list.
-    """
-    where = f"{where}: tools"
-    tools = json_value(value, where, error=ImportFormatError) if isinstance(value, str) else value
-    if tools is not None and not isinstance(tools, list):
-        raise ImportFormatError(f"{where}: expected a list, found {preview(tools)}")
-    return tools

@@ -2,6 +2,7 @@
 of what was lost."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,15 @@ from tip_analysis.core.names import FinishReason
 from tip_analysis.rollouts.importers.conversations import render_conversation, special_tokens
 from tip_analysis.rollouts.importers.drafts import Draft, ImportReport
 from tip_analysis.rollouts.importers.restoring import PromptRestorer
-from tip_analysis.rollouts.prompts import Message, Prompt, encode, render, render_bare
+from tip_analysis.rollouts.prompts import (
+    Message,
+    Prompt,
+    encode,
+    render,
+    render_bare,
+    unused_switches,
+    with_tools,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,11 +46,11 @@ class _Written:
     token_ids: list[int]
     loss_mask: list[bool]
     is_exact: bool = False
+    shows_all: bool = True
 
 
 class Resolver:
-    """Makes rows of drafts for one tokenizer, and counts in a report what could not be
-    recovered."""
+    """Makes rows of drafts for one tokenizer, and counts what could not be recovered."""
 
     def __init__(
         self,
@@ -54,6 +63,7 @@ class Resolver:
     ) -> None:
         self._tokenizer = tokenizer
         self._report = report
+        self._facts: Counter[str] = Counter()
         self._switches = dict(chat_template_kwargs or {})
         self._specials = special_tokens(tokenizer)
         self._num_tokens = len(tokenizer)
@@ -61,23 +71,28 @@ class Resolver:
         self._restorer: PromptRestorer | None = None
         self._prompts, self._template = prompts, template
 
-    def resolve(self, draft: Draft) -> dict[str, Any]:
-        """The columns that a rollout's own draft decides; identifiers and batches come later.
+    def resolve(self, draft: Draft) -> tuple[dict[str, Any], Counter[str]]:
+        """The columns that a rollout's own draft decides, and what it adds to the report's counts;
+        identifiers and batches come later.
 
         Raises:
             ImportFormatError: there is no prompt or no response, ids do not belong to this
                 tokenizer, or the student's tokens cannot be told from those of its environment.
         """
+        self._facts = Counter()
         if isinstance(draft.response, tuple) and draft.response_token_ids is None:
             shown, written = self._conversation(draft)
         else:
             shown, written = self._shown(draft), self._written(draft)
         prompt = shown.prompt
+        tools = draft.tools or (prompt.tools if prompt else None)
+        self._check_tools(tools)
         row: dict[str, Any] = {
             "prompt_key": draft.prompt_key or (prompt.id if prompt else None),
             "messages": (
                 json.dumps(list(shown.messages), ensure_ascii=False) if shown.messages else None
             ),
+            "tools": json.dumps(list(tools), ensure_ascii=False) if tools else None,
             "prompt_text": shown.text,
             "prompt_token_ids": shown.token_ids,
             "response_text": written.text,
@@ -90,22 +105,17 @@ class Resolver:
         if prompt is not None:
             row |= {"ground_truth": prompt.answer, "solution": prompt.solution}
         row |= {name: value for name, value in draft.extras.items() if value is not None}
-        self._count(row, shown, written)
-        return row
+        self._count(row, draft, shown, written)
+        return row, self._facts
 
     def _shown(self, draft: Draft) -> _Shown:
         messages = draft.prompt if isinstance(draft.prompt, tuple) else None
         if draft.prompt_token_ids is not None:
             self._check_ids(draft.prompt_token_ids, f"{draft.where}: the prompt's ids")
-            if not draft.prompt_token_ids:
+            ids = self._without_padding(draft.prompt_token_ids, draft)
+            if not ids:
                 raise ImportFormatError(f"{draft.where}: the prompt has no token")
-            return _Shown(
-                self._decode(draft.prompt_token_ids),
-                draft.prompt_token_ids,
-                "exact",
-                messages,
-                is_exact=True,
-            )
+            return _Shown(self._decode(ids), ids, "exact", messages, is_exact=True)
         if messages is not None:
             return self._rendered(draft, messages)
         if not isinstance(draft.prompt, str):
@@ -125,7 +135,7 @@ class Resolver:
                 )
             restored = self._restorer.restore(text)
             if restored is not None:
-                self._report.prompts_restored += 1
+                self._facts["prompts_restored"] += 1
                 rendered = restored.rendered
                 return _Shown(
                     rendered.text,
@@ -134,7 +144,7 @@ class Resolver:
                     restored.messages,
                     restored.prompt,
                 )
-            self._report.prompts_not_restored += 1
+            self._facts["prompts_not_restored"] += 1
         if self._is_chat and self._has_specials(text):
             return _Shown(text, encode(self._tokenizer, text), "exact")
         bare = render_bare(self._tokenizer, text)
@@ -143,7 +153,7 @@ class Resolver:
         return _Shown(bare.text, bare.token_ids, "none")
 
     def _rendered(self, draft: Draft, messages: tuple[Message, ...]) -> _Shown:
-        switches = self._switches | ({"tools": draft.tools} if draft.tools else {})
+        switches = with_tools(self._switches, draft.tools)
         try:
             rendered = render(self._tokenizer, messages, chat_template_kwargs=switches)
         except PromptFileError as problem:
@@ -161,8 +171,8 @@ class Resolver:
                 )
             ids = encode(self._tokenizer, text)
             return _Written(text, ids, [True] * len(ids))
-        ids = draft.response_token_ids
-        self._check_ids(ids, f"{draft.where}: the response's ids")
+        self._check_ids(draft.response_token_ids, f"{draft.where}: the response's ids")
+        ids = self._to_the_end(draft.response_token_ids, draft)
         mask = [True] * len(ids) if draft.loss_mask is None else draft.loss_mask
         if len(mask) != len(ids):
             raise ImportFormatError(
@@ -172,12 +182,12 @@ class Resolver:
             text is not None
             and self._without_specials(text) != self._decode(ids, skip_special_tokens=True).strip()
         ):
-            self._report.text_mismatches += 1
+            self._facts["text_mismatches"] += 1
         return _Written(self._decode(ids), ids, mask, is_exact=True)
 
     def _conversation(self, draft: Draft) -> tuple[_Shown, _Written]:
         assert isinstance(draft.response, tuple)
-        if isinstance(draft.prompt, tuple) and not self._is_chat and len(draft.response) == 1:
+        if isinstance(draft.prompt, tuple) and not self._is_chat and _is_text(draft.response):
             text = Draft(draft.where, prompt=draft.prompt, response=draft.response[0]["content"])
             return self._shown(text), self._written(text)
         if not isinstance(draft.prompt, tuple) or not self._is_chat:
@@ -189,13 +199,14 @@ class Resolver:
             raise ImportFormatError(
                 f"{draft.where}: the response is a list of messages, but {reason}"
             )
-        switches = self._switches | ({"tools": draft.tools} if draft.tools else {})
+        switches = with_tools(self._switches, draft.tools)
         rendered = render_conversation(
             self._tokenizer,
             [*draft.prompt, *draft.response],
             len(draft.prompt),
             draft.where,
             chat_template_kwargs=switches,
+            turn_end=draft.turn_end,
         )
         shown = _Shown(
             rendered.prompt_text,
@@ -204,27 +215,82 @@ class Resolver:
             draft.prompt,
         )
         return shown, _Written(
-            rendered.response_text, rendered.response_token_ids, rendered.loss_mask
+            rendered.response_text,
+            rendered.response_token_ids,
+            rendered.loss_mask,
+            shows_all=rendered.shows_all,
         )
 
-    def _count(self, row: Mapping[str, Any], shown: _Shown, written: _Written) -> None:
-        report = self._report
-        report.rollouts += 1
-        report.empty_responses += not written.token_ids
-        report.tokens_not_students += written.loss_mask.count(False)
-        report.ids_exact += row["ids_origin"] == "exact"
-        report.ids_retokenized += row["ids_origin"] == "retokenized"
-        report.round_trip_mismatches += any(
-            not part.is_exact and self._decode(part.token_ids) != part.text
+    def _without_padding(self, ids: list[int], draft: Draft) -> list[int]:
+        """Prompt ids without what a padded batch put in front of them, or behind."""
+        num = draft.num_padding or 0
+        if num == 0:
+            return ids
+        self._facts["padding_removed"] += 1
+        for padding, rest in ((ids[:num], ids[num:]), (ids[-num:], ids[:-num])):
+            if len(padding) == num and len(set(padding)) == 1 and self._is_special(padding[0]):
+                return rest
+        raise ImportFormatError(
+            f"{draft.where}: {num} of the prompt's tokens are said to be padding, but neither its"
+            " first nor its last ones are one special token"
+        )
+
+    def _to_the_end(self, ids: list[int], draft: Draft) -> list[int]:
+        """Response ids of a padded batch, through the token that ended the response."""
+        if draft.num_padding is None:
+            return ids
+        eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        if eos in ids:
+            kept = ids[: ids.index(eos) + 1]
+        else:
+            num = next((i for i, one in enumerate(reversed(ids)) if one != pad), len(ids))
+            kept = ids[: len(ids) - num]
+            # a run of padding begins with the token that ended the response, unless another did
+            if num and not (kept and self._is_special(kept[-1])):
+                kept = ids[: len(kept) + 1]
+        self._facts["padding_removed"] += kept != ids and not draft.num_padding
+        return kept
+
+    def _is_special(self, token_id: int) -> bool:
+        return self._tokenizer.convert_ids_to_tokens(token_id) in self._specials
+
+    def _check_tools(self, tools: Sequence[Any] | None) -> None:
+        if tools and unused_switches(self._tokenizer, ["tools"]):
+            self._report.note(
+                "the student's chat template does not show tools: the prompts hold none of those"
+                " that the files name"
+            )
+
+    def _count(
+        self, row: Mapping[str, Any], draft: Draft, shown: _Shown, written: _Written
+    ) -> None:
+        facts = self._facts
+        facts["rollouts"] += 1
+        facts["empty_responses"] += not written.token_ids
+        facts["tokens_not_students"] += written.loss_mask.count(False)
+        facts["ids_exact"] += row["ids_origin"] == "exact"
+        facts["ids_retokenized"] += row["ids_origin"] == "retokenized"
+        facts["round_trip_mismatches"] += any(
+            not part.is_exact
+            and ("\ufffd" in part.text or self._decode(part.token_ids) != part.text)
             for part in (shown, written)
         )
-        report.template_exact += row["template_origin"] == "exact"
-        report.template_reapplied += row["template_origin"] == "reapplied"
-        report.template_none += row["template_origin"] == "none"
+        facts["texts_with_lost_characters"] += any(
+            not part.is_exact and "\ufffd" in part.text for part in (shown, written)
+        )
+        facts["thoughts_dropped"] += not written.shows_all
+        if not (written.token_ids and self._is_special(written.token_ids[-1])):
+            facts["ends_lost"] += row["finish_reason"] == FinishReason.STOP
+            facts["ends_unknown"] += (
+                row["finish_reason"] == FinishReason.GIVEN and not written.is_exact
+            )
+        facts["template_exact"] += row["template_origin"] == "exact"
+        facts["template_reapplied"] += row["template_origin"] == "reapplied"
+        facts["template_none"] += row["template_origin"] == "none"
 
     def _finish_reason(self, draft: Draft, written: _Written) -> FinishReason:
-        if draft.finish_reason == "length":
-            return FinishReason.LENGTH
+        if draft.finish_reason in ("length", "stop"):
+            return FinishReason(draft.finish_reason)
         ended = (
             bool(written.token_ids)
             and self._tokenizer.convert_ids_to_tokens(written.token_ids[-1]) in self._specials
@@ -251,3 +317,11 @@ class Resolver:
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def _is_text(response: Sequence[Message]) -> bool:
+    """Whether a response is one turn of text: no thought and no tool call that only a chat template
+    could show."""
+    return len(response) == 1 and not any(
+        response[0].get(name) for name in ("reasoning_content", "tool_calls")
+    )

@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tip_analysis.core.errors import PromptFileError
-from tip_analysis.rollouts.prompts import Message, Prompt, RenderedPrompt, render, student_messages
+from tip_analysis.rollouts.prompts import (
+    Message,
+    Prompt,
+    RenderedPrompt,
+    render,
+    student_messages,
+    with_tools,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +51,8 @@ class PromptRestorer:
         self._found: dict[str, Restored | None] = {}
         for prompt in prompts:
             messages = student_messages(prompt, template)
-            rendered = render(tokenizer, messages, chat_template_kwargs=chat_template_kwargs)
+            switches = with_tools(chat_template_kwargs, prompt.tools)
+            rendered = render(tokenizer, messages, chat_template_kwargs=switches)
             self._found[self._strip(rendered.text)] = Restored(messages, rendered, prompt)
         self._user_shape = self._shape("user")
         self._system_shape = self._shape("system", "user")
