@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint smollm2 example docs notebooks site clean
+.PHONY: demo test test-all faults lint smollm2 example docs notebooks site clean
 
 demo: $(INSTALLED)  ## the main job on the embedded pair: runs/demo and reports/demo.html
 	$(BIN)/python -m tip_analysis demo --out runs/demo --report reports/demo.html
@@ -14,6 +14,9 @@ test: $(INSTALLED)  ## the default test suite: no network, no GPU, no display
 
 test-all: $(INSTALLED) smollm2  ## slow and real-model tests too
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
+
+faults: $(INSTALLED)  ## every stage killed at every file event, five fuzzers, Ray's workers lost: half an hour
+	$(BIN)/python -m pytest -m faults --timeout 7200 tests/faults tests/scoring/test_ray_engine.py
 
 lint: $(INSTALLED)  ## formatting, lints, types, layers
 	$(BIN)/ruff check .

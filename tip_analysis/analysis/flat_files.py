@@ -80,6 +80,7 @@ def export_run(
     _refuse_run_folder(run, folder)
     tables = _tables(run, taxonomy)
     source = _source(run, taxonomy)
+    remove_stale_parts(folder)
     before = _manifest(folder)
     files: _Files = before.get("files", {})
     if before.get("source") != source:
@@ -174,7 +175,6 @@ def _export(
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     make_folder(folder)
-    remove_stale_parts(folder)
     staging = part_of(folder / "export")
     try:
         yield staging

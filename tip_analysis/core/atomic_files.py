@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 import psutil
 
-from tip_analysis.core.errors import StorageError
+from tip_analysis.core.errors import StorageError, TipAnalysisError
 from tip_analysis.core.text import first_line
 
 LONGEST_NAME = 255
@@ -125,7 +125,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system says of a full or closed disk into one clear error."""
     try:
         yield
-    except StorageError:
+    except TipAnalysisError:  # some of them are OSErrors too
         raise
     except OSError as error:
         reason = error.strerror or first_line(error)
