@@ -228,10 +228,9 @@ def generations(names: list[str]) -> list[str]:
 
 
 def stripped(page: Path) -> str:
-    """A page without times and without hashes, which follow from times."""
-    return re.sub(
-        r"\d{4}-\d\d-\d\d[T ][\d:+]*|\d+(\.\d+)? (ms|s|min)\b", "", page.read_text("utf-8")
-    )
+    """A page without times, and without the names that Matplotlib takes from memory addresses."""
+    times = r"\d{4}-\d\d-\d\d[T ][\d:+]*|\d+(\.\d+)? (ms|s|min)\b"
+    return re.sub(rf"{times}|-[mp][0-9a-f]{{10}}\b", "", page.read_text("utf-8"))
 
 
 def records(record: dict) -> dict:

@@ -16,7 +16,7 @@ import pytest
 from faults.run_folders import fit_record, run_case
 from synthetic import make_tables, write_run
 
-from tip_analysis.analysis.export import export_run
+from tip_analysis.analysis.flat_files import export_run
 from tip_analysis.analysis.masks import write_masks
 from tip_analysis.analysis.run_view import ReportOptions, open_views
 from tip_analysis.core.errors import LockedError, OptionError, RunError, SchemaError
