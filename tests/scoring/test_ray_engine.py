@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import psutil
@@ -28,7 +29,9 @@ from tip_analysis.scoring.stage import Scorer, score_rollouts
 
 slow = [
     pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.timeout(900),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is an optional extra"),
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two actors need two CPUs"),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
@@ -200,3 +203,32 @@ def test_the_command_starts_ray_by_itself_and_is_quiet(run, models):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
     assert wrong.stderr.count("\n") == 1
+
+
+class TestLostDriver:
+    pytestmark = slow
+
+    def test_what_a_killed_driver_began_another_process_finishes(self, rollouts, run, models):
+        whole = create_run(run.path.with_name("whole"))
+        whole.begin("rollout", config={}).write(0, rollouts)
+        names = [str(models / name) for name in ("student", "teacher")]
+        student, teacher = (load_model(name, dtype="float32", device="cpu") for name in names)
+        score_rollouts(whole, Scorer(student, teacher), shard_size=1)
+        command = [sys.executable, "-m", "tip_analysis", "score", str(run.path)]
+        command += ["--teacher", names[1], "--shard-size", "1", "--dtype", "float32"]
+        driver = subprocess.Popen(
+            [*command, "--engine", "ray"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        while not (done := len(list(run.path.glob("tokens/*.parquet")))):
+            assert driver.poll() is None, "the driver ended before its first shard"
+            time.sleep(0.002)
+        left = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+        driver.wait()
+        assert done < 40
+        subprocess.run(command, check=True, capture_output=True)
+        assert run.tokens().collect().equals(whole.tokens().collect())
+        assert open_run(run.path).stages()["score"]["finished"]
+        assert not list(run.path.rglob("*.part"))
+        _, alive = psutil.wait_procs(left, timeout=300)
+        assert not alive, "Ray's own processes end when the driver does"
