@@ -240,11 +240,6 @@ def json_block(value: Any) -> Markup:
     return Markup(text)
 
 
-def png_uri(content: bytes) -> str:
-    """A PNG file as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
 @cache
 def _environment() -> Environment:
     environment = Environment(
