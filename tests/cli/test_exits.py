@@ -141,6 +141,7 @@ class OutOfMemoryError(RuntimeError):
         (TipAnalysisError("a process ended"), 1, "error: a process ended"),
         (MemoryError(), 2, "memory ran out: a smaller --token-budget"),
         (OutOfMemoryError("CUDA out of memory.\nTried"), 2, "(CUDA out of memory. Tried)"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 2, "memory ran out"),
         (PermissionError(errno.EACCES, "Permission denied", "p\n"), 2, "error: p: Permission"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),
         (OSError("odd"), 1, "unexpected OSError: odd"),

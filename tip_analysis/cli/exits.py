@@ -82,7 +82,11 @@ def status_of(error: BaseException) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the host or (as torch says it) on a device."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    )
 
 
 def _place(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,17 +35,9 @@ from tip_analysis.models.locating import locate
 
 logger = logging.getLogger(__name__)
 
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-)
-"""What libraries raise at files that are no model."""
+LOADING_ERRORS = (Exception,)
+"""What libraries raise at files that are no model: SafetensorError, IndexError, RecursionError,
+OverflowError, MemoryError … there is no end to the list."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -15,9 +15,9 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -151,8 +151,8 @@ def _run_in_processes(
     run: Run, study: StudyOptions, tasks: Sequence[Task], board: "_Board", jobs: int, threads: int
 ) -> list[str]:
     context = multiprocessing.get_context("spawn")
-    events = context.Queue()
-    arguments = (run.path, study, events, threads, os.getpid())
+    events, stop = context.Queue(), context.Event()
+    arguments = (run.path, study, events, threads, os.getpid(), stop)
     with _environment(
         OMP_NUM_THREADS=str(threads),
         POLARS_MAX_THREADS=str(threads),
@@ -162,9 +162,13 @@ def _run_in_processes(
             min(jobs, len(tasks)), mp_context=context, initializer=_start, initargs=arguments
         )
         try:
-            futures = [executor.submit(_run_task, task) for task in tasks]
+            with _without_interrupts():
+                futures = [executor.submit(_run_task, task) for task in tasks]
             _follow(futures, events, board)
             return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            stop.set()  # arms go on from their checkpoints when the command is run again
+            raise
         except BrokenProcessPool as error:
             raise TipAnalysisError(
                 "a training process ended abruptly (out of memory, for one); finished arms are"
@@ -197,11 +201,13 @@ _runner: ArmRunner | None = None
 _runner_error: Exception | None = None
 
 
-def _start(path: Path, study: StudyOptions, events: Any, threads: int, parent: int) -> None:
+def _start(
+    path: Path, study: StudyOptions, events: Any, threads: int, parent: int, stop: Any
+) -> None:
     """Set up a spawned process; an error here is kept for the first task, since a pool would hide
     it."""
     global _runner, _runner_error
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent, stop), daemon=True).start()
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -221,11 +227,25 @@ def _run_task(task: Task) -> str:
     return _runner.arm_key(arm, seed)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, so that none trains on for nobody."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with(parent: int, stop: Any) -> None:
+    """End this process when its parent is gone or says so, so that none trains on for nobody."""
+    while os.getppid() == parent and not stop.wait(0.5):
+        pass
     os._exit(1)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside never see Ctrl-C, which goes to all of a terminal's
+    processes: this one sees it, when the block is over, and ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
