@@ -419,3 +419,16 @@ def test_a_vocabulary_of_scoring_that_left_nothing_makes_way(run, student, teach
     stale.write(0, run.vocabulary().collect().head(1))
     score_rollouts(other, Scorer(student, teacher), shard_size=64)
     assert other.vocabulary().collect().equals(run.vocabulary().collect())
+
+
+@pytest.mark.parametrize("column", ["prompt_token_ids", "response_token_ids"])
+def test_ids_that_a_model_has_no_row_for_are_named(run, student, teacher, tmp_path, column):
+    last = pl.col(column).list.slice(0, pl.col(column).list.len() - 1)
+    beyond = pl.concat_list(last, pl.lit(student.vocab_size, pl.Int32))
+    changed = pl.when(pl.int_range(pl.len()) == 4).then(beyond).otherwise(column)
+    rollouts = run.rollouts().collect().with_columns(changed.alias(column))
+    other = create_run(tmp_path / "run")
+    other.begin("rollout", config={}).write(0, rollouts)
+    name = rollouts["rollout_id"][4]
+    with pytest.raises(VocabularyMismatchError, match=rf"'{name}': {column} holds .* outside the"):
+        score_rollouts(other, Scorer(student, teacher))

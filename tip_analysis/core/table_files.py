@@ -28,7 +28,7 @@ from tip_analysis.core.text import first_line
 
 logger = logging.getLogger(__name__)
 
-CHEAP_BYTES = 32 * 2**20
+CHEAP_BYTES = 64 * 2**20
 """Size up to which a table is checked whole wherever it is read."""
 
 _Stamp = tuple[str, int, int, int]

@@ -33,7 +33,7 @@ def prepare_rollouts(
         teacher_context: `none` or `solution`, see `with_teacher_prompts`.
 
     Raises:
-        VocabularyMismatchError: the rollouts hold token ids of another tokenizer.
+        VocabularyMismatchError: the rollouts hold token ids of another tokenizer, or none of it.
         ContextLengthError: a rollout is longer than a model's context.
     """
     rollouts = run.rollouts().collect()
@@ -54,7 +54,20 @@ def prepare_rollouts(
             + rollouts["response_token_ids"].list.len()
         )
         check_context(model, rollouts["rollout_id"].to_list(), lengths.to_list())
+        _check_ids(rollouts, model, [prompt, "response_token_ids"])
     return rollouts
+
+
+def _check_ids(rollouts: pl.DataFrame, model: LanguageModel, columns: list[str]) -> None:
+    """Refuse token ids that a model has no row for."""
+    for column in columns:
+        beyond = rollouts.filter(pl.col(column).list.max() >= model.vocab_size)
+        if beyond.height:
+            name, largest = beyond["rollout_id"][0], beyond[column].list.max()[0]
+            raise VocabularyMismatchError(
+                f"rollout {name!r}: {column} holds {largest}, outside the vocabulary of"
+                f" {model.name} ({model.vocab_size:,} tokens)"
+            )
 
 
 def with_teacher_prompts(
