@@ -91,3 +91,29 @@ def test_a_folder_with_files_is_left_alone(exported, tmp_path) -> None:
     with pytest.raises(OptionError, match="is not empty"):
         export_run(run, folder, TAXONOMY)
     assert export_run(run, folder, TAXONOMY, overwrite=True)
+
+
+def test_load_dataset_reads_the_folder_as_it_stands(tables, exported, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder, written = exported
+
+    def load(*name):
+        return datasets.load_dataset(str(folder), *name, split="train", cache_dir=str(tmp_path))
+
+    assert load().num_rows == tables.tokens.height
+    rollouts = load("rollouts")
+    assert rollouts["rollout_id"] == tables.rollouts["rollout_id"].to_list()
+    names = datasets.get_dataset_config_names(str(folder))
+    assert len(names) == len(set(names)) == len(written)
+    labels = next(name for name in names if name.startswith("labels-"))
+    first = load(labels)[0]
+    assert len(first["input_ids"]) == len(first["labels"])
+    assert set(first["labels"]) - {IGNORED} <= set(first["input_ids"])
+
+
+def test_a_readme_of_ones_own_is_left_alone(tables, tmp_path):
+    run = open_run(write_run(tmp_path / "run", tables))
+    export_run(run, tmp_path / "flat", TAXONOMY)
+    (tmp_path / "flat" / "README.md").write_text("mine")
+    export_run(run, tmp_path / "flat", TAXONOMY)
+    assert (tmp_path / "flat" / "README.md").read_text() == "mine"

@@ -5,7 +5,8 @@ Written: `tokens.parquet` (every token column, the scores, `quadrant`), `rollout
 where they were made `vocabulary.parquet`, `gradients.parquet`, `masks.parquet` (one row per
 selected token) and `labels/RULE-RATIO-SCOPE-SEED.parquet`: one row per rollout with `input_ids` and
 `labels` (−100 where a token is not selected), as most trainers take them, and `selected`, one bool
-per response token. `export.json` says what the files were made from, with their hashes.
+per response token. `export.json` says what the files were made from, with their hashes, and
+`README.md` names the tables for `datasets.load_dataset(FOLDER, "rollouts")` (`tokens` by default).
 
 All files are made whole in a hidden folder first; only then are they put in their places, in the
 place of older ones where `overwrite` allows it. An export that was killed is made again; one that
@@ -49,6 +50,7 @@ TABLES = ("vocabulary", "gradients", "masks", "ablations", "evaluations")
 """Tables that are exported where they were made."""
 
 MANIFEST = "export.json"
+CARD, CARD_BEGINS = "README.md", "---\n# made by `tip-analysis export`\nconfigs:\n"
 LONGEST_RULE = 120
 """Characters of a rule's name in that of a file."""
 _FILE = re.compile(r"(?:[a-z_]+|labels/[A-Za-z0-9_.~%-]+)\.parquet")
@@ -91,7 +93,28 @@ def export_run(
         files = _export(folder, tables, source, before)
     elif not _is_whole(folder, before):
         files = _export(folder, tables, source, before)
+    _write_card(folder, list(files))
     return {folder / name: file["num_rows"] for name, file in files.items()}
+
+
+def _write_card(folder: Path, files: list[str]) -> None:
+    """Name each table for `load_dataset`, which would else put files of several schemas into one;
+    a README that is not ours is left alone."""
+    path = folder / CARD
+    if path.exists() and not path.read_bytes().startswith(CARD_BEGINS.encode()):
+        return
+    lines = [CARD_BEGINS]
+    for name in files:
+        lines.append(f"- config_name: {_table_name(name)}\n  data_files: {name}\n")
+        if name == "tokens.parquet":
+            lines.append("  default: true\n")
+    text = "".join([*lines, "---\n"])
+    if not path.exists() or path.read_text("utf-8") != text:
+        write_atomically(path, lambda part: part.write_text(text, "utf-8"))
+
+
+def _table_name(file: str) -> str:
+    return file.removesuffix(".parquet").replace("/", "-").replace("%", "_")
 
 
 def _tables(run: Run, taxonomy: Taxonomy) -> dict[str, pl.LazyFrame]:
