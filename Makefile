@@ -18,6 +18,11 @@ test-all: $(INSTALLED) smollm2  ## slow and real-model tests too
 faults: $(INSTALLED)  ## every stage killed at every file event, five fuzzers, Ray's workers lost: half an hour
 	$(BIN)/python -m pytest -m faults --timeout 7200 tests/faults tests/scoring/test_ray_engine.py
 
+interop: $(INSTALLED)  ## imports of files that other tools write: TRL, in an environment of its own
+	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/pip install --quiet --requirement requirements.lock trl
+	$(BIN)/python -m pytest -m interop
+
 lint: $(INSTALLED)  ## formatting, lints, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
