@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all faults lint smollm2 example docs notebooks site clean
+.PHONY: demo test test-all test-install faults lint smollm2 example docs notebooks site clean
 
 demo: $(INSTALLED)  ## the main job on the embedded pair: runs/demo and reports/demo.html
 	$(BIN)/python -m tip_analysis demo --out runs/demo --report reports/demo.html
@@ -22,6 +22,9 @@ interop: $(INSTALLED)  ## imports of files that other tools write: TRL, in an en
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/pip install --quiet --requirement requirements.lock trl
 	$(BIN)/python -m pytest -m interop
+
+test-install: $(INSTALLED)  ## the wheel in empty environments: a plain one from the package index, and the demo
+	$(BIN)/python -m pytest -m install
 
 lint: $(INSTALLED)  ## formatting, lints, types, layers
 	$(BIN)/ruff check .

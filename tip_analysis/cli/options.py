@@ -7,7 +7,7 @@ commands share are dataclasses of their own; their fields carry no prefix on the
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
@@ -55,6 +55,14 @@ class ModelOptions:
     token_budget: SomeCount = None
     """Tokens a batch, padding included; halves itself when memory runs out. By default 16,384, and
     65,536 in `ablate`."""
+
+    def loading(self, token_budget: int = 16384) -> dict[str, Any]:
+        """How models are loaded and batched, as the door's functions take it."""
+        return {
+            "token_budget": self.tokens_a_batch(token_budget),
+            "dtype": self.dtype,
+            "device": self.device,
+        }
 
     def tokens_a_batch(self, default: int = 16384) -> int:
         """The budget that was named, or the default."""
