@@ -168,7 +168,8 @@ def _selections(view: RunView, frame: pl.DataFrame) -> tuple[list[str], dict[str
         masks = view.run.masks().join(keys, on="rollout_id", how="semi").collect()
     else:
         masks = _made_masks(view, keys)
-    smallest = masks.group_by("rule", "rollout_id", "position").agg(pl.col("retention_ratio").min())
+    of_token = masks.group_by("rule", "rollout_id", "position")
+    smallest = of_token.agg(pl.col("retention_ratio").min()).sort("rule", "rollout_id", "position")
     rules = sorted(smallest["rule"].unique())
     parts = smallest.partition_by("rollout_id", as_dict=True)
     return rules, {str(key[0]): part for key, part in parts.items()}
