@@ -394,8 +394,7 @@ def _statistics(p: np.ndarray, q: np.ndarray, sampled: np.ndarray, top_k: int) -
 def _estimators(
     p: np.ndarray, q: np.ndarray, d: np.ndarray, delta: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What method section 10 says of estimators, and stop masses with the last two tokens as stops;
-    the vocabulary has no more than the sixteen candidates."""
+    """Method section 10's estimators with all tokens as candidates; the last two tokens stop."""
     distance = 1 - 2 * p + (p**2).sum(1, keepdims=True)
     square_mean = ((p * (d - delta[:, None])) ** 2).sum(1)
     best = (p * d * distance).sum(1) / (p * distance).sum(1)
