@@ -100,6 +100,33 @@ class StopTokens(Name):
     """One token: which of them a model prefers is no disagreement."""
 
 
+class Artefact(Name):
+    """Why a token only looks important; where several fit, the first is meant."""
+
+    AFTER_END = "after_end"
+    """The student wrote it after a stop token of the same turn."""
+    PADDED_MASS = "padded_mass"
+    """A model puts probability on rows of its head that are no shared token."""
+    STOP_TOKEN = "stop_token"
+    """The models differ in which of several stop tokens they prefer, more than in anything else."""
+    SPECIAL_TOKEN = "special_token"
+    """A template's or another special token inside what the student wrote."""
+    RETOKENIZED = "retokenized_boundary"
+    """The edge of a text that was encoded again: the author's own ids may have been others."""
+    AFTER_TRUNCATION = "after_truncation"
+    """The first token of a turn after one that was cut off."""
+    OUTLIER = "outlier"
+    """A single divergence that sets the scale: without it the min-max changes by more than 10%."""
+
+
+class ScreenedPart(Name):
+    """What a screen takes the share of artefacts in."""
+
+    QUADRANT = "quadrant"
+    SUM = "sum"
+    MASK = "mask"
+
+
 class FinishReason(Name):
     """Why a rollout ends where it ends."""
 

@@ -37,6 +37,7 @@ TABLE_OF_STAGE = {
     "score": "tokens",
     "gradients": "gradients",
     "select": "masks",
+    "screen": "screens",
     "ablate": "ablations",
     "evaluate": "evaluations",
 }
@@ -49,8 +50,8 @@ SHARD_SUFFIX = {"teacher_states": ".safetensors"}
 """How shards are called that are no Parquet files."""
 
 BUILT_ON = {
-    "rollout": ("teacher", "vocabulary", "score", "gradients", "select"),
-    "score": ("vocabulary", "gradients", "select"),
+    "rollout": ("teacher", "vocabulary", "score", "gradients", "select", "screen"),
+    "score": ("vocabulary", "gradients", "select", "screen"),
 }
 """Stages whose rows lose their meaning when a stage starts afresh."""
 

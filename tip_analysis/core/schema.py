@@ -17,6 +17,7 @@ from dataframely.exc import ValidationError
 
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import (
+    Artefact,
     FinishReason,
     IdsOrigin,
     Loss,
@@ -25,6 +26,7 @@ from tip_analysis.core.names import (
     Method,
     Mode,
     PlantedLabel,
+    ScreenedPart,
     SelectionScope,
     TemplateOrigin,
     TrainingLoss,
@@ -230,6 +232,11 @@ class TokenTable(dy.Schema):
     teacher_topk_logprobs = dy.List(
         dy.Float32(max=0.0, allow_inf=True), nullable=True, description="Their ln P_T"
     )
+    artefact = dy.Enum(
+        Artefact,
+        nullable=True,
+        description="Why the token only looks important; null where nothing speaks against it",
+    )
     planted_label = dy.Enum(
         PlantedLabel, nullable=True, description="True label of the token; arithmetic pair only"
     )
@@ -295,6 +302,35 @@ class MaskTable(dy.Schema):
     seed = dy.Int64(primary_key=True, description="Seed of a sampling rule")
     rollout_id = dy.String(primary_key=True, min_length=1, description="The rollout")
     position = dy.Int32(primary_key=True, min=0, description="Position in the response, from 0")
+
+
+class ScreenTable(dy.Schema):
+    """One row per class of artefact and part of a run: how much of the part is artefact."""
+
+    artefact = dy.String(
+        primary_key=True, min_length=1, description="Class of artefact; `any` for all together"
+    )
+    part = dy.Enum(ScreenedPart, primary_key=True, description="`quadrant`, `sum` or `mask`")
+    name = dy.String(
+        primary_key=True,
+        min_length=1,
+        description="The quadrant, the column that is summed, or the mask as `rule:ratio`",
+    )
+    num_tokens = dy.Int64(min=0, description="Tokens of the part")
+    num_artefacts = dy.Int64(min=0, description="Tokens of the part that are such artefacts")
+    share = dy.Float64(nullable=True, description="Their share of the part: of tokens, or of a sum")
+    share_low = dy.Float64(nullable=True, description="Its 95% interval, by resampling prompts")
+    share_high = dy.Float64(nullable=True, description="Upper end of the interval")
+    jaccard = dy.Float64(
+        nullable=True,
+        min=0.0,
+        max=1.0,
+        description=(
+            "Masks: agreement, on all other tokens, with the mask made without any artefact"
+        ),
+    )
+    entropy_cut = dy.String(primary_key=True, description="The entropy cut as it was asked for")
+    divergence_cut = dy.String(primary_key=True, description="The divergence cut likewise")
 
 
 class EvaluationTable(dy.Schema):
@@ -401,6 +437,7 @@ TABLES: dict[str, type[dy.Schema]] = {
     "tokens": TokenTable,
     "gradients": GradientTable,
     "masks": MaskTable,
+    "screens": ScreenTable,
     "ablations": AblationTable,
     "evaluations": EvaluationTable,
 }

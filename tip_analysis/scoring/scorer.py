@@ -29,6 +29,7 @@ from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import chosen_hidden_states
 from tip_analysis.models.loading import LanguageModel, OutputHead, shared_vocabulary, token_texts
 from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
+from tip_analysis.scoring.artefacts import PADDED_MASS, label_artefacts, mass_outside
 
 SHARING_PAYS_FROM = 0.2
 """Share of a batch's positions that running each distinct prompt once must save."""
@@ -121,7 +122,9 @@ class Scorer:
         columns = in_batches(
             rollouts, self.budget, lambda rows: self._score(rows, stored, compiled), advance
         )
-        return _assemble(rollouts, columns, self.texts)
+        table = _assemble(rollouts, columns, self.texts)
+        special_ids = self.student.tokenizer.all_special_ids
+        return label_artefacts(table, rollouts, stop_ids=self.stop_ids, special_ids=special_ids)
 
     def compiles(self, rollouts: pl.DataFrame) -> bool:
         """Whether the statistics of these rollouts' tokens are compiled."""
@@ -162,24 +165,42 @@ class Scorer:
         stop_ids = torch.tensor(self.stop_ids, dtype=torch.long)
 
         def block(rows: slice) -> Columns:
-            student_logits = self.student.head(student[rows])[:, : self.vocab_size]
-            teacher_logits = teacher.logits(rows, student_logits)[:, : self.vocab_size].to(
-                student_logits.device
-            )
-            return token_statistics(
+            of_student = self.student.head(student[rows])
+            student_logits = of_student[:, : self.vocab_size]
+            of_teacher = teacher.logits(rows, student_logits).to(student_logits.device)
+            found = token_statistics(
                 student=student_logits,
-                teacher=teacher_logits,
+                teacher=of_teacher[:, : self.vocab_size],
                 token_ids=token_ids[rows],
                 top_k=self.top_k,
                 stop_ids=stop_ids,
                 merge_stop_tokens=self.stop_tokens is StopTokens.MERGED,
                 compile=compiled,
             )
+            return found | self._padded_mass(of_student, of_teacher, found)
 
         columns = in_blocks(
             len(token_ids), rows_per_block(self.vocab_size, device=student.device), block
         )
         return teacher.settle({name: column.cpu() for name, column in columns.items()})
+
+    def _padded_mass(self, student: Tensor, teacher: Tensor, found: Columns) -> Columns:
+        """The scratch column of `artefacts`, where a head has rows beyond the shared vocabulary;
+        not of merged rows, whose top token may be the merged one."""
+        if max(student.shape[1], teacher.shape[1]) == self.vocab_size or (
+            self.stop_tokens is StopTokens.MERGED
+        ):
+            return {}
+        masses = [
+            mass_outside(
+                logits,
+                self.vocab_size,
+                found[f"{side}_topk_ids"][:, 0],
+                found[f"{side}_topk_logprobs"][:, 0],
+            )
+            for side, logits in (("student", student), ("teacher", teacher))
+        ]
+        return {PADDED_MASS: torch.maximum(*masses)}
 
 
 def in_batches(
@@ -295,6 +316,8 @@ def _assemble(
     names = pl.DataFrame(known, schema={"token_id": pl.Int32, "token": pl.String}, orient="row")
     base = base.join(names, on="token_id", how="left", maintain_order="left")
     schema = polars_schema(TokenTable)
+    if PADDED_MASS in columns:
+        schema[PADDED_MASS] = pl.Float32()
     statistics = [_series(name, column, schema[name]) for name, column in columns.items()]
     if statistics:
         counted = base.filter("loss_mask").select("row").hstack(statistics)
