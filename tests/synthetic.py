@@ -135,6 +135,7 @@ def make_tables(
                 "token": [vocabulary[index] for index in sampled],
                 "loss_mask": np.ones(num_tokens, dtype=bool),
                 "planted_label": labels if planted else [None] * num_tokens,
+                "artefact": [None] * num_tokens,
                 **columns,
             },
             strict=False,

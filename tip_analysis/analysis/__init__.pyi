@@ -46,6 +46,8 @@ from .run_view import RunView as RunView
 from .scores import add_scores as add_scores
 from .scores import register_score as register_score
 from .scores import score_expression as score_expression
+from .screening import screen as screen
+from .screening import screen_tokens as screen_tokens
 from .selection import select_tokens as select_tokens
 from .selection import to_masks as to_masks
 from .status import stage_table as stage_table

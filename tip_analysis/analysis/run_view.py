@@ -34,6 +34,7 @@ from tip_analysis.analysis.measurements import (
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.analysis.scores import Normalization, add_scores
+from tip_analysis.analysis.screening import screen_tokens
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.errors import OptionError, RunError, SchemaError
 from tip_analysis.core.names import Loss
@@ -44,6 +45,10 @@ Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]
 
 GRADIENT_SCORES = ("grad_norm", "grad_dot_loss", "reward_alignment")
 """What a reader of single tokens sees of their gradients."""
+
+
+SCREENED_TOKENS = 2_000_000
+"""A run of more tokens is screened for artefacts on its sampled prompts."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,23 @@ class RunView:
     def cuts(self) -> Cuts:
         """Both cuts as measured."""
         return self.options.taxonomy.measure(self.raw)
+
+    @cached_property
+    def screened(self) -> pl.DataFrame:
+        """Artefacts by quadrant and sum (`screening.screen_tokens`); of the sampled prompts where
+        the run is too large to look at every token."""
+        tokens = self.raw
+        if self.gradients is not None:
+            squared = pl.col("grad_norm").pow(2).alias("grad_norm_sq")
+            tokens = self.with_gradients(tokens).with_columns(squared)
+        if self.population.num_tokens > SCREENED_TOKENS:
+            tokens = self.sampled(tokens)
+        return screen_tokens(
+            tokens,
+            taxonomy=self.options.taxonomy,
+            rules=(),
+            num_resamples=self.options.num_resamples,
+        )
 
     @cached_property
     def tokens(self) -> pl.LazyFrame:

@@ -29,6 +29,8 @@ WORTH_A_WARNING = 0.05
 RULES, RATIOS = ("entropy", "divergence", "soft_or", "q3"), (0.1, 0.2, 0.5)
 SUMS = ("reverse_kl", "grad_norm_sq")
 _OUTLIER_CHANGE = 0.1
+_NEEDED = ("prompt_id", "batch_id", "loss_mask", "student_entropy", "artefact", *SUMS)
+"""What quadrants and sums take; masks take what their rules do."""
 
 
 def mark_outliers(tokens: pl.LazyFrame | pl.DataFrame, scope: Scope = Scope.RUN) -> pl.LazyFrame:
@@ -80,7 +82,11 @@ def screen_tokens(
     tokens = tokens.lazy()
     require_columns(tokens, ["artefact", "loss_mask", "reverse_kl", "prompt_id"], "screen")
     scope = Scope(taxonomy.normalization_scope)
-    marked = mark_outliers(tokens, scope).filter("loss_mask").collect()
+    present = tokens.collect_schema().names()
+    needed = present if rules else [name for name in _NEEDED if name in present]
+    marked = mark_outliers(tokens.select(needed), scope).filter("loss_mask").collect()
+    if marked.is_empty():
+        return pl.DataFrame(schema=polars_schema(ScreenTable))
     cuts = taxonomy.measure(marked)
     frame = assign_quadrants(marked, cuts=cuts).collect()
     masks = list(_masks(frame, taxonomy, rules, ratios, seed))
@@ -212,6 +218,8 @@ def _masks(
     seed: int,
 ) -> Iterator[Part]:
     """Masks of all tokens, with how far they agree with those made without artefacts."""
+    if not rules:
+        return
     is_artefact = frame["artefact"].is_not_null().to_numpy()
     ones = np.ones(frame.height)
     others = _scored(frame.filter(pl.col("artefact").is_null()), taxonomy)
@@ -240,7 +248,7 @@ def _shares(
 ) -> Iterator[dict[str, object]]:
     labels = frame["artefact"].cast(pl.String).fill_null("").to_numpy()
     prompts = group_index(frame["prompt_id"])
-    size = int(prompts.max()) + 1 if len(prompts) else 0
+    size = int(prompts.max()) + 1
     for part, name, belongs, weights, agreement in parts:
         for label in (*sorted(set(labels) - {""}), ANY):
             fits = belongs & (labels != "" if label == ANY else labels == label)

@@ -287,6 +287,25 @@ def export(command: options.Export) -> None:
         console.print(f"{path}: {num_rows:,} rows", soft_wrap=True)
 
 
+def screen(command: options.Screen) -> None:
+    """Say how much of each part of a run is artefact."""
+    from tip_analysis.analysis.screening import ANY, num_artefacts, screen, warnings_of
+
+    table = screen(
+        command.run,
+        taxonomy=taxonomy_of(command),
+        rules=command.rules,
+        ratios=command.ratios,
+        seed=command.seed,
+        overwrite=command.overwrite,
+    )
+    hidden = ["entropy_cut", "divergence_cut"]
+    show_table(f"{command.run}: artefacts", table.filter(artefact=ANY).drop(*hidden, "artefact"))
+    console.print(f"{num_artefacts(table):,} tokens are artefacts", soft_wrap=True)
+    for warning in warnings_of(table):
+        console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+
+
 def compare(command: options.Compare) -> None:
     """Show two runs side by side."""
     from tip_analysis.analysis.comparison import compare_runs
@@ -317,6 +336,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     options.Import: import_,
     options.Score: score,
     options.Select: select,
+    options.Screen: screen,
     options.Gradients: gradients,
     options.Evaluate: evaluate,
     options.Ablate: ablate,

@@ -278,6 +278,25 @@ class Select:
 
 
 @dataclass(frozen=True)
+class Screen:
+    """Find tokens that only look important: stop tokens, special tokens, outliers and other
+    artefacts, and how much of each quadrant, sum and mask they are."""
+
+    run: RunFolder
+    """Run folder with scored tokens."""
+    rules: Names = ("entropy", "divergence", "soft_or", "q3")
+    """Rules whose masks are screened."""
+    ratios: Ratios = (0.1, 0.2, 0.5)
+    """Retention ratios in (0, 1]."""
+    seed: Seed = 0
+    """Seed of the intervals, and of rules that sample."""
+    overwrite: Flag = False
+    """Screen again what was screened already."""
+    taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    common: Common = field(default_factory=CommonOptions)
+
+
+@dataclass(frozen=True)
 class Status:
     """Show which stages of a run are done, what they hold, and what can come next."""
 
@@ -493,6 +512,7 @@ Command = (
     | Annotated[Score, subcommand("score")]
     | Annotated[Gradients, subcommand("gradients")]
     | Annotated[Select, subcommand("select")]
+    | Annotated[Screen, subcommand("screen")]
     | Annotated[Ablate, subcommand("ablate")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Compare, subcommand("compare")]

@@ -16,6 +16,7 @@ import polars as pl
 
 from tip_analysis.analysis.measurements import Preference, settle_preference
 from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.names import StopTokens
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.table_files import scan
@@ -56,10 +57,12 @@ def measure_run(
     Raises:
         ConfigurationMismatchError: the same measurement was made on other rollouts or another
             number of them.
-        OptionError: `limit` is below 1, or an option is not valid.
+        OptionError: `limit` is below 1, an option is not valid, or the run was scored with merged
+            stop tokens, whose loss is another than the one that is measured here.
     """
     if limit is not None and limit < 1:
         raise OptionError(f"--limit must be at least 1, found {limit}")
+    _check_stop_tokens(run)
     rollouts = prepare_rollouts(run, student, teacher, teacher_context)
     rollouts = rollouts if limit is None else rollouts.head(limit)
     inputs = [rollout for rollout in rollouts_in_memory(rollouts) if rollout.num_tokens]
@@ -91,6 +94,16 @@ def measure_run(
             replace(settings, losses=losses),
         )
     return {loss: stage.finish(**_summary(stage, len(shards))) for loss, stage in stages.items()}
+
+
+def _check_stop_tokens(run: Run) -> None:
+    scored = run.stages().get("score", {}).get("config", {}).get("stop_tokens")
+    if scored == StopTokens.MERGED:
+        raise OptionError(
+            f"{run.path} was scored with --stop-tokens merged, but gradients are those of the loss"
+            " with declared stop tokens; score the rollouts with --stop-tokens declared to measure"
+            " them"
+        )
 
 
 def _measure(

@@ -22,6 +22,7 @@ from tip_analysis.report import paper
 from tip_analysis.report.page import Part, Section, Warnings, render
 from tip_analysis.report.sections import (
     ablations,
+    artefacts,
     browser,
     gradients,
     groups,
@@ -119,6 +120,7 @@ def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section
         ("gradients", "Gradient norms and alignment", lambda: gradients.gradients(views)),
         ("selection", "Selection rules", lambda: selections.selections(views)),
         ("effects", "Position, frequency and kind of token", lambda: groups.group_effects(views)),
+        ("artefacts", "Artefacts", lambda: artefacts.artefacts(views)),
         ("ablations", "Ablations and the paper’s claims", lambda: ablations.ablations(views)),
         ("strongest", "Strongest tokens", lambda: taxonomy.strong_tokens(views)),
         ("browser", "Token browser", lambda: browser.browser(views)),

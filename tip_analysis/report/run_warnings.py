@@ -5,6 +5,7 @@ import polars as pl
 
 from tip_analysis.analysis.quadrants import warn_about_cuts
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.analysis.screening import warnings_of as artefact_warnings
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import count, listed, percent, plural, sentence
 
@@ -14,6 +15,7 @@ def warnings_of(view: RunView) -> list[str]:
     texts = [*_table_warnings(view), *_rollout_warnings(view)]
     if (cut := warn_about_cuts(view.raw, view.cuts)) is not None:
         texts.append(sentence(cut.message))
+    texts += [sentence(text) for text in artefact_warnings(view.screened)]
     if view.cuts.paper_ranges_met is not None:
         verdict = "they do here" if view.cuts.paper_ranges_met else "the data do not allow it here"
         texts.append(

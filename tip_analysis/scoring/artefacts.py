@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tip_analysis.core.names import Artefact, IdsOrigin
+from tip_analysis.core.names import Artefact, IdsOrigin, StopTokens
 
 PADDED_MASS = "padded_mass"
 """Scratch column: probability of rows of the output head that are no shared token, the larger of
@@ -45,6 +45,7 @@ def label_artefacts(
     *,
     stop_ids: Collection[int],
     special_ids: Collection[int],
+    stop_tokens: StopTokens = StopTokens.DECLARED,
 ) -> pl.DataFrame:
     """Fill in `artefact`; where several classes fit, the first of `Artefact` is meant.
 
@@ -53,6 +54,7 @@ def label_artefacts(
         rollouts: the rollouts that they come from.
         stop_ids: tokens with which either model ends a turn.
         special_ids: the tokenizer's special tokens.
+        stop_tokens: how they were scored: merged, they cannot disagree.
     """
     origins = rollouts.select("rollout_id", "ids_origin")
     padded = pl.col(PADDED_MASS) if PADDED_MASS in tokens.columns else pl.lit(None, pl.Float32)
@@ -68,8 +70,11 @@ def label_artefacts(
     classes = {
         Artefact.AFTER_END: pl.col("_ended"),
         Artefact.PADDED_MASS: padded > PADDED_FROM,
-        Artefact.STOP_TOKEN: pl.col("stop_mismatch")
-        > pl.max_horizontal(pl.lit(STOP_NATS), STOP_PART * pl.col("reverse_kl")),
+        Artefact.STOP_TOKEN: pl.lit(stop_tokens is StopTokens.DECLARED)
+        & (
+            pl.col("stop_mismatch")
+            > pl.max_horizontal(pl.lit(STOP_NATS), STOP_PART * pl.col("reverse_kl"))
+        ),
         Artefact.SPECIAL_TOKEN: pl.col("token_id").is_in(list(special_ids))
         & ~(pl.col("_stops") & pl.col("_last")),
         Artefact.RETOKENIZED: (pl.col("ids_origin") == IdsOrigin.RETOKENIZED)

@@ -124,7 +124,13 @@ class Scorer:
         )
         table = _assemble(rollouts, columns, self.texts)
         special_ids = self.student.tokenizer.all_special_ids
-        return label_artefacts(table, rollouts, stop_ids=self.stop_ids, special_ids=special_ids)
+        return label_artefacts(
+            table,
+            rollouts,
+            stop_ids=self.stop_ids,
+            special_ids=special_ids,
+            stop_tokens=self.stop_tokens,
+        )
 
     def compiles(self, rollouts: pl.DataFrame) -> bool:
         """Whether the statistics of these rollouts' tokens are compiled."""
