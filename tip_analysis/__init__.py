@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         register_score,
         resolve_cuts,
         rule_names,
+        screen,
         select,
         select_tokens,
         strongest_tokens,
