@@ -268,7 +268,7 @@ def report(command: options.Report) -> None:
 
 
 def taxonomy_of(
-    command: options.Select | options.Report | options.Export | options.Compare,
+    command: options.Select | options.Screen | options.Report | options.Export | options.Compare,
 ) -> "Taxonomy":
     """The taxonomy that a command's options ask for."""
     from tip_analysis.analysis.taxonomy import Taxonomy
