@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
-from tip_analysis.models.loading import LanguageModel, OutputHead
+from tip_analysis.models.loading import LanguageModel, OutputHead, avoid_grouped_kernels
 
 TOKENIZER = build_tokenizer()
 VOCAB_SIZE = len(TOKENIZER)
@@ -228,6 +228,7 @@ def zoo_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -
     config = getattr(transformers, f"{kind}Config")(**own | arguments)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    avoid_grouped_kernels(model)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in key and "A_log" not in key:

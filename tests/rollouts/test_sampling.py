@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny_models import tiny_language_model
 
-from tip_analysis.core.errors import OptionError
+from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.names import FinishReason
 from tip_analysis.rollouts.sampling import Sampling, draw, generate, uniforms
 
@@ -135,3 +135,51 @@ def test_uniforms_belong_to_seed_and_rollout():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         Sampling(**options)
+
+
+def test_a_row_that_is_no_token_is_never_sampled():
+    padded = tiny_language_model(padding_rows=40)
+    assert len(padded.rows_without_token) == 40
+    sampling = Sampling(max_new_tokens=40, seed=1)
+    names = [f"p/{i}" for i in range(32)]
+    sampled = generate(padded, [[1, 5]] * 32, names, sampling)
+    assert {token for g in sampled for token in g.token_ids} <= padded.token_ids
+    # The rule is tested where it matters: without it, such rows are drawn all the time.
+    object.__setattr__(padded, "rows_without_token", None)
+    drawn = {t for g in generate(padded, [[1, 5]] * 32, names, sampling) for t in g.token_ids}
+    assert drawn - padded.token_ids
+
+
+def test_tokens_of_a_tokenizer_with_gaps_are_all_sampled():
+    model = tiny_language_model(padding_rows=4)
+    vocabulary = dict(model.tokenizer.get_vocab())
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    vocabulary[last] += 3  # three ids without a token, and the largest id beyond their number
+    object.__setattr__(model, "token_ids", frozenset(vocabulary.values()))
+    rows = model.rows_without_token.tolist()
+    assert vocabulary[last] not in rows
+    assert len(rows) == 4
+
+
+def test_the_smallest_temperatures_are_greedy():
+    logits = torch.tensor([[0.0, 30.0, -5.0, 29.0]])
+    uniform = torch.tensor([0.999], dtype=torch.float64)
+    for temperature in (0.0, 5e-324, 1e-300, 1e-45, 1e-38, 1e-31, 1e-29, 1e-3):
+        assert draw(logits, uniform, Sampling(temperature=temperature)).tolist() == [1]
+
+
+def test_sampling_defaults_of_a_models_generation_config_stay_off():
+    plain, sharp = tiny_language_model(), tiny_language_model()
+    for name, value in (("temperature", 0.1), ("top_k", 1), ("top_p", 0.1), ("do_sample", True)):
+        setattr(sharp.model.generation_config, name, value)
+    sharp.model.generation_config.repetition_penalty = 5.0
+    sampling = Sampling(max_new_tokens=20, seed=2)
+    assert generate(plain, PROMPTS, NAMES, sampling) == generate(sharp, PROMPTS, NAMES, sampling)
+
+
+def test_float16_that_overflows_is_named():
+    model = tiny_language_model(dtype=torch.float16)
+    with torch.no_grad():
+        model.model.model.norm.weight.fill_(6e4)
+    with pytest.raises(LogitsError, match=r"rollout 'a/0', position 0: .*float16 ends at 65504"):
+        generate(model, PROMPTS, NAMES, Sampling(max_new_tokens=4))

@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from tip_analysis.core.errors import ModelError
 from tip_analysis.gradients.causal_attention import ScoreForm, attend, attend_tangent
 from tip_analysis.gradients.directions import Direction
+from tip_analysis.gradients.forward_rules import custom_functions, experts, set_experts
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.models.hidden_states import last_hidden_states
 from tip_analysis.models.loading import causal_model, model_body
@@ -78,14 +79,19 @@ class ForwardMode:
         self._calls: dict[int, int] = defaultdict(int)
         self._patched: list[tuple[nn.Module, Any]] = []
         self._one_row = False
+        self.whole = False
+        """Whether every parameter has its tangent throughout a pass, one direction at a time: for
+        models whose modules use the parameters of others. It needs memory for one direction."""
 
     def __enter__(self) -> "ForwardMode":
         _load_rules()
         self._was_training = self.model.training
         self.model.eval()
         self._attention = causal_model(self.model).config._attn_implementation
+        self._experts = experts(self.model)
         self._checked = False
         set_attention(self.model, BLOCKWISE)
+        set_experts(self.model, "eager")  # the others have no forward-mode rule
         for module in model_body(self.model).modules():
             if (tangent_forward := self._tangent_forward(module)) is not None:
                 self._patch(module, tangent_forward)
@@ -100,6 +106,7 @@ class ForwardMode:
         self._patched.clear()
         self._kept.clear()
         set_attention(self.model, self._attention)
+        set_experts(self.model, self._experts)
         self.model.train(self._was_training)
 
     @torch.no_grad()
@@ -121,17 +128,51 @@ class ForwardMode:
     def tangents(self, directions: Sequence[Direction]) -> Tensor:
         """Tangents [c, T, D] of the last hidden states of the last `primal` along c directions,
         without their `scale`."""
-        if self._one_row and len(directions) > 1:
+        if (self._one_row or self.whole) and len(directions) > 1:
             return torch.cat([self.tangents([direction]) for direction in directions])
         self.directions = directions
+        if self.whole:
+            return self._whole_tangent(directions[0])
         self._calls.clear()
         try:
-            with _running(self), dual.dual_level():
-                primal, tangent = dual.unpack_dual(self._hidden(len(directions)))
-                return torch.zeros_like(primal) if tangent is None else tangent.clone()
+            with _running(self), dual.dual_level(), custom_functions():
+                return _tangent(self._hidden(len(directions)))
         except _NeedsOneRow:
             self._one_row = True
             return self.tangents(directions)
+
+    def _whole_tangent(self, direction: Direction) -> Tensor:
+        """The tangent [1, T, D] with all parameters as dual numbers at once; nothing stands in for
+        a module's forward."""
+        own: list[tuple[nn.Module, str, nn.Parameter]] = [
+            (module, key, parameter)
+            for module in model_body(self.model).modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in self.names
+        ]
+        try:
+            with dual.dual_level(), custom_functions():
+                for module, key, parameter in own:
+                    part = self._part(module, self.names[id(parameter)], parameter, direction)
+                    module._parameters[key] = dual.make_dual(parameter.detach(), part)  # pyright: ignore[reportArgumentType]
+                return _tangent(self._hidden(1))
+        finally:
+            for module, key, parameter in own:
+                module._parameters[key] = parameter
+
+    def _part(
+        self, module: nn.Module, name: str, parameter: Tensor, direction: Direction
+    ) -> Tensor:
+        """The part of a direction that belongs to a parameter; of the input embedding, the rows
+        that the sequence looks up."""
+        if module is not causal_model(self.model).get_input_embeddings():
+            return direction.tensor(name, parameter)
+        unique = torch.unique(self._tokens)
+        self.looked_up[name] = unique
+        rows = direction.rows(name, parameter, unique)
+        if (padding := getattr(module, "padding_idx", None)) is not None:
+            rows[unique == padding] = 0
+        return torch.zeros_like(parameter).index_copy_(0, unique, rows)
 
     def _hidden(self, rows: int) -> Tensor:
         tokens = self._tokens.expand(rows, -1)
@@ -231,10 +272,18 @@ class ForwardMode:
         return dual.make_dual(_rows(value, rows), tangent)
 
     def _embedding(
-        self, module: nn.Embedding, original: Callable[..., Tensor], ids: Tensor
+        self,
+        module: nn.Embedding,
+        original: Callable[..., Tensor],
+        ids: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Only the rows that the sequence looks up have a tangent: [c·U, D] of them stand in for
         the table [V, D]."""
+        if args or kwargs:  # it finds the rows in a way of its own
+            own = {"weight": self.names[id(module.weight)]}
+            return self._any(own, module, original, ids, *args, **kwargs)
         if self.recording:
             return original(ids)
         rows = len(self.directions)
@@ -299,7 +348,7 @@ class ForwardMode:
         if self.recording:
             return original(*args, **kwargs)
         rows = len(self.directions)
-        if rows > 1 and (any(module.children()) or not _batched(rows, args)):
+        if rows > 1 and (any(module.children()) or not _batched(rows, [*args, *kwargs.values()])):
             raise _NeedsOneRow
         outputs = []
         for row, direction in enumerate(self.directions):
@@ -309,8 +358,13 @@ class ForwardMode:
                 for key in own
             }
             with _replaced(module, duals):
-                outputs.append(original(*[_row(value, row, rows) for value in args], **kwargs))
-        return outputs[0] if rows == 1 else torch.cat(outputs)
+                given = {name: _row(value, row, rows) for name, value in kwargs.items()}
+                outputs.append(original(*[_row(value, row, rows) for value in args], **given))
+        if rows == 1:
+            return outputs[0]
+        if not isinstance(outputs[0], Tensor):
+            raise _NeedsOneRow
+        return torch.cat(outputs)
 
 
 class _NeedsOneRow(Exception):  # noqa: N818
@@ -409,6 +463,12 @@ def _replaced(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterat
         yield
     finally:
         module._parameters.update(own)
+
+
+def _tangent(hidden: Tensor) -> Tensor:
+    """The tangent of a dual number, 0 where it has none."""
+    primal, tangent = dual.unpack_dual(hidden)
+    return torch.zeros_like(primal) if tangent is None else tangent.clone()
 
 
 @cache

@@ -35,7 +35,7 @@ from scipy.stats import chi2
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tip_analysis.core.errors import OptionError
+from tip_analysis.core.errors import ModelError, OptionError
 from tip_analysis.core.names import Loss
 from tip_analysis.core.schema import GradientTable, polars_schema
 from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions
@@ -45,8 +45,8 @@ from tip_analysis.gradients.rollout_gradients import (
     TokenGradients,
     stratified_positions,
 )
-from tip_analysis.gradients.scopes import parameter_scope
-from tip_analysis.models.loading import LanguageModel, OutputHead
+from tip_analysis.gradients.scopes import ParameterScope, parameter_scope, transformer_blocks
+from tip_analysis.models.loading import LanguageModel, OutputHead, avoid_grouped_kernels
 from tip_analysis.rollouts.encoded import Rollout
 
 __all__ = [
@@ -150,6 +150,7 @@ def measure_rollouts(
             f"losses {', '.join(settings.losses)}: all but negative_logprob need a teacher"
         )
     scope = parameter_scope(pair.student.model, pair.student.head, settings.param_scope)
+    _check_scope(pair, scope, settings, rollouts)
     if directions is None:
         directions = loss_directions(
             pair,
@@ -165,6 +166,38 @@ def measure_rollouts(
             yield index, meter.measure(rollouts[index])
     if meter.num_infinite:
         logger.warning("%d tokens have an infinite loss and are left out", meter.num_infinite)
+
+
+def _check_scope(
+    pair: Pair, scope: ParameterScope, settings: GradientSettings, rollouts: Sequence[Rollout]
+) -> None:
+    """Refuse a scope that forward mode cannot see, before ∇L is made; names the largest that it
+    can."""
+    first = next((rollout for rollout in rollouts if rollout.num_tokens), None)
+    if first is None or settings.method == "exact":
+        return
+    problem = _problem(pair, scope, settings, first)
+    if problem is None:
+        return
+    blocks = len(transformer_blocks(pair.student.model))
+    smaller = ["body", *(f"last:{count}" for count in range(blocks - 1, 0, -1)), "head"]
+    for name in smaller[smaller.index(scope.name) + 1 :] if scope.name in smaller else smaller:
+        other = parameter_scope(pair.student.model, pair.student.head, name)
+        if _problem(pair, other, settings, first) is None:
+            raise ModelError(f"{problem}. The largest scope that works here is --params {name}")
+    raise ModelError(problem)
+
+
+def _problem(
+    pair: Pair, scope: ParameterScope, settings: GradientSettings, rollout: Rollout
+) -> str | None:
+    nothing = LossDirections({}, {}, (0.0, 0.0), {})
+    try:
+        with RolloutMeter(pair, scope, settings, nothing) as meter:
+            meter.verify(rollout)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def stream_gradients(
@@ -242,6 +275,7 @@ def model_pair(
 def _language_model(model: LanguageModel | PreTrainedModel) -> LanguageModel:
     if isinstance(model, LanguageModel):
         return model
+    avoid_grouped_kernels(model)
     head, training = OutputHead(model), model.training
     model.eval()
     head.verify()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
 from tip_analysis.core.names import Loss
+from tip_analysis.core.text import first_line
 from tip_analysis.gradients.directions import (
     Direction,
     GaussianDirection,
@@ -33,6 +34,7 @@ from tip_analysis.gradients.loss_gradients import (
 )
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.gradients.token_losses import TokenLosses, token_losses
+from tip_analysis.models.batching import is_out_of_memory
 from tip_analysis.models.hidden_states import last_hidden_states, read_tokens
 from tip_analysis.rollouts.encoded import Rollout
 
@@ -127,6 +129,9 @@ class RolloutMeter:
         self.directions = directions
         self.num_infinite = 0
         """Tokens left out so far because their loss is infinite."""
+        self.by_backward = False
+        """Whether products with ∇L and ∇J come from backward passes: with `exact`, where forward
+        mode does not see all parameters."""
         self._forward = ForwardMode(pair.student.model, scope)
         self._verified = not scope.body
 
@@ -164,7 +169,10 @@ class RolloutMeter:
         )
         if not self._verified:
             self._verify(rollout, positions, losses, tokens, at)
-        products = self._products(losses, stored, len(tokens), at)
+        if self.by_backward:
+            products = self._products_by_backward(losses, stored, tokens, at)
+        else:
+            products = self._products(losses, stored, len(tokens), at)
         if self.settings.method == "exact":
             norms = {
                 loss: (value, torch.zeros_like(value))
@@ -176,6 +184,40 @@ class RolloutMeter:
             loss: self._result(rollout, positions, losses[loss], norms[loss], products[loss])
             for loss in losses
         }
+
+    def _products_by_backward(
+        self,
+        losses: dict[str, TokenLosses],
+        stored: dict[str, dict[str, Direction]],
+        tokens: Tensor,
+        at: Tensor,
+    ) -> dict[str, dict[str, Tensor]]:
+        """As `_products`, by one backward pass a token."""
+        student, body = self.pair.student, self.scope.body
+        products: dict[str, dict[str, Tensor]] = {}
+        with trainable(student.model, self.scope):
+            hidden = last_hidden_states(student.model, tokens[None])
+            for loss, named in stored.items():
+                found = losses[loss]
+                sums = found.along_head[: len(named)].clone()
+                for row, place in enumerate(at.tolist()):
+                    cotangent = torch.zeros_like(hidden)
+                    cotangent[0, place] = found.hidden_gradient[row].to(hidden.dtype)
+                    gradients = torch.autograd.grad(
+                        hidden, list(body.values()), cotangent, retain_graph=True, allow_unused=True
+                    )
+                    known = {
+                        name: gradient
+                        for name, gradient in zip(body, gradients, strict=True)
+                        if gradient is not None
+                    }
+                    for index, direction in enumerate(named.values()):
+                        sums[index, row] += inner_product(known, direction, self.scope, {})
+                products[loss] = {
+                    name: sums[index] * direction.scale
+                    for index, (name, direction) in enumerate(named.items())
+                }
+        return products
 
     def _positions(self, rollout: Rollout) -> list[int]:
         positions, wanted = rollout.positions, self.settings.tokens_per_rollout
@@ -334,7 +376,39 @@ class RolloutMeter:
         tokens: Tensor,
         at: Tensor,
     ) -> None:
-        """Compare Σ_t ⟨v, g_t⟩ by forward mode with ⟨v, ∇Σ_t ℓ_t⟩ by backward mode, once."""
+        """Find the way in which forward mode agrees with backward mode, once: layer by layer, or
+        with all parameters at once.
+
+        Raises:
+            ModelError: there is none, and the method needs one.
+        """
+        problem = ""
+        for whole in (False, True):
+            self._forward.whole = whole
+            try:
+                problem = self._disagreement(rollout, positions, losses, tokens, at)
+            except (NotImplementedError, RuntimeError, TypeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                problem = f"{type(self.pair.student.model).__name__}: {first_line(error)}"
+            if problem is None:
+                self._verified = True
+                return
+        self._forward.whole = False
+        if self.settings.method != "exact":
+            raise ModelError(f"{problem}; choose another --params, or --method exact")
+        self.by_backward = self._verified = True
+
+    def _disagreement(
+        self,
+        rollout: Rollout,
+        positions: list[int],
+        losses: dict[str, TokenLosses],
+        tokens: Tensor,
+        at: Tensor,
+    ) -> str | None:
+        """Compare Σ_t ⟨v, g_t⟩ by forward mode with ⟨v, ∇Σ_t ℓ_t⟩ by backward mode; None where
+        they agree."""
         direction = GaussianDirection(self.settings.seed, "check of forward mode", 0)
         loss, found = next(iter(losses.items()))
         shared = None
@@ -355,14 +429,37 @@ class RolloutMeter:
         gradient = weighted_gradient(self.pair, body, [part], [1.0], loss)
         backward = inner_product(gradient, direction, body, self._forward.looked_up)
         norm = float(sum(tensor.double().square().sum() for tensor in gradient.values()) ** 0.5)
-        if abs(forward - backward) > FORWARD_MODE_TOLERANCE[self.pair.student.dtype] * norm:
-            raise ModelError(
-                "forward mode and backward mode differ for"
-                f" {type(self.pair.student.model).__name__}, scope {self.scope.name!r}:"
-                f" {forward:.6g} against {backward:.6g}, gradient norm {norm:.6g}. Some parameter"
-                " is probably used outside the module that owns it; choose another --params"
-            )
-        self._verified = True
+        if abs(forward - backward) <= FORWARD_MODE_TOLERANCE[self.pair.student.dtype] * norm:
+            return None
+        return (
+            f"forward mode and backward mode differ for {type(self.pair.student.model).__name__},"
+            f" scope {self.scope.name!r}: {forward:.6g} against {backward:.6g}, gradient norm"
+            f" {norm:.6g}"
+        )
+
+    def verify(self, rollout: Rollout) -> None:
+        """Compare forward mode with backward mode on one rollout, before the work begins.
+
+        Raises:
+            ModelError: they differ, and the method needs forward mode.
+        """
+        positions = self._positions(rollout)
+        if self._verified or not positions:
+            return
+        student = self.pair.student
+        tokens, at = read_tokens(rollout.prompt, rollout.response, positions, student.device)
+        hidden = self._forward.primal(tokens)[at]
+        losses = token_losses(
+            student.head,
+            hidden,
+            teacher=self.pair.teacher_logits(rollout, positions),
+            token_ids=torch.tensor([rollout.response[t] for t in positions], device=tokens.device),
+            losses=self.settings.losses[:1],
+            scope=self.scope,
+            looked_up=torch.unique(tokens),
+            vocab_size=self.pair.vocab_size,
+        )
+        self._verify(rollout, positions, losses, tokens, at)
 
     def _result(
         self,

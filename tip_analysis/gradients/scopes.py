@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.models.loading import OutputHead, model_body
+from tip_analysis.models.loading import OutputHead, causal_model, model_body
 
 Parameters = dict[str, nn.Parameter]
 
@@ -97,15 +97,39 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     )
 
 
+def _read_by_text(model: nn.Module) -> Parameters:
+    """Every parameter but those of parts that text never reaches (a vision tower), whose gradient
+    is 0."""
+    causal, body = causal_model(model), model_body(model)
+    inside = {id(parameter) for parameter in body.parameters()}
+    other_parts = {
+        id(parameter)
+        for part in causal.modules()
+        if any(child is body for child in part.children())
+        for child in part.children()
+        if child is not body and not _leads_to_logits(causal, child)
+        for parameter in child.parameters()
+    }
+    return {
+        key: parameter
+        for key, parameter in model.named_parameters()
+        if id(parameter) in inside or id(parameter) not in other_parts
+    }
+
+
+def _leads_to_logits(causal: nn.Module, part: nn.Module) -> bool:
+    head = causal.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    return any(module is head for module in part.modules())
+
+
 def _all(model: nn.Module, head: OutputHead, name: str) -> Parameters:
-    return dict(model.named_parameters())
+    return _read_by_text(model)
 
 
 def _body(model: nn.Module, head: OutputHead, name: str) -> Parameters:
     own = {id(parameter) for parameter in _head_parameters(head)}
-    return {
-        key: parameter for key, parameter in model.named_parameters() if id(parameter) not in own
-    }
+    every = _read_by_text(model)
+    return {key: parameter for key, parameter in every.items() if id(parameter) not in own}
 
 
 def _head(model: nn.Module, head: OutputHead, name: str) -> Parameters:

@@ -253,10 +253,24 @@ def load_model(
     except LOADING_ERRORS as error:
         raise ModelError(f"cannot load the model {name!r}: {first_line(error)}") from error
     model = model.eval().requires_grad_(False)
+    avoid_grouped_kernels(model)
     head = OutputHead(model)
     head.verify()
     head.verify_causal()
     return LanguageModel(name, model, tokenizer, head)
+
+
+def avoid_grouped_kernels(model: nn.Module) -> None:
+    """Let a float64 mixture of experts use its plain experts: grouped kernels are for less
+    precision."""
+    causal: Any = causal_model(model)
+    if causal.dtype == torch.float64 and has_experts(causal):
+        causal.set_experts_implementation("eager")
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model has experts whose implementation can be chosen."""
+    return any(type(module).__name__.endswith("Experts") for module in model.modules())
 
 
 def overflow_hint(model: LanguageModel) -> str:

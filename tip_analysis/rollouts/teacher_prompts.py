@@ -33,7 +33,8 @@ def prepare_rollouts(
         teacher_context: `none` or `solution`, see `with_teacher_prompts`.
 
     Raises:
-        VocabularyMismatchError: the rollouts hold token ids of another tokenizer, or none of it.
+        VocabularyMismatchError: the rollouts hold token ids of another tokenizer, or ids that are
+            no token; names rollout and position.
         ContextLengthError: a rollout is longer than a model's context.
     """
     rollouts = run.rollouts().collect()
@@ -45,6 +46,7 @@ def prepare_rollouts(
             f" {reader.name}: score with the student that wrote it, and a teacher that shares its"
             " vocabulary"
         )
+    _refuse_what_is_no_token(rollouts, reader)
     rollouts = with_teacher_prompts(rollouts, teacher, teacher_context, _template_switches(run))
     for model, prompt in ((student, "prompt_token_ids"), (teacher, "teacher_prompt_token_ids")):
         if model is None:
@@ -67,6 +69,26 @@ def _check_ids(rollouts: pl.DataFrame, model: LanguageModel, columns: list[str])
             raise VocabularyMismatchError(
                 f"rollout {name!r}: {column} holds {largest}, outside the vocabulary of"
                 f" {model.name} ({model.vocab_size:,} tokens)"
+            )
+
+
+def _refuse_what_is_no_token(rollouts: pl.DataFrame, reader: LanguageModel) -> None:
+    """Refuse ids that the tokenizer does not have (padding rows of the head, gaps, beyond the end);
+    names rollout and position."""
+    known = list(reader.token_ids)
+    columns = ("prompt_token_ids", "teacher_prompt_token_ids", "response_token_ids")
+    for column, text in zip(columns, ("prompt", "teacher's prompt", "response"), strict=True):
+        strange = (
+            rollouts.select("rollout_id", token_id=pl.col(column))
+            .with_columns(position=pl.int_ranges(pl.col("token_id").list.len()))
+            .filter(pl.col("token_id").list.len() > 0)
+            .explode("token_id", "position")
+            .filter(~pl.col("token_id").is_in(known))
+        )
+        for rollout_id, token_id, position in strange.head(1).iter_rows():
+            raise VocabularyMismatchError(
+                f"rollout {rollout_id!r}, position {position} of its {text}: {token_id} is no token"
+                f" of {reader.name}, whose {len(known)} tokens have ids up to {max(known)}"
             )
 
 

@@ -27,7 +27,13 @@ from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import rows_per_block, token_statistics, worth_compiling
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import chosen_hidden_states
-from tip_analysis.models.loading import LanguageModel, OutputHead, shared_vocabulary, token_texts
+from tip_analysis.models.loading import (
+    LanguageModel,
+    OutputHead,
+    overflow_hint,
+    shared_vocabulary,
+    token_texts,
+)
 from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
 from tip_analysis.scoring.artefacts import PADDED_MASS, label_artefacts, mass_outside
 
@@ -162,7 +168,9 @@ class Scorer:
         try:
             return self._statistics(student, teacher, counted_tokens(rows), compiled)
         except LogitsError as error:
-            raise located(error, rows) from error
+            raise located(
+                error, rows, {"student": self.student, "teacher": self.teacher}
+            ) from error
 
     def _statistics(
         self, student: Tensor, teacher: TeacherSide, token_ids: Tensor, compiled: bool
@@ -281,12 +289,18 @@ def longer_lengths(rollouts: pl.DataFrame) -> pl.Series:
     return rollouts.select(longer.cast(pl.Int64)).to_series()
 
 
-def located(error: LogitsError, rollouts: Sequence[Rollout]) -> LogitsError:
-    """The same error, saying which rollout and position it is."""
+def located(
+    error: LogitsError, rollouts: Sequence[Rollout], models: Mapping[str, LanguageModel]
+) -> LogitsError:
+    """The same error, saying which rollout and position it is, and the usual cause in float16."""
     places = [(rollout.rollout_id, at) for rollout in rollouts for at in rollout.positions]
     rollout_id, position = places[error.row or 0]
+    guilty = models.get(error.model or "")
+    hint = "" if guilty is None else overflow_hint(guilty)
     return LogitsError(
-        f"rollout {rollout_id!r}, position {position}: {error}", model=error.model, row=error.row
+        f"rollout {rollout_id!r}, position {position}: {error}{hint}",
+        model=error.model,
+        row=error.row,
     )
 
 

@@ -179,7 +179,7 @@ def _side(teacher: LanguageModel, rows: Sequence[Rollout], top_k: dict[str, int]
     try:
         columns = in_blocks(len(token_ids), rows_per_block(size, device=hidden.device), block)
     except LogitsError as error:
-        raise located(error, rows) from error
+        raise located(error, rows, {"teacher": teacher}) from error
     return {name: column.cpu() for name, column in columns.items()}
 
 

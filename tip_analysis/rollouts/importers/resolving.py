@@ -66,7 +66,7 @@ class Resolver:
         self._facts: Counter[str] = Counter()
         self._switches = dict(chat_template_kwargs or {})
         self._specials = special_tokens(tokenizer)
-        self._num_tokens = len(tokenizer)
+        self._token_ids = frozenset(tokenizer.get_vocab().values())  # they may have gaps
         self._is_chat = bool(getattr(tokenizer, "chat_template", None))
         self._restorer: PromptRestorer | None = None
         self._prompts, self._template = prompts, template
@@ -298,10 +298,10 @@ class Resolver:
         return FinishReason.STOP if written.is_exact and ended else FinishReason.GIVEN
 
     def _check_ids(self, ids: Sequence[int], what: str) -> None:
-        if ids and max(ids) >= self._num_tokens:
+        if strange := [token_id for token_id in ids if token_id not in self._token_ids]:
             raise ImportFormatError(
-                f"{what}: the student's tokenizer has {self._num_tokens} tokens, found the id"
-                f" {max(ids)}; is --student the model that wrote these rollouts?"
+                f"{what}: the student's tokenizer has {len(self._token_ids)} tokens, found the id"
+                f" {strange[0]}; is --student the model that wrote these rollouts?"
             )
 
     def _has_specials(self, text: str) -> bool:
