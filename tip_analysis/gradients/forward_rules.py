@@ -50,7 +50,7 @@ def _along(ordinary: Any, args: Any, parts: Any) -> Tensor:
             value, [primals[i] for i in moving], cotangent, create_graph=True
         )
         along = sum((part * parts[i].tangent).sum() for part, i in zip(pulled, moving, strict=True))
-        (tangent,) = torch.autograd.grad(along, cotangent)  # pyright: ignore[reportArgumentType]
+        (tangent,) = torch.autograd.grad(along, cotangent)
     return dual.make_dual(value.detach(), tangent)
 
 
