@@ -49,7 +49,8 @@ def _along(ordinary: Any, args: Any, parts: Any) -> Tensor:
         pulled = torch.autograd.grad(
             value, [primals[i] for i in moving], cotangent, create_graph=True
         )
-        along = sum((part * parts[i].tangent).sum() for part, i in zip(pulled, moving, strict=True))
+        products = [part * parts[i].tangent for part, i in zip(pulled, moving, strict=True)]
+        along = torch.stack([product.sum() for product in products]).sum()
         (tangent,) = torch.autograd.grad(along, cotangent)
     return dual.make_dual(value.detach(), tangent)
 
