@@ -1,15 +1,22 @@
 """Figures of groups of tokens: is a quadrant just the first tokens, the rare ones, or
 punctuation?"""
 
-import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 
+from tip_analysis.core.result_tables import GroupTable, checked
 from tip_analysis.core.words import brief
-from tip_analysis.figures.style import INK, PAGE_WIDTH, QUADRANT_COLORS, WIDE, figure_style, require
+from tip_analysis.figures.style import (
+    PAGE_WIDTH,
+    QUADRANT_COLORS,
+    WIDE,
+    figure_style,
+    list_down,
+    new_panels,
+    percent_axis,
+    quadrant_handles,
+)
 
 GROUPING_NAMES = {
     "position": "position in the response",
@@ -23,10 +30,9 @@ def group_shares(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     thick as any other.
 
     Args:
-        table: `effects.group_effects` of one or more groupings: `grouping`, `group`, `quadrant`,
-            `share`, `num_tokens`.
+        table: a `GroupTable`.
     """
-    require(table, ["grouping", "group", "quadrant", "share", "num_tokens"])
+    table = checked(table, GroupTable)
     groupings = table["grouping"].unique(maintain_order=True).to_list()
     groups = [table.filter(pl.col("grouping") == name)["group"].n_unique() for name in groupings]
     wide = width >= WIDE
@@ -34,12 +40,11 @@ def group_shares(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     height = 0.8 + 0.26 * max(groups) if wide else 0.6 + sum(0.55 + 0.26 * size for size in groups)
     ratios = None if wide else [0.55 + 0.26 * size for size in groups]
     with figure_style():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        panels = np.asarray(figure.subplots(*shape, squeeze=False, height_ratios=ratios)).flat
-        for axes, name in zip(panels, groupings, strict=True):
+        figure, panels = new_panels(shape, (width, height), height_ratios=ratios)
+        for axes, name in zip(panels.flat, groupings, strict=True):
             _group_bars(axes, table.filter(pl.col("grouping") == name))
             axes.set_title(GROUPING_NAMES.get(name, name), fontsize=8.5)
-        handles = [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
+        handles = quadrant_handles()
         figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=1.2)
     return figure
 
@@ -56,11 +61,8 @@ def _group_bars(axes: Axes, part: pl.DataFrame) -> None:
         for name, color in QUADRANT_COLORS.items():
             axes.barh(place, shares.get(name, 0.0), left=left, height=0.74, color=color)
             left += shares.get(name, 0.0)
-    axes.set_yticks(
-        range(len(groups)), [f"{group} ({brief(totals[group])})" for group in groups], fontsize=7.5
-    )
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    labels = [f"{group} ({brief(totals[group])})" for group in groups]
+    list_down(axes, labels, margin=0.5, fontsize=7.5)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1])
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.xaxis)

@@ -1,15 +1,15 @@
 """Figures of selections: what each rule picks, how far rules agree, and how much of a quantity they
 keep."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 
-from tip_analysis.analysis.rules import keeps_all, known_rules
+from tip_analysis.core.result_tables import CompositionTable, CoverageTable, OverlapTable, checked
 from tip_analysis.figures.style import (
     INK,
     MUTED,
@@ -17,35 +17,37 @@ from tip_analysis.figures.style import (
     QUADRANT_COLORS,
     WIDE,
     figure_style,
-    require,
+    list_down,
+    new_figure,
+    new_panels,
+    percent_axis,
+    quadrant_handles,
 )
 
 _LINES = ("-", "--", "-.", ":")
 _MARKS = "osD^vPX*<>hd"
+BOUND_RULES = {"random": "lower reference", "gradient_oracle": "upper reference"}
 
 
 def composition(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     """What each rule selects, by quadrant: one panel for each ρ, the whole table as the first bar.
 
     Args:
-        table: `rule`, `retention_ratio`, `quadrant`, `share` (of the selection) and `token_share`
-            (of all tokens).
+        table: a `CompositionTable`, one mask for each rule and ρ.
     """
-    require(table, ["rule", "retention_ratio", "quadrant", "share", "token_share"])
+    table = checked(table, CompositionTable)
     ratios = sorted(table["retention_ratio"].unique())
     rules = table["rule"].unique(maintain_order=True).to_list()
     wide = width >= WIDE
     shape = (1, len(ratios)) if wide else (len(ratios), 1)
     height = 0.8 + 0.24 * (len(rules) + 1)
     with figure_style():
-        figure = Figure(
-            figsize=(width, height if wide else height * len(ratios)), layout="constrained"
-        )
-        panels = np.asarray(figure.subplots(*shape, squeeze=False, sharey=wide)).flat
-        for axes, ratio in zip(panels, ratios, strict=True):
+        size = width, height if wide else height * len(ratios)
+        figure, panels = new_panels(shape, size, sharey=wide)
+        for axes, ratio in zip(panels.flat, ratios, strict=True):
             _stacks(axes, table.filter(pl.col("retention_ratio") == ratio), rules)
             axes.set_title(f"ρ = {ratio:g}")
-        handles = [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
+        handles = quadrant_handles()
         figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=1.2)
     return figure
 
@@ -54,24 +56,15 @@ def overlap(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     """Jaccard index of every two rules at one ρ, in [0, 1].
 
     Args:
-        table: `rule_a`, `rule_b`, `jaccard`, one row per unordered pair.
+        table: an `OverlapTable`.
     """
-    require(table, ["rule_a", "rule_b", "jaccard"])
+    table = checked(table, OverlapTable)
     rules = list(dict.fromkeys([*table["rule_a"], *table["rule_b"]]))
-    place = {rule: index for index, rule in enumerate(rules)}
-    matrix = np.full((len(rules), len(rules)), np.nan)
-    for a, b, value in table.select("rule_a", "rule_b", "jaccard").iter_rows():
-        i, j = sorted((place[a], place[b]))
-        matrix[j, i] = np.nan if value is None else value
     size = min(width, 0.42 * len(rules) + 2.2)
     with figure_style(8.0):
-        figure = Figure(
-            figsize=(size if width >= WIDE else width, min(size, width) * 0.82),
-            layout="constrained",
-        )
-        axes = figure.subplots()
+        figure, axes = new_figure(size if width >= WIDE else width, min(size, width) * 0.82)
         sns.heatmap(
-            matrix[1:, :-1],
+            _lower_triangle(table, rules)[1:, :-1],
             ax=axes,
             vmin=0,
             vmax=1,
@@ -91,85 +84,76 @@ def overlap(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     return figure
 
 
+def _lower_triangle(table: pl.DataFrame, rules: list[str]) -> np.ndarray:
+    """[R, R] the index of each pair, below the diagonal; NaN elsewhere."""
+    place = {rule: index for index, rule in enumerate(rules)}
+    matrix = np.full((len(rules), len(rules)), np.nan)
+    for a, b, value in table.select("rule_a", "rule_b", "jaccard").iter_rows():
+        i, j = sorted((place[a], place[b]))
+        matrix[j, i] = np.nan if value is None else value
+    return matrix
+
+
 def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH) -> Figure:
     """The share of a quantity that each rule keeps at each ρ, with intervals; the diagonal is what
     chance keeps.
 
     Args:
-        table: `rule`, `retention_ratio`, `share`, `share_low`, `share_high`.
+        table: a `CoverageTable` of one quantity.
         label: name of the quantity, for the axis.
     """
-    require(table, ["rule", "retention_ratio", "share", "share_low", "share_high"])
-    rules = table.filter(~keeps_all())["rule"].unique(maintain_order=True).to_list()
-    known = known_rules(rules)
-    colors = sns.color_palette("colorblind", n_colors=max(1, len(rules)))
+    table = checked(table, CoverageTable)
+    wide = width >= WIDE
     with figure_style():
-        figure = Figure(
-            figsize=(width, 3.6 if width >= WIDE else width * 1.25), layout="constrained"
-        )
-        axes = figure.subplots()
+        figure, axes = new_figure(width, 3.6 if wide else width * 1.25)
         axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=(0, (1, 2)))
-        for index, rule in enumerate(rules):
-            part = table.filter(pl.col("rule") == rule, pl.col("share").is_not_null()).sort(
-                "retention_ratio"
-            )
-            x, y = part["retention_ratio"].to_numpy(), part["share"].to_numpy()
-            reference = known[rule].reference if rule in known else ""
-            color = INK if reference else colors[index]
-            name = f"{rule} ({reference})" if reference else rule
-            style = {
-                "color": color,
-                "ls": _LINES[index % 4],
-                "marker": _MARKS[index % len(_MARKS)],
-                "ms": 5,
-                "lw": 1.5,
-            }
-            axes.plot(x, y, label=name, **style)
-            known = part.drop_nulls(["share_low", "share_high"])
-            if known.height:
-                axes.vlines(
-                    known["retention_ratio"],
-                    known["share_low"],
-                    known["share_high"],
-                    color=color,
-                    lw=1,
-                    alpha=0.7,
-                )
+        _coverage_lines(axes, table)
         axes.set_xlabel("retention ratio ρ")
         axes.set_ylabel(f"share of {label} kept")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        percent_axis(axes.yaxis)
         axes.set_xlim(0, min(1.0, 1.1 * float(table["retention_ratio"].max() or 1.0)))  # pyright: ignore[reportArgumentType]
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        place = "outside right upper" if width >= WIDE else "outside lower left"
-        figure.legend(loc=place, ncols=1 if width >= WIDE else 2, handlelength=2.6)
+        place = "outside right upper" if wide else "outside lower left"
+        figure.legend(loc=place, ncols=1 if wide else 2, handlelength=2.6)
     return figure
 
 
+def _coverage_lines(axes: Axes, table: pl.DataFrame) -> None:
+    rules = [rule for rule in table["rule"].unique(maintain_order=True) if rule != "all"]
+    colors = sns.color_palette("colorblind", n_colors=max(1, len(rules)))
+    known = table.filter(pl.col("share").is_not_null()).sort("retention_ratio")
+    for index, rule in enumerate(rules):
+        bound = BOUND_RULES.get(rule)
+        style = {
+            "label": f"{rule} ({bound})" if bound else rule,
+            "color": INK if bound else colors[index],
+            "ls": _LINES[index % 4],
+            "marker": _MARKS[index % len(_MARKS)],
+        }
+        _coverage_line(axes, known.filter(pl.col("rule") == rule), style)
+
+
+def _coverage_line(axes: Axes, part: pl.DataFrame, style: dict[str, Any]) -> None:
+    axes.plot(part["retention_ratio"], part["share"], ms=5, lw=1.5, **style)
+    known = part.drop_nulls(["share_low", "share_high"])
+    if known.height:
+        ends = (known[name] for name in ("retention_ratio", "share_low", "share_high"))
+        axes.vlines(*ends, color=style["color"], lw=1, alpha=0.7)
+
+
 def _stacks(axes: Axes, part: pl.DataFrame, rules: list[str]) -> None:
-    whole = {str(row["quadrant"]): row["token_share"] or 0.0 for row in part.iter_rows(named=True)}
-    bars = [("(all tokens)", whole)]
-    for rule in rules:
-        chosen = part.filter(pl.col("rule") == rule)
-        bars.append(
-            (
-                rule,
-                {str(row["quadrant"]): row["share"] or 0.0 for row in chosen.iter_rows(named=True)},
-            )
-        )
-    for place, (_, shares) in enumerate(bars):
+    bars = {"(all tokens)": _shares(part, "token_share")}
+    bars |= {rule: _shares(part.filter(pl.col("rule") == rule), "share") for rule in rules}
+    for place, shares in enumerate(bars.values()):
         left = 0.0
         for name, color in QUADRANT_COLORS.items():
-            axes.barh(
-                place,
-                shares.get(name, 0.0),
-                left=left,
-                height=0.74,
-                color=color,
-                alpha=1.0 if place else 0.65,
-            )
-            left += shares.get(name, 0.0)
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-    axes.set_ylim(len(bars) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
+            share, shade = shares.get(name, 0.0), 1.0 if place else 0.65
+            axes.barh(place, share, left=left, height=0.74, color=color, alpha=shade)
+            left += share
+    list_down(axes, list(bars), margin=0.5)
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.xaxis)
+
+
+def _shares(part: pl.DataFrame, column: str) -> dict[str, float]:
+    return {name: share or 0.0 for name, share in part.select("quadrant", column).iter_rows()}

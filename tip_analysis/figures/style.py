@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import polars as pl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import PercentFormatter
 
-from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Quadrant
 
 PAGE_WIDTH = 7.0
@@ -46,44 +47,52 @@ ON_LIGHT, ON_BLUE = "#101418", "#fffffe"
 SEQUENTIAL = "mako_r"
 WIDE = 5.0
 """Inches from which panels stand side by side."""
+Panels = tuple[Figure, np.ndarray]
+"""A figure and its panels."""
+
+
+_QUIET: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "svg.hashsalt": "tip-analysis",
+    "pdf.fonttype": 42,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.formatter.use_mathtext": False,
+}
+_SIZES = {
+    "font.size": 0,
+    "axes.titlesize": 0,
+    "axes.labelsize": 0,
+    "xtick.labelsize": -1,
+    "ytick.labelsize": -1,
+    "legend.fontsize": -1,
+}
+"""Points over or under the size of the text."""
 
 
 @contextmanager
 def figure_style(font_size: float = 9.0) -> Iterator[None]:
     """The look of all figures: quiet axes, text kept as text, no state left behind."""
-    settings: dict[Any, Any] = {
-        "font.size": font_size,
-        "font.family": "DejaVu Sans",
-        "axes.titlesize": font_size,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": font_size,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": MUTED,
-        "axes.linewidth": 0.7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-        "grid.color": GRID,
-        "grid.linewidth": 0.6,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelsize": font_size - 1,
-        "ytick.labelsize": font_size - 1,
-        "legend.fontsize": font_size - 1,
-        "legend.frameon": False,
-        "hatch.linewidth": 0.6,
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-        "svg.hashsalt": "tip-analysis",
-        "pdf.fonttype": 42,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "savefig.facecolor": "none",
-        "axes.formatter.use_mathtext": False,
-    }
-    with mpl.rc_context(settings):
+    sizes = {name: font_size + more for name, more in _SIZES.items()}
+    with mpl.rc_context({**_QUIET, **sizes}):
         yield
 
 
@@ -106,17 +115,33 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def require(table: pl.DataFrame, columns: Sequence[str]) -> None:
-    """Say which columns of a result table are missing.
+def new_panels(shape: tuple[int, int], size: tuple[float, float], **options: Any) -> Panels:
+    """A figure of `size` (inches), and its panels as an array of `shape`."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, np.asarray(figure.subplots(*shape, squeeze=False, **options))
 
-    Raises:
-        SchemaError: a column is not there.
-    """
-    if missing := [name for name in columns if name not in table.columns]:
-        raise SchemaError(
-            f"the figure needs the column(s) {', '.join(missing)}; the table has"
-            f" {', '.join(table.columns)}"
-        )
+
+def quadrant_handles() -> list[Patch]:
+    """A legend's entries for the colours of the quadrants."""
+    return [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
+
+
+def percent_axis(axis: Axis, symbol: str = "%") -> None:
+    """Ticks of shares in [0, 1] as whole percents."""
+    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=symbol))
+
+
+def list_down(axes: Axes, labels: Sequence[str], margin: float = 0.4, **options: Any) -> None:
+    """Rows of a figure from the top down, each with its label and no tick."""
+    axes.set_yticks(range(len(labels)), labels, **options)
+    axes.set_ylim(len(labels) - margin, margin - 1.0)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+
+
+def interval_along(axes: Axes, low: Any, high: Any, place: float, **style: Any) -> None:
+    """A horizontal interval; nothing where it has no ends."""
+    if low is not None and high is not None:
+        axes.plot([low, high], [place, place], **style)
 
 
 def short(text: str, length: int = 24) -> str:

@@ -2,6 +2,7 @@
 cuts."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -9,9 +10,15 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
+from tip_analysis.core.result_tables import (
+    CutSensitivityTable,
+    DensityTable,
+    QuadrantShareTable,
+    checked,
+)
 from tip_analysis.figures.style import (
     INK,
     ON_BLUE,
@@ -22,10 +29,13 @@ from tip_analysis.figures.style import (
     SEQUENTIAL,
     WIDE,
     figure_style,
+    interval_along,
     new_figure,
+    new_panels,
     paper_band,
+    percent_axis,
     plain_number,
-    require,
+    quadrant_handles,
     short,
 )
 
@@ -39,43 +49,53 @@ def quadrant_shares(
     """Share of tokens in each quadrant, with intervals, beside the ranges that the paper reports.
 
     Args:
-        table: `run`, `quadrant`, `share` in [0, 1], `share_low`, `share_high` (95 % interval; may
-            be null).
+        table: a `QuadrantShareTable`.
         paper_ranges: quadrants as `Q3`, or a sum of two as `Q1+Q2`, to (low, high) in [0, 1].
     """
-    require(table, ["run", "quadrant", "share", "share_low", "share_high"])
-    runs = table["run"].unique(maintain_order=True).to_list()
-    groups = [("Q1", "Q2"), ("Q3",), ("Q4",)]
+    table = checked(table, QuadrantShareTable)
+    runs = table.partition_by("run", as_dict=True, maintain_order=True)
+    names = {str(key[0]): rows for key, rows in runs.items()}
     with figure_style():
-        figure, axes = new_figure(width, 0.75 + len(groups) * (0.32 + 0.3 * len(runs)))
-        ticks, labels, y = [], [], 0.0
-        for group in groups:
-            key = "+".join(group)
-            top = y - 0.62
-            for run in runs:
-                _stacked_share(axes, table.filter(pl.col("run") == run), group, y)
-                ticks.append(y)
-                labels.append(key if len(runs) == 1 else f"{key}  {short(run)}")
-                y += 1.0
-            if key in paper_ranges:
-                low, high = paper_ranges[key]
-                axes.add_patch(paper_band(low, top, high - low, y - 1.0 + 0.62 - top))
-            y += 0.6
-        axes.set_yticks(ticks, labels)
+        figure, axes = new_figure(width, 0.75 + len(_BAR_GROUPS) * (0.32 + 0.3 * len(names)))
+        ticks: dict[float, str] = {}
+        y = 0.0
+        for group in _BAR_GROUPS:
+            y = _share_group(axes, names, group, ticks, y, paper_ranges.get("+".join(group)))
+        axes.set_yticks(list(ticks), list(ticks.values()))
         axes.set_ylim(y - 0.8, -0.8)
         axes.set_xlim(0, max(0.62, float(axes.get_xlim()[1])))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        percent_axis(axes.xaxis)
         axes.set_xlabel("share of response tokens")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
-        handles = [Patch(color=color, label=name) for name, color in QUADRANT_COLORS.items()]
-        handles.append(paper_band(0, 0, 1, 1, label="the paper's range"))
-        figure.legend(
-            handles=handles,
-            loc="outside upper left",
-            ncols=5 if width >= WIDE else 3,
-            handlelength=1.2,
-        )
+        handles = [*quadrant_handles(), paper_band(0, 0, 1, 1, label="the paper's range")]
+        columns = 5 if width >= WIDE else 3
+        figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=1.2)
     return figure
+
+
+_BAR_GROUPS = (("Q1", "Q2"), ("Q3",), ("Q4",))
+"""Quadrants that lie end to end in one bar."""
+
+
+def _share_group(
+    axes: Axes,
+    runs: Mapping[str, pl.DataFrame],
+    group: Sequence[str],
+    ticks: dict[float, str],
+    y: float,
+    paper_range: tuple[float, float] | None,
+) -> float:
+    """The bars of a group, one a run, over the paper's range; returns where the next group
+    starts."""
+    top, key = y - 0.62, "+".join(group)
+    for run, rows in runs.items():
+        _stacked_share(axes, rows, group, y)
+        ticks[y] = key if len(runs) == 1 else f"{key}  {short(run)}"
+        y += 1.0
+    if paper_range is not None:
+        low, high = paper_range
+        axes.add_patch(paper_band(low, top, high - low, y - 1.0 + 0.62 - top))
+    return y + 0.6
 
 
 def quadrant_map(
@@ -89,24 +109,12 @@ def quadrant_map(
     """Density of tokens over student entropy and reverse KL, coloured by quadrant, with both cuts.
 
     Args:
-        density: one row per cell that holds tokens: `entropy_left`, `entropy_right`,
-            `divergence_left`, `divergence_right` (nats; no cell crosses a cut), `num_tokens`,
-            `quadrant`. Values below the first edge lie in the first cell.
+        density: a `DensityTable`.
         entropy_cut: nats; None draws no line (one cut for each batch).
         divergence_cut: likewise.
         shares: share of each quadrant, in [0, 1].
     """
-    require(
-        density,
-        [
-            "entropy_left",
-            "entropy_right",
-            "divergence_left",
-            "divergence_right",
-            "num_tokens",
-            "quadrant",
-        ],
-    )
+    density = checked(density, DensityTable)
     with figure_style():
         figure, axes = new_figure(width, min(width * 0.66, 4.4) if width >= WIDE else width * 1.0)
         if density.height:
@@ -132,36 +140,23 @@ def cut_sensitivity(
     along each axis.
 
     Args:
-        grid: `quadrants.cut_sensitivity`, a full product of cuts: `entropy_cut`, `divergence_cut`
-            (nats), `Q1` … `Q4` (shares in [0, 1]), `in_paper_ranges`.
+        grid: a `CutSensitivityTable`.
         entropy_cut: the cut in use, nats; None where there is one for each batch.
         divergence_cut: likewise.
     """
-    require(grid, ["entropy_cut", "divergence_cut", *QUADRANT_COLORS, "in_paper_ranges"])
+    grid = checked(grid, CutSensitivityTable)
     wide = width >= WIDE
-    rows, columns = (1, 3) if wide else (3, 1)
+    cuts = {"entropy_cut": entropy_cut, "divergence_cut": divergence_cut}
     with figure_style():
-        figure = Figure(figsize=(width, 2.9 if wide else width * 2.3), layout="constrained")
-        plane, along_entropy, along_divergence = figure.subplots(rows, columns).flat
+        size = width, 2.9 if wide else width * 2.3
+        figure, panels = new_panels((1, 3) if wide else (3, 1), size)
+        plane, *along = panels.flat
         _plane_of_cuts(figure, plane, grid, entropy_cut, divergence_cut)
-        nearest = _nearest(grid["divergence_cut"], divergence_cut)
-        _shares_along(
-            along_entropy,
-            grid.filter(pl.col("divergence_cut") == nearest),
-            "entropy_cut",
-            entropy_cut,
-        )
-        along_entropy.set_xlabel("entropy cut, nats")
-        along_entropy.set_title(f"divergence cut {plain_number(nearest)}")
-        nearest = _nearest(grid["entropy_cut"], entropy_cut)
-        _shares_along(
-            along_divergence,
-            grid.filter(pl.col("entropy_cut") == nearest),
-            "divergence_cut",
-            divergence_cut,
-        )
-        along_divergence.set_xlabel("divergence cut, nats")
-        along_divergence.set_title(f"entropy cut {plain_number(nearest)}")
+        for axes, moved, held in zip(along, cuts, reversed(cuts), strict=True):
+            nearest = _nearest(grid[held], cuts[held])
+            _shares_along(axes, grid.filter(pl.col(held) == nearest), moved, cuts[moved])
+            axes.set_xlabel(f"{moved.replace('_', ' ')}, nats")
+            axes.set_title(f"{held.replace('_', ' ')} {plain_number(nearest)}")
     return figure
 
 
@@ -196,35 +191,26 @@ def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: floa
     values = {row["quadrant"]: row for row in rows.iter_rows(named=True)}
     left, end, outside = 0.0, 0.0, []
     for name in group:
-        row = values.get(name)
-        share = float(row["share"] or 0.0) if row else 0.0
+        row = values.get(name, dict.fromkeys(("share", "share_low", "share_high")))
+        share = float(row["share"] or 0.0)
         axes.barh(y, share, left=left, height=0.62, color=QUADRANT_COLORS[name], zorder=2)
-        if row and row["share_low"] is not None and row["share_high"] is not None:
+        if row["share_low"] is not None and row["share_high"] is not None:
             low, high = left + row["share_low"], left + row["share_high"]
-            axes.plot(
-                [low, high], [y + 0.2, y + 0.2], color=INK, lw=1.4, zorder=4, solid_capstyle="butt"
-            )
+            style = {"color": INK, "lw": 1.4, "zorder": 4, "solid_capstyle": "butt"}
+            interval_along(axes, low, high, y + 0.2, **style)
             end = max(end, high)
         if share > 0.06:
             color = ON_BLUE if name == "Q1" else ON_LIGHT
-            axes.text(
-                left + 0.008,
-                y - 0.06,
-                f"{share:.1%}",
-                va="center",
-                zorder=5,
-                fontsize=8,
-                fontweight="bold",
-                color=color,
-            )
+            axes.text(left + 0.008, y - 0.06, f"{share:.1%}", color=color, **_BOLD)
         else:
             outside.append(f"{name} {share:.1%}" if len(group) > 1 else f"{share:.1%}")
         left += share
         end = max(end, left)
     if outside:
-        axes.text(
-            end + 0.008, y, ", ".join(outside), va="center", zorder=5, fontsize=8, fontweight="bold"
-        )
+        axes.text(end + 0.008, y, ", ".join(outside), **_BOLD)
+
+
+_BOLD: dict[str, Any] = {"va": "center", "zorder": 5, "fontsize": 8, "fontweight": "bold"}
 
 
 def _density_image(axes: Axes, density: pl.DataFrame) -> None:
@@ -272,16 +258,7 @@ def _plane_of_cuts(
     colors = sns.color_palette(SEQUENTIAL, as_cmap=True)
     mesh = axes.pcolormesh(left, bottom, q3, cmap=colors, vmin=0, rasterized=True)
     for row, column in np.argwhere(holds):
-        holding = Rectangle(
-            (column - 0.5, row - 0.5),
-            1,
-            1,
-            facecolor="#ffffff70",
-            edgecolor=ON_LIGHT,
-            hatch="/////",
-            lw=0,
-        )
-        axes.add_patch(holding)
+        axes.add_patch(_holding(row, column))
     if entropy_cut is not None and divergence_cut is not None:
         place = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
         axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec=ON_LIGHT, mew=1.4)
@@ -293,6 +270,12 @@ def _plane_of_cuts(
         mesh, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.02, aspect=30
     )
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+
+def _holding(row: int, column: int) -> Rectangle:
+    """The hatching of a cell where the paper's ranges hold."""
+    place = column - 0.5, row - 0.5
+    return Rectangle(place, 1, 1, facecolor="#ffffff70", edgecolor=ON_LIGHT, hatch="/////", lw=0)
 
 
 def _value_ticks(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
@@ -340,4 +323,4 @@ def _shares_along(axes: Axes, rows: pl.DataFrame, column: str, chosen: float | N
     axes.set_xticks(ticks, [plain_number(float(values[index])) for index in ticks])
     axes.set_xlim(0, max(1, len(x) - 1))
     axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.yaxis)
