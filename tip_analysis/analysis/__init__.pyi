@@ -1,5 +1,10 @@
+from .ablation_tables import arm_accuracies as arm_accuracies
+from .ablation_tables import claim_effects as claim_effects
 from .ablation_tables import differences_from_all as differences_from_all
 from .ablation_tables import final_arms as final_arms
+from .ablation_tables import paper_differences_from_all as paper_differences_from_all
+from .ablation_tables import paper_memory as paper_memory
+from .ablation_tables import relative_memory as relative_memory
 from .accuracy import paired_difference as paired_difference
 from .arms import Arm as Arm
 from .arms import arm_results as arm_results
@@ -20,6 +25,11 @@ from .densities import text_around as text_around
 from .door import export as export
 from .door import select as select
 from .flat_files import export_run as export_run
+from .gradient_tables import energy_shares as energy_shares
+from .gradient_tables import gradient_profile as gradient_profile
+from .gradient_tables import gradient_statistics as gradient_statistics
+from .gradient_tables import logit_profile as logit_profile
+from .groups import group_effects as group_effects
 from .mask_tables import composition as composition
 from .mask_tables import coverage as coverage
 from .mask_tables import overlap as overlap

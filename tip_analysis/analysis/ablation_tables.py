@@ -6,7 +6,14 @@ Reads rows of `tip_analysis.core.schema.AblationTable`; writes nothing.
 import polars as pl
 
 from tip_analysis.analysis.arms import ALL, UNTRAINED, Arm
-from tip_analysis.analysis.claims import paired_difference
+from tip_analysis.analysis.claims import (
+    arm_summary,
+    paired_difference,
+    paper_differences,
+    paper_results,
+)
+from tip_analysis.core.result_tables import PaperDifferenceTable
+from tip_analysis.core.schema import polars_schema
 
 CONFIGURATION = (
     "mode",
@@ -38,8 +45,7 @@ def final_arms(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def differences_from_all(arms: pl.DataFrame) -> pl.DataFrame:
-    """Each arm's accuracy minus that of `all` on the same seeds: rule, retention_ratio, difference,
-    low, high."""
+    """Each arm's accuracy minus that of `all` on the same seeds: an `ArmDifferenceTable`."""
     everything = arms.filter(ALL.rows())
     rows = []
     for (rule, ratio), part in arms.filter(~ALL.rows()).group_by(
@@ -52,3 +58,75 @@ def differences_from_all(arms: pl.DataFrame) -> pl.DataFrame:
         **dict.fromkeys(("retention_ratio", "difference", "low", "high"), pl.Float64),
     }
     return pl.DataFrame(rows, schema=schema, orient="row").drop_nulls("difference")
+
+
+def paper_differences_from_all(arms: pl.DataFrame) -> pl.DataFrame:
+    """What the paper reports of these arms minus `all`: a `PaperDifferenceTable`.
+
+    Args:
+        arms: rule and retention_ratio.
+    """
+    parts = [pl.DataFrame(schema=polars_schema(PaperDifferenceTable))]
+    for rule, ratio in arms.select("rule", "retention_ratio").iter_rows():
+        named = pl.lit(rule).alias("rule"), pl.lit(ratio, pl.Float64).alias("retention_ratio")
+        theirs = paper_differences((Arm(rule, ratio), ALL))
+        parts.append(theirs.select(*named, "difference"))
+    return pl.concat(parts)
+
+
+def arm_accuracies(table: pl.DataFrame) -> pl.DataFrame:
+    """Accuracy of each arm at its last step, mean over seeds, and of the student before training:
+    an `ArmAccuracyTable`.
+
+    Args:
+        table: rows of the ablation table.
+    """
+    shown = arm_summary(final_arms(table)).select(
+        "rule", "retention_ratio", pl.col("mean").alias("accuracy"), "low", "high"
+    )
+    untrained = table.filter(pl.col("step") == 0)["accuracy"].mean()
+    if untrained is None:
+        return shown
+    row = pl.DataFrame([(UNTRAINED, 1.0, untrained, None, None)], shown.schema, orient="row")
+    return pl.concat([shown, row])
+
+
+def claim_effects(judged: pl.DataFrame) -> pl.DataFrame:
+    """The effects of `claims_table` that could be measured, each named in words: a
+    `ClaimEffectTable`."""
+    words = pl.concat_str(
+        "claim", pl.lit(": "), "arm_a", pl.lit(" "), "relation", pl.lit(" "), "arm_b"
+    )
+    return judged.filter(pl.col("effect").is_not_null()).select(
+        words.alias("claim"),
+        "effect",
+        "low",
+        "high",
+        pl.when(pl.col("relation") != ">").then("margin").alias("margin"),
+        pl.col("verdict").cast(pl.String),
+    )
+
+
+def arm_costs(arms: pl.DataFrame) -> pl.DataFrame:
+    """What each arm cost and came to beside its accuracy, means over seeds: rule, retention_ratio,
+    best_at_k, heldout_reverse_kl, tokens_trained, step_time_s, peak_memory_bytes."""
+    means = ("best_at_k", "heldout_reverse_kl", "tokens_trained", "step_time_s")
+    keys = ["rule", "retention_ratio"]
+    return arms.group_by(keys, maintain_order=True).agg(pl.col(*means, "peak_memory_bytes").mean())
+
+
+def relative_memory(arms: pl.DataFrame) -> pl.DataFrame:
+    """Peak memory of each arm over that of training on all tokens (of the most that any arm took,
+    where that was not run): a `MemoryTable`."""
+    memory = arm_costs(arms).select("rule", "retention_ratio", memory="peak_memory_bytes")
+    whole = memory.filter(ALL.rows())["memory"].mean() or memory["memory"].max()
+    return memory.with_columns((pl.col("memory") / whole).alias("relative_memory"))
+
+
+def paper_memory() -> pl.DataFrame:
+    """The paper's peak memory over that of training on all tokens, pair by pair: a
+    `MemoryTable`."""
+    theirs = paper_results().filter(pl.col("metric") == "peak memory GB")
+    full = theirs.filter(ALL.rows()).select("pair", pl.col("mean").alias("whole"))
+    share = (pl.col("mean") / pl.col("whole")).alias("relative_memory")
+    return theirs.join(full, on="pair").with_columns(share)

@@ -29,6 +29,7 @@ from tip_analysis.analysis.arms import Arm
 from tip_analysis.analysis.bootstrap import bootstrap_interval
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.resources import data_path
+from tip_analysis.core.result_tables import VERDICTS
 
 DEFAULT_MARGIN = 0.02
 """Two points: how far apart two accuracies may be and still count as equal."""
@@ -39,7 +40,6 @@ Arms = tuple[Arm, Arm]
 """A and B."""
 
 Relation = Literal[">", "≈", "≳"]
-VERDICTS = ("supported", "contradicted", "not resolved", "not run")
 
 
 @dataclass(frozen=True)

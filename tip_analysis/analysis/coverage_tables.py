@@ -47,8 +47,8 @@ def coverage_curve(
     their masks are among `masks`, are the bounds to read the others against.
 
     Returns:
-        rule, retention_ratio, selection_scope, column, share (kept / total), share_low, share_high,
-        share_se, token_share, num_seeds, num_tokens, num_rollouts, num_prompts (of the table).
+        A `CoverageTable` for each column, with selection_scope, column, share_se, token_share,
+        num_seeds, num_tokens, num_rollouts and num_prompts (of the table).
 
     Raises:
         SchemaError: a column is missing, or no mask is given.

@@ -45,9 +45,7 @@ def density(tokens: pl.LazyFrame, cuts: Cuts) -> pl.DataFrame:
     the cuts.
 
     Returns:
-        One row per cell that holds tokens: entropy_left, entropy_right, divergence_left,
-        divergence_right (nats; cells are open on the left), num_tokens, quadrant (that of most of
-        its tokens). Divergences of +inf are left out.
+        A `DensityTable`; cells are open on the left, and divergences of +inf are left out.
     """
     entropy_column, divergence_column = AXIS_COLUMNS[Axis.ENTROPY], AXIS_COLUMNS[Axis.DIVERGENCE]
     frame = (

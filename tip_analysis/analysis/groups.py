@@ -126,10 +126,9 @@ def group_effects(
         cuts: `entropy_cut`, `divergence_cut`, `cut_scope` in place of the taxonomy's.
 
     Returns:
-        grouping, group, quadrant, num_tokens (of both), share (of the group in this quadrant), lift
-        (share over the quadrant's overall share; 1 says that the group does not matter),
-        composition (of the quadrant in this group), each with `_low`, `_high`, `_se`; num_rollouts
-        and num_prompts of the table.
+        A `GroupTable` with lift (share over the quadrant's overall share; 1 says that the group
+        does not matter) and composition (of the quadrant in this group), each, as share, with
+        `_low`, `_high`, `_se`; num_rollouts and num_prompts of the table.
 
     Raises:
         UnknownNameError: there is no such grouping.

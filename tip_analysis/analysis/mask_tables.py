@@ -20,9 +20,9 @@ def composition(masks: pl.DataFrame, quadrants: pl.LazyFrame | pl.DataFrame) -> 
     """What each mask is made of, by quadrant: one row per mask and quadrant, empty ones included.
 
     Returns:
-        The mask's keys, quadrant, num_tokens, num_rollouts, num_prompts; share (of the mask in this
-        quadrant), recall (of the quadrant's tokens that are selected), token_share (the quadrant's
-        among all), lift = share / token_share. Null where the denominator is 0.
+        A `CompositionTable` with the mask's keys, num_tokens, num_rollouts, num_prompts, recall (of
+        the quadrant's tokens that are selected) and lift = share / token_share. Null where the
+        denominator is 0.
     """
     frame = _quadrant_frame(quadrants)
     totals = frame.group_by("quadrant").agg(pl.len().alias("_quadrant_tokens"))
@@ -64,7 +64,7 @@ def overlap(masks: pl.DataFrame) -> pl.DataFrame:
     """How far any two masks agree: one row per unordered pair of different masks.
 
     Returns:
-        Keys of both (`*_a`, `*_b`), num_both, num_either, jaccard = both / either in [0, 1], and
+        An `OverlapTable` with the keys of both (`*_a`, `*_b`), num_both, num_either and
         containment = both / the smaller mask.
     """
     keyed = masks.with_columns(pl.struct(MASK_KEYS).rank("dense").alias("_mask"))

@@ -144,9 +144,8 @@ def cut_sensitivity(
     """How the shares move with both cuts (scope `run`), and where the paper's ranges hold.
 
     Returns:
-        One row per pair: entropy_spec, divergence_spec (as asked for), entropy_cut, divergence_cut
-        (nats), Q1 … Q4 (shares in [0, 1]), num_tokens, q4_in_range, q1_q2_in_range, q3_in_range,
-        in_paper_ranges (all three).
+        A `CutSensitivityTable`, one row per pair, with entropy_spec, divergence_spec (as asked
+        for), num_tokens, q4_in_range, q1_q2_in_range and q3_in_range.
 
     Raises:
         OptionError: a cut has no valid form, or is `paper`, which is about both axes at once.

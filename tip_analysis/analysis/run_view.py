@@ -5,10 +5,8 @@ Reads a run folder; the texts of tokens that were likely but not sampled come fr
 table, or, where there is none, from the sampled tokens: other ids then show as `#123`. Tables stay
 lazy: only aggregates, and the rows that are shown, are collected.
 
-The prompt bootstrap of `statistics` costs time in proportion to tokens × resamples. Beyond
-`ReportOptions.resampled_tokens` a random sample of p of the P prompts is resampled instead, and
-half-widths are scaled by √(p/P), since the width of an interval shrinks with the square root of the
-number of prompts (the m-out-of-n bootstrap). Values are those of the whole run.
+Intervals of a long run come from a sample of its prompts (`prompt_sample`); values are those of the
+whole run.
 """
 
 import math
@@ -31,17 +29,21 @@ from tip_analysis.analysis.measurements import (
     preferred_measurement,
     with_gradients,
 )
+from tip_analysis.analysis.prompt_sample import draw_prompts, scaled_intervals
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
+from tip_analysis.analysis.rollout_facts import rollout_facts
 from tip_analysis.analysis.scores import Normalization, add_scores
 from tip_analysis.analysis.screening import screen_tokens
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.errors import OptionError, RunError, SchemaError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.names import Loss, Quadrant
 from tip_analysis.core.run_folder import Run, open_run
 
 Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]
 """(tokens, number of resamples) -> a result table."""
+
+_ENDS = {"low": pl.Float64, "high": pl.Float64}
 
 GRADIENT_SCORES = ("grad_norm", "grad_dot_loss", "reward_alignment")
 """What a reader of single tokens sees of their gradients."""
@@ -145,23 +147,7 @@ class RunView:
     @cached_property
     def rollouts(self) -> pl.DataFrame:
         """What is known of each rollout, without the token lists."""
-        wanted = [
-            "rollout_id",
-            "prompt_id",
-            "prompt_text",
-            "finish_reason",
-            "temperature",
-            "top_p",
-            "top_k",
-            "reward",
-        ]
-        wanted += ["ground_truth", "ids_origin", "template_origin", "source"]
-        lengths = pl.col("response_token_ids").list.len().alias("num_tokens")
-        return (
-            self.run.rollouts().select(*wanted, lengths).collect()
-            if self.run.has("rollouts")
-            else _no_rollouts()
-        )
+        return rollout_facts(self.run)
 
     @cached_property
     def prompt_sample(self) -> pl.DataFrame | None:
@@ -169,20 +155,7 @@ class RunView:
         whole run is that small."""
         if self.population.num_tokens <= self.options.resampled_tokens:
             return None
-        sizes = (
-            self.raw.filter("loss_mask")
-            .group_by("prompt_id")
-            .len("size")
-            .collect(engine="streaming")
-        )
-        drawn = sizes.with_columns(pl.col("prompt_id").hash(seed=0).alias("draw")).sort(
-            "draw", "prompt_id"
-        )
-        kept = drawn.filter(
-            (pl.col("size").cum_sum() <= self.options.resampled_tokens)
-            | (pl.int_range(pl.len()) < 2)
-        )
-        return kept.select("prompt_id")
+        return draw_prompts(self.raw, self.options.resampled_tokens)
 
     def sampled(self, tokens: pl.LazyFrame) -> pl.LazyFrame:
         """The rows of the sampled prompts; all rows where there is no need to sample."""
@@ -193,7 +166,7 @@ class RunView:
     def with_intervals(
         self, tokens: pl.LazyFrame, compute: Compute, *, keys: Sequence[str], names: Sequence[str]
     ) -> pl.DataFrame:
-        """A result table of the whole run whose intervals are affordable (see the module's head).
+        """A result table of the whole run whose intervals are affordable (see `prompt_sample`).
 
         Args:
             tokens: what `compute` is given, with `prompt_id`.
@@ -206,20 +179,7 @@ class RunView:
             return compute(tokens, self.options.num_resamples)
         whole, part = compute(tokens, 2), compute(self.sampled(tokens), self.options.num_resamples)
         scale = math.sqrt(self.prompt_sample.height / max(1, self.population.num_prompts))
-        ends = {
-            name: ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
-            for name in names
-        }
-        wanted = [*keys, *names, *(end for pair in ends.values() for end in pair)]
-        joined = whole.join(
-            part.select(wanted), on=list(keys), how="left", suffix="_part", maintain_order="left"
-        )
-        scaled = [
-            (pl.col(name) + scale * (pl.col(f"{end}_part") - pl.col(f"{name}_part"))).alias(end)
-            for name, pair in ends.items()
-            for end in pair
-        ]
-        return joined.with_columns(scaled).select(whole.columns)
+        return scaled_intervals(whole, part, keys=keys, names=names, scale=scale)
 
     def interval_words(self) -> str:
         """What the intervals of the page are."""
@@ -334,6 +294,23 @@ class RunView:
         }
 
     @cached_property
+    def share_table(self) -> pl.DataFrame:
+        """`shares` with their intervals under the run's name, a `QuadrantShareTable`; intervals are
+        null where no token has statistics."""
+        if self.population.num_tokens:
+            ends = self.quadrant_means.filter(pl.col("statistic") == "share")
+        else:
+            ends = pl.DataFrame(schema={"quadrant": pl.Enum(Quadrant), **_ENDS})
+        joined = self.shares.join(ends, on="quadrant", how="left", maintain_order="left")
+        return joined.select(
+            pl.lit(self.name).alias("run"),
+            pl.col("quadrant").cast(pl.String),
+            "share",
+            pl.col("low").alias("share_low"),
+            pl.col("high").alias("share_high"),
+        )
+
+    @cached_property
     def population(self) -> Population:
         """Counts of tokens, rollouts and prompts with statistics."""
         written = pl.col("loss_mask")
@@ -412,23 +389,3 @@ def _name_of(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("name") or value.get("model") or value.get("id")
     return "unnamed model" if value is None else str(value)
-
-
-def _no_rollouts() -> pl.DataFrame:
-    return pl.DataFrame(
-        schema={
-            "rollout_id": pl.String,
-            "prompt_id": pl.String,
-            "prompt_text": pl.String,
-            "finish_reason": pl.String,
-            "temperature": pl.Float32,
-            "top_p": pl.Float32,
-            "top_k": pl.Int32,
-            "reward": pl.Float32,
-            "ground_truth": pl.String,
-            "ids_origin": pl.String,
-            "template_origin": pl.String,
-            "source": pl.String,
-            "num_tokens": pl.UInt32,
-        }
-    )

@@ -21,7 +21,6 @@ QUANTITIES = ("tokens", "grad_norm_sq", "grad_dot_loss")
 """What a quadrant has a share of: the number of tokens, Σ‖g‖², Σφ."""
 
 _SHARE = {"nullable": True, "min": 0.0, "max": 1.0 + 1e-9}
-_END = {"nullable": True}
 
 
 class QuadrantShareTable(dy.Schema):
@@ -30,8 +29,8 @@ class QuadrantShareTable(dy.Schema):
     run = dy.String(primary_key=True, description="Name of the run")
     quadrant = dy.Enum(Quadrant, primary_key=True, description="Quadrant")
     share = dy.Float64(**_SHARE, description="Of the tokens that the student wrote")
-    share_low = dy.Float64(**_END, description="Low end of its interval")
-    share_high = dy.Float64(**_END, description="High end")
+    share_low = dy.Float64(nullable=True, description="Low end of its interval")
+    share_high = dy.Float64(nullable=True, description="High end")
 
 
 class DensityTable(dy.Schema):
@@ -66,8 +65,8 @@ class QuadrantProfileTable(dy.Schema):
     measure = dy.String(primary_key=True, description="What is averaged, in words")
     quadrant = dy.Enum(Quadrant, primary_key=True, description="Quadrant")
     value = dy.Float64(nullable=True, description="Its mean over the quadrant's tokens")
-    low = dy.Float64(**_END, description="Low end of its interval")
-    high = dy.Float64(**_END, description="High end")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
 
 
 class EnergyShareTable(dy.Schema):
@@ -77,8 +76,8 @@ class EnergyShareTable(dy.Schema):
     quantity = dy.Enum(QUANTITIES, primary_key=True, description="What is shared out")
     quadrant = dy.Enum(Quadrant, primary_key=True, description="Quadrant")
     share = dy.Float64(nullable=True, description="A share of Σφ may be negative or above 1")
-    low = dy.Float64(**_END, description="Low end of its interval")
-    high = dy.Float64(**_END, description="High end")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
 
 
 class CompositionTable(dy.Schema):
@@ -105,8 +104,8 @@ class CoverageTable(dy.Schema):
     rule = dy.String(description="Selection rule")
     retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
     share = dy.Float64(nullable=True, description="Kept over total; of either sign where φ is")
-    share_low = dy.Float64(**_END, description="Low end of its interval")
-    share_high = dy.Float64(**_END, description="High end")
+    share_low = dy.Float64(nullable=True, description="Low end of its interval")
+    share_high = dy.Float64(nullable=True, description="High end")
 
 
 class GroupTable(dy.Schema):
@@ -126,8 +125,8 @@ class ArmAccuracyTable(dy.Schema):
     rule = dy.String(description="Selection rule; `untrained` for the student before training")
     retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
     accuracy = dy.Float64(description="Mean over seeds, in [0, 1] where rewards are")
-    low = dy.Float64(**_END, description="Low end of its interval over seeds")
-    high = dy.Float64(**_END, description="High end")
+    low = dy.Float64(nullable=True, description="Low end of its interval over seeds")
+    high = dy.Float64(nullable=True, description="High end")
 
 
 class PaperDifferenceTable(dy.Schema):
@@ -142,8 +141,8 @@ class PaperDifferenceTable(dy.Schema):
 class ArmDifferenceTable(PaperDifferenceTable):
     """Accuracy of each arm minus that of `all`, paired by seed: `analysis.differences_from_all`."""
 
-    low = dy.Float64(**_END, description="Low end of its interval over seeds")
-    high = dy.Float64(**_END, description="High end")
+    low = dy.Float64(nullable=True, description="Low end of its interval over seeds")
+    high = dy.Float64(nullable=True, description="High end")
 
 
 class ClaimEffectTable(dy.Schema):
@@ -151,8 +150,8 @@ class ClaimEffectTable(dy.Schema):
 
     claim = dy.String(description="The claim and its arms, in words")
     effect = dy.Float64(nullable=True, description="Accuracy of arm A minus that of arm B")
-    low = dy.Float64(**_END, description="Low end of its interval over seeds")
-    high = dy.Float64(**_END, description="High end")
+    low = dy.Float64(nullable=True, description="Low end of its interval over seeds")
+    high = dy.Float64(nullable=True, description="High end")
     margin = dy.Float64(
         nullable=True, min=0.0, description="How far apart counts as equal; null for claims of >"
     )

@@ -491,7 +491,8 @@ def first_fault(frame: pl.DataFrame, schema: type[dy.Schema]) -> str | None:
     differ = (kept != given).arg_true()
     row = differ[0] if differ.len() else sound.height
     first = failure.details().row(0, named=True)
-    rule = next(name for name, verdict in first.items() if verdict == "invalid")
+    broken = [name for name, verdict in first.items() if verdict == "invalid"]
+    rule = min(broken, key=lambda name: not name.endswith("|nan"))  # NaN is above any range, too
     return f"row {row}: {_rule_in_words(rule, frame.row(row, named=True), schema)}"
 
 

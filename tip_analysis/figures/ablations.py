@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tip_analysis.analysis.arms import Arm
 from tip_analysis.core.result_tables import (
     ArmAccuracyTable,
     ArmDifferenceTable,
@@ -35,7 +36,6 @@ from tip_analysis.figures.style import (
 
 _MARKS = "osD^vPX*<>hd"
 VERDICT_COLORS = {"supported": "#0072b2", "contradicted": "#d55e00", "not resolved": "#98a2ae"}
-BASELINES = ("untrained", "all")
 OURS = VERDICT_COLORS["supported"]
 """The colour of this run beside the paper's hollow marks."""
 _HOLLOW: dict[str, Any] = {"marker": "D", "mfc": "none", "mec": MUTED, "ls": ""}
@@ -52,15 +52,16 @@ def accuracy_by_ratio(
         metric: name of the accuracy, for the axis.
     """
     arms = checked(arms, ArmAccuracyTable)
-    rules = [rule for rule in arms["rule"].unique(maintain_order=True) if rule not in BASELINES]
+    named = [Arm(rule) for rule in arms["rule"].unique(maintain_order=True)]
+    rules = [arm.rule for arm in named if arm.has_ratio]
     wide = width >= WIDE
     with figure_style():
         figure, axes = new_figure(width, 3.6 if wide else width * 1.3)
-        for name, style in (("all", "-"), ("untrained", ":")):
-            for accuracy in arms.filter(pl.col("rule") == name)["accuracy"]:
-                _level_line(axes, name, accuracy, style)
+        for arm in named:
+            if not arm.has_ratio:
+                _level_lines(axes, arm, arms.filter(arm.rows())["accuracy"])
         _rule_lines(axes, arms, rules)
-        ratios = sorted(arms.filter(~pl.col("rule").is_in(BASELINES))["retention_ratio"].unique())
+        ratios = sorted(arms.filter(pl.col("rule").is_in(rules))["retention_ratio"].unique())
         axes.set_xscale("log")
         axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         axes.minorticks_off()
@@ -73,11 +74,11 @@ def accuracy_by_ratio(
     return figure
 
 
-def _level_line(axes: Axes, name: str, accuracy: float, style: str) -> None:
-    axes.axhline(accuracy, color=MUTED, ls=style, lw=1.1)
-    axes.annotate(
-        name, (1, accuracy), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-    )
+def _level_lines(axes: Axes, arm: Arm, accuracies: pl.Series) -> None:
+    above = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+    for accuracy in accuracies:
+        axes.axhline(accuracy, color=MUTED, ls=":" if arm.is_untrained else "-", lw=1.1)
+        axes.annotate(arm.rule, (1, accuracy), fontsize=8, **above)
 
 
 def _rule_lines(axes: Axes, arms: pl.DataFrame, rules: Sequence[str]) -> None:
@@ -104,14 +105,14 @@ def difference_from_all(
     """
     arms, paper = checked(arms, ArmDifferenceTable), checked(paper, PaperDifferenceTable)
     names = ["rule", "retention_ratio"]
-    keys = arms.select(names).unique(maintain_order=True).sort(names).rows()
+    named = [Arm(*key) for key in arms.select(names).unique().sort(names).rows()]
     with figure_style():
-        figure, axes = new_figure(width, 0.9 + 0.3 * max(1, len(keys)))
+        figure, axes = new_figure(width, 0.9 + 0.3 * max(1, len(named)))
         axes.axvline(0, color=MUTED, lw=0.9)
-        for place, (rule, ratio) in enumerate(keys):
-            same = (pl.col("rule") == rule) & ((pl.col("retention_ratio") - ratio).abs() < 1e-9)
-            _difference_row(axes, arms.filter(same), paper.filter(same)["difference"], place)
-        list_down(axes, [f"{rule}  ρ {ratio:g}" for rule, ratio in keys])
+        for place, arm in enumerate(named):
+            theirs = paper.filter(arm.rows())["difference"]
+            _difference_row(axes, arms.filter(arm.rows()), theirs, place)
+        list_down(axes, list(map(str, named)))
         axes.grid(axis="x", color=GRID)
         percent_axis(axes.xaxis, symbol="")
         axes.set_xlabel("accuracy minus that of `all`, points")

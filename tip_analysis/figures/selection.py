@@ -9,6 +9,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tip_analysis.analysis.rules import keeps_all, known_rules
 from tip_analysis.core.result_tables import CompositionTable, CoverageTable, OverlapTable, checked
 from tip_analysis.figures.style import (
     INK,
@@ -26,7 +27,6 @@ from tip_analysis.figures.style import (
 
 _LINES = ("-", "--", "-.", ":")
 _MARKS = "osD^vPX*<>hd"
-BOUND_RULES = {"random": "lower reference", "gradient_oracle": "upper reference"}
 
 
 def composition(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
@@ -119,26 +119,27 @@ def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH
 
 
 def _coverage_lines(axes: Axes, table: pl.DataFrame) -> None:
-    rules = [rule for rule in table["rule"].unique(maintain_order=True) if rule != "all"]
+    rules = table.filter(~keeps_all())["rule"].unique(maintain_order=True).to_list()
+    known, measured = known_rules(rules), table.filter(pl.col("share").is_not_null())
     colors = sns.color_palette("colorblind", n_colors=max(1, len(rules)))
-    known = table.filter(pl.col("share").is_not_null()).sort("retention_ratio")
     for index, rule in enumerate(rules):
-        bound = BOUND_RULES.get(rule)
+        reference = known[rule].reference if rule in known else ""
         style = {
-            "label": f"{rule} ({bound})" if bound else rule,
-            "color": INK if bound else colors[index],
+            "label": f"{rule} ({reference})" if reference else rule,
+            "color": INK if reference else colors[index],
             "ls": _LINES[index % 4],
             "marker": _MARKS[index % len(_MARKS)],
         }
-        _coverage_line(axes, known.filter(pl.col("rule") == rule), style)
+        _coverage_line(axes, measured.filter(pl.col("rule") == rule), style)
 
 
 def _coverage_line(axes: Axes, part: pl.DataFrame, style: dict[str, Any]) -> None:
+    part = part.sort("retention_ratio")
     axes.plot(part["retention_ratio"], part["share"], ms=5, lw=1.5, **style)
     known = part.drop_nulls(["share_low", "share_high"])
     if known.height:
-        ends = (known[name] for name in ("retention_ratio", "share_low", "share_high"))
-        axes.vlines(*ends, color=style["color"], lw=1, alpha=0.7)
+        x, low, high = (known[name] for name in ("retention_ratio", "share_low", "share_high"))
+        axes.vlines(x, low, high, color=style["color"], lw=1, alpha=0.7)
 
 
 def _stacks(axes: Axes, part: pl.DataFrame, rules: list[str]) -> None:

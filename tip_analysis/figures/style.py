@@ -92,7 +92,8 @@ _SIZES = {
 def figure_style(font_size: float = 9.0) -> Iterator[None]:
     """The look of all figures: quiet axes, text kept as text, no state left behind."""
     sizes = {name: font_size + more for name, more in _SIZES.items()}
-    with mpl.rc_context({**_QUIET, **sizes}):
+    settings: dict[Any, Any] = {**_QUIET, **sizes}
+    with mpl.rc_context(settings):
         yield
 
 

@@ -1,9 +1,10 @@
 """What a reader must know before trusting a run's numbers: counts of what is unusual, in
 sentences."""
 
-import polars as pl
+from collections.abc import Iterator
 
 from tip_analysis.analysis.quadrants import warn_about_cuts
+from tip_analysis.analysis.rollout_facts import RolloutCounts, count_rollouts
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.analysis.screening import warnings_of as artefact_warnings
 from tip_analysis.core.text import visible
@@ -12,7 +13,7 @@ from tip_analysis.core.words import count, listed, percent, plural, sentence
 
 def warnings_of(view: RunView) -> list[str]:
     """What is unusual about a run, in sentences."""
-    texts = [*_table_warnings(view), *_rollout_warnings(view)]
+    texts = [*_table_warnings(view), *_rollout_warnings(count_rollouts(view.rollouts))]
     if (cut := warn_about_cuts(view.raw, view.cuts)) is not None:
         texts.append(sentence(cut.message))
     texts += [sentence(text) for text in artefact_warnings(view.screened)]
@@ -26,76 +27,99 @@ def warnings_of(view: RunView) -> list[str]:
 
 
 def _table_warnings(view: RunView) -> list[str]:
-    texts = []
-    if altered := view.run.altered_shards():
-        texts.append(
-            f"{plural(len(altered), 'shard')} changed since written"
-            f" ({visible(listed(altered[:5]), 300)}): numbers may not belong to the recorded"
-            " configuration. Run the stage again to make them again."
-        )
+    makers = (_altered, _infinite, _bounded, _clipped, _unfinished)
+    return [text for make in makers if (text := make(view))]
+
+
+def _altered(view: RunView) -> str:
+    if not (altered := view.run.altered_shards()):
+        return ""
+    return (
+        f"{plural(len(altered), 'shard')} changed since written"
+        f" ({visible(listed(altered[:5]), 300)}): numbers may not belong to the recorded"
+        " configuration. Run the stage again to make them again."
+    )
+
+
+def _infinite(view: RunView) -> str:
     counted = view.population
-    if counted.num_infinite_reverse or counted.num_infinite_forward:
-        texts.append(
-            f"{count(counted.num_infinite_reverse)} reverse and"
-            f" {count(counted.num_infinite_forward)} forward divergences are +∞ (a model rules a"
-            " token out entirely): they count as high, and take no part in means, cuts and"
-            " normalisation."
-        )
-    if bounds := view.stages.get("score", {}).get("config", {}).get("lower_bounds"):
-        texts.append(
-            f"The teacher was stored as its top tokens and the mass of the rest: {listed(bounds)}"
-            " are lower bounds, and columns without such a bound are empty."
-        )
-    if (clip := view.options.taxonomy.divergence_clip) is not None:
-        texts.append(
-            f"Divergence is clipped at its {clip:g} quantile before min-max"
-            " (off in the paper): Soft-OR then ranks the tokens below the clip more apart, and"
-            " those above it equal."
-        )
+    if not (counted.num_infinite_reverse or counted.num_infinite_forward):
+        return ""
+    return (
+        f"{count(counted.num_infinite_reverse)} reverse and"
+        f" {count(counted.num_infinite_forward)} forward divergences are +∞ (a model rules a"
+        " token out entirely): they count as high, and take no part in means, cuts and"
+        " normalisation."
+    )
+
+
+def _bounded(view: RunView) -> str:
+    if not (bounds := view.stages.get("score", {}).get("config", {}).get("lower_bounds")):
+        return ""
+    return (
+        f"The teacher was stored as its top tokens and the mass of the rest: {listed(bounds)}"
+        " are lower bounds, and columns without such a bound are empty."
+    )
+
+
+def _clipped(view: RunView) -> str:
+    if (clip := view.options.taxonomy.divergence_clip) is None:
+        return ""
+    return (
+        f"Divergence is clipped at its {clip:g} quantile before min-max"
+        " (off in the paper): Soft-OR then ranks the tokens below the clip more apart, and"
+        " those above it equal."
+    )
+
+
+def _unfinished(view: RunView) -> str:
     unfinished = [key for key, stage in view.stages.items() if not stage.get("finished")]
-    if unfinished:
-        texts.append(
-            f"Not finished when this was made: {listed(unfinished)}. The numbers are those of the"
-            " shards written so far."
-        )
-    return texts
+    if not unfinished:
+        return ""
+    return (
+        f"Not finished when this was made: {listed(unfinished)}. The numbers are those of the"
+        " shards written so far."
+    )
 
 
-def _rollout_warnings(view: RunView) -> list[str]:
-    rollouts, texts = view.rollouts, []
-    total = rollouts.height
-    retokenized = rollouts.filter(pl.col("ids_origin") == "retokenized").height
-    if retokenized:
-        texts.append(
-            f"{count(retokenized)} of {plural(total, 'rollout')} were imported as text and"
-            " tokenised again: their token ids may differ from those that the author sampled."
+def _rollout_warnings(counted: RolloutCounts) -> list[str]:
+    total = plural(counted.num_rollouts, "rollout")
+    makers = (_imported_as_text, _tempered, _short_or_cut_off)
+    return [text for make in makers for text in make(counted, total)]
+
+
+def _imported_as_text(counted: RolloutCounts, total: str) -> Iterator[str]:
+    if number := counted.num_retokenized:
+        yield (
+            f"{count(number)} of {total} were imported as text and tokenised again: their token ids"
+            " may differ from those that the author sampled."
         )
-    if reapplied := rollouts.filter(pl.col("template_origin") == "reapplied").height:
-        texts.append(
-            f"{plural(reapplied, 'rollout')} had the chat template applied again: markers may"
-            " differ from the author’s."
+    if number := counted.num_reapplied:
+        yield (
+            f"{plural(number, 'rollout')} had the chat template applied again: markers may differ"
+            " from the author’s."
         )
-    tempered = rollouts.filter(
-        (pl.col("temperature") != 1.0) | (pl.col("top_p") < 1.0) | (pl.col("top_k") > 0)
-    ).height
-    if tempered:
-        texts.append(
-            f"{count(tempered)} of {plural(total, 'rollout')} were sampled at another temperature"
-            " than 1 or from a truncated distribution: statistics are those of temperature 1, and"
-            " the tokens are not a sample from it."
+
+
+def _tempered(counted: RolloutCounts, total: str) -> Iterator[str]:
+    if number := counted.num_tempered:
+        yield (
+            f"{count(number)} of {total} were sampled at another temperature than 1 or from a"
+            " truncated distribution: statistics are those of temperature 1, and the tokens are not"
+            " a sample from it."
         )
-    unknown = rollouts.filter(pl.col("temperature").is_null()).height
-    if unknown:
-        texts.append(f"The sampling temperature of {plural(unknown, 'rollout')} is not known.")
-    cut_off = rollouts.filter(pl.col("finish_reason").cast(pl.String) == "length").height
-    if cut_off:
-        texts.append(
-            f"{count(cut_off)} of {plural(total, 'rollout')} reached the token limit before they"
-            f" ended ({percent(cut_off / total)})."
+    if number := counted.num_of_unknown_temperature:
+        yield f"The sampling temperature of {plural(number, 'rollout')} is not known."
+
+
+def _short_or_cut_off(counted: RolloutCounts, total: str) -> Iterator[str]:
+    if number := counted.num_cut_off:
+        yield (
+            f"{count(number)} of {total} reached the token limit before they ended"
+            f" ({percent(number / counted.num_rollouts)})."
         )
-    if empty := rollouts.filter(pl.col("num_tokens") == 0).height:
-        texts.append(
-            f"{plural(empty, 'rollout')} {'has' if empty == 1 else 'have'} no response token, and"
+    if number := counted.num_empty:
+        yield (
+            f"{plural(number, 'rollout')} {'has' if number == 1 else 'have'} no response token, and"
             " no row below."
         )
-    return texts

@@ -13,12 +13,19 @@ import polars as pl
 from rich.console import Group
 from rich.text import Text
 
-from tip_analysis.analysis.densities import strongest_tokens
+from tip_analysis.analysis.browsing import (
+    MAX_ROLLOUT_TOKENS,
+    listed_ids,
+    one_rollout,
+    recorded_ratios,
+    run_scale,
+    strongest_rollout,
+)
 from tip_analysis.analysis.measurements import Preference
 from tip_analysis.analysis.rules import keeps_all
 from tip_analysis.analysis.run_view import GRADIENT_SCORES, ReportOptions, RunView
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
-from tip_analysis.core.errors import RunError, SchemaError, UnknownNameError
+from tip_analysis.core.errors import UnknownNameError
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.text import visible, visible_lines
 from tip_analysis.core.words import listed, number, percent, plural
@@ -32,7 +39,7 @@ from tip_analysis.report.notebook.frame import (
     terminal_style,
 )
 from tip_analysis.report.notebook.runs import open_view
-from tip_analysis.report.sections.browser import MAX_ROLLOUT_TOKENS, SCORES
+from tip_analysis.report.sections.browser import SCORES
 from tip_analysis.report.sections.gradients import measurement_words
 
 _UNITS = {name: (label, unit) for name, label, unit in SCORES}
@@ -119,36 +126,27 @@ class RolloutView:
         )
 
     def __rich__(self) -> Group:
+        head = Text(self.heading(), style="bold"), Text(self.prompt, style="dim")
+        more = plural(self.num_left_out, "more token") if self.num_left_out else ""
+        left_out = [Text(f"… {more}", style="dim")] if more else []
+        return Group(*head, self._coloured(), *left_out, self._coloured_legend())
+
+    def _coloured(self) -> Text:
         tokens = Text()
         for token in self.tokens:
-            style = (
-                terminal_style(token.quadrant)
-                if self.scale is None
-                else terminal_ramp(token.strength)
-            )
+            by_quadrant = self.scale is None
+            style = terminal_style(token.quadrant) if by_quadrant else terminal_ramp(token.strength)
             tokens.append(token.text, style)
             tokens.append("\n" * token.num_line_breaks)
-        legend = Text(self.legend())
-        if self.scale is None:
-            parts = [
-                Text.assemble(
-                    (f" {name} ", terminal_style(name)), f" {QUADRANT_NAMES[name]} ({size})  "
-                )
-                for name, size in self.counts().items()
-            ]
-            legend = Text.assemble(*parts)
-        more = (
-            [Text(f"… {plural(self.num_left_out, 'more token')}", style="dim")]
-            if self.num_left_out
-            else []
-        )
-        return Group(
-            Text(self.heading(), style="bold"),
-            Text(self.prompt, style="dim"),
-            tokens,
-            *more,
-            legend,
-        )
+        return tokens
+
+    def _coloured_legend(self) -> Text:
+        if self.scale is not None:
+            return Text(self.legend())
+        parts: list[Text | tuple[str, Any] | str] = []
+        for name, size in self.counts().items():
+            parts += [(f" {name} ", terminal_style(name)), f" {QUADRANT_NAMES[name]} ({size})  "]
+        return Text.assemble(*parts)
 
     def __repr__(self) -> str:
         return (
@@ -190,24 +188,14 @@ def show_rollout(
         raise UnknownNameError("score to colour by", colour_by, ["quadrant", *_UNITS])
     options = ReportOptions(taxonomy.changed(**cuts), measurement or Preference())
     view = open_view(run, options)
-    if rollout_id is None:
-        rollout_id = _strongest_rollout(view)
-    rows = _rows(view, rollout_id)
-    scale = None if colour_by == "quadrant" else _scale(view, colour_by)
+    rollout_id = strongest_rollout(view) if rollout_id is None else rollout_id
+    rows = one_rollout(view, rollout_id)
+    scale = None if colour_by == "quadrant" else run_scale(view, colour_by)
     shown = rows.head(max_tokens)
-    listed_ids = pl.concat(
-        [shown[f"{model}_topk_ids"].explode() for model in ("student", "teacher")]
-    ).drop_nulls()
-    texts = view.token_texts(listed_ids)
+    texts = view.token_texts(listed_ids(shown))
     selected = _selected_by(view, rollout_id)
     tokens = tuple(
-        ShownToken(
-            visible(row["token"]),
-            row["quadrant"],
-            _strength(row[colour_by], scale) if scale else None,
-            tuple(_details(row, texts, selected.get(row["position"], ""))),
-            min(3, row["token"].count("\n")) if len(row["token"]) < 64 else 0,
-        )
+        _shown_token(row, colour_by, scale, texts, selected.get(row["position"], ""))
         for row in shown.with_columns(pl.col("quadrant").cast(pl.String)).iter_rows(named=True)
     )
     facts, prompt = _about(view, rollout_id, rows.height)
@@ -216,45 +204,20 @@ def show_rollout(
     )
 
 
-def _strongest_rollout(view: RunView) -> str:
-    best = strongest_tokens(view.tokens, "Q3", 1)["rollout_id"]
-    found = best if best.len() else view.raw.select("rollout_id").head(1).collect()["rollout_id"]
-    if found.is_empty():
-        raise SchemaError(f"{view.run.path} has no token to show")
-    return str(found[0])
-
-
-def _rows(view: RunView, rollout_id: str) -> pl.DataFrame:
-    """The tokens of one rollout in order, with scores, quadrant and, where measured, gradients."""
-    chosen = pl.col("rollout_id") == rollout_id
-    frame = view.with_gradients(view.tokens.filter(chosen)).collect().sort("position")
-    if frame.is_empty():
-        first = (
-            view.raw.select("rollout_id")
-            .unique(maintain_order=True)
-            .head(8)
-            .collect()["rollout_id"]
-        )
-        raise UnknownNameError("rollout", rollout_id, [*first, "…"])
-    return frame
-
-
-def _scale(view: RunView, column: str) -> tuple[float, float]:
-    """The 1st and the 99th percentile of a score over the run."""
-    table = view.gradients if column in GRADIENT_SCORES else view.tokens
-    if table is None:
-        raise RunError(
-            f"{view.run.path} has no gradients of the reverse KL yet; `tip-analysis gradients"
-            f" {view.run.path}` measures them"
-        )
-    value = pl.col(column).cast(pl.Float64)
-    finite = value.filter(value.is_finite())
-    low, high = (
-        table.select(finite.quantile(0.01).alias("low"), finite.quantile(0.99).alias("high"))
-        .collect()
-        .row(0)
+def _shown_token(
+    row: dict[str, Any],
+    colour_by: str,
+    scale: tuple[float, float] | None,
+    texts: dict[int, str],
+    selected: str,
+) -> ShownToken:
+    return ShownToken(
+        visible(row["token"]),
+        row["quadrant"],
+        _strength(row[colour_by], scale) if scale else None,
+        tuple(_details(row, texts, selected)),
+        min(3, row["token"].count("\n")) if len(row["token"]) < 64 else 0,
     )
-    return float(low or 0.0), float(high or 0.0)
 
 
 def _strength(value: float | None, scale: tuple[float, float]) -> float | None:
@@ -268,15 +231,8 @@ def _strength(value: float | None, scale: tuple[float, float]) -> float | None:
 def _selected_by(view: RunView, rollout_id: str) -> dict[int, str]:
     """Position -> the rules that select it, each with the smallest ρ; empty where the run has no
     masks."""
-    if not view.run.has("masks"):
-        return {}
-    masks = view.run.masks().filter(pl.col("rollout_id") == rollout_id, ~keeps_all())
-    smallest = (
-        masks.group_by("position", "rule")
-        .agg(pl.col("retention_ratio").min())
-        .sort("position", "rule")
-        .collect()
-    )
+    known = recorded_ratios(view, [rollout_id]).filter(~keeps_all())
+    smallest = known.sort("position", "rule").select("position", "rule", "retention_ratio")
     chosen: dict[int, list[str]] = {}
     for position, rule, ratio in smallest.iter_rows():
         chosen.setdefault(position, []).append(f"{visible(rule, 40)} from ρ {ratio:g}")

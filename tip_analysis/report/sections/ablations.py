@@ -2,13 +2,23 @@
 paper's own numbers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 
 from tip_analysis import figures
-from tip_analysis.analysis.ablation_tables import differences_from_all, final_arms
-from tip_analysis.analysis.arms import ALL, UNTRAINED, Arm
-from tip_analysis.analysis.claims import arm_summary, claims_table, paper_differences, paper_results
+from tip_analysis.analysis.ablation_tables import (
+    arm_accuracies,
+    arm_costs,
+    claim_effects,
+    differences_from_all,
+    final_arms,
+    paper_differences_from_all,
+    paper_memory,
+    relative_memory,
+)
+from tip_analysis.analysis.arms import Arm
+from tip_analysis.analysis.claims import arm_summary, claims_table
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import count, interval, listed, number, percent, plural, points
@@ -56,7 +66,7 @@ def _part(view: RunView, label: str) -> Part:
         return Part("", [Missing("No arm has been trained to its end.", command)], run=label)
     judged = claims_table(arms)
     summary = arm_summary(arms)
-    blocks: list[Block] = [_accuracy_picture(view, table, arms, summary)]
+    blocks: list[Block] = [_accuracy_picture(view, table)]
     minus_all = differences_from_all(arms)
     if minus_all.height:
         blocks.append(_difference_picture(view, minus_all))
@@ -90,22 +100,9 @@ def _finding(judged: pl.DataFrame) -> str:
     return f"Of the paper’s claims, on this pair {'; '.join(words)}."
 
 
-def _accuracy_picture(
-    view: RunView, table: pl.DataFrame, arms: pl.DataFrame, summary: pl.DataFrame
-) -> Block:
-    columns = ["rule", "retention_ratio", pl.col("mean").alias("accuracy"), "low", "high"]
-    shown = summary.select(columns)
-    untrained = table.filter(pl.col("step") == 0)["accuracy"].mean()
-    if untrained is not None:
-        row = {
-            "rule": [UNTRAINED],
-            "retention_ratio": [1.0],
-            "accuracy": [untrained],
-            "low": [None],
-            "high": [None],
-        }
-        shown = pl.concat([shown, pl.DataFrame(row, schema=shown.schema)])
-    metric = f"mean@{arms['num_samples'][0]}"
+def _accuracy_picture(view: RunView, table: pl.DataFrame) -> Block:
+    shown = arm_accuracies(table)
+    metric = f"mean@{final_arms(table)['num_samples'][0]}"
     return picture(
         lambda width: figures.accuracy_by_ratio(shown, metric=metric, width=width),
         key=f"accuracy-{slug_of(view)}",
@@ -121,16 +118,7 @@ def _accuracy_picture(
 
 
 def _difference_picture(view: RunView, minus_all: pl.DataFrame) -> Block:
-    theirs = pl.concat(
-        [
-            paper_differences((Arm(rule, ratio), ALL)).select(
-                pl.lit(rule).alias("rule"),
-                pl.lit(ratio, pl.Float64).alias("retention_ratio"),
-                "difference",
-            )
-            for rule, ratio in minus_all.select("rule", "retention_ratio").iter_rows()
-        ]
-    )
+    theirs = paper_differences_from_all(minus_all)
     return picture(
         lambda width: figures.difference_from_all(minus_all, theirs, width=width),
         key=f"minus-all-{slug_of(view)}",
@@ -144,22 +132,7 @@ def _difference_picture(view: RunView, minus_all: pl.DataFrame) -> Block:
 
 
 def _claims_picture(view: RunView, judged: pl.DataFrame) -> Block:
-    drawn = judged.filter(pl.col("effect").is_not_null()).select(
-        (
-            pl.col("claim")
-            + pl.lit(": ")
-            + pl.col("arm_a")
-            + " "
-            + pl.col("relation")
-            + " "
-            + pl.col("arm_b")
-        ).alias("claim"),
-        "effect",
-        "low",
-        "high",
-        pl.when(pl.col("relation") != ">").then("margin").alias("margin"),
-        pl.col("verdict").cast(pl.String),
-    )
+    drawn = claim_effects(judged)
     return picture(
         lambda width: figures.claims(drawn, width=width),
         key=f"claims-{slug_of(view)}",
@@ -172,102 +145,91 @@ def _claims_picture(view: RunView, judged: pl.DataFrame) -> Block:
 
 
 def _claims_block(judged: pl.DataFrame) -> Table:
-    rows = []
-    for row in judged.iter_rows(named=True):
-        paper = "–"
-        if row["paper_comparisons"]:
-            paper = (
-                f"{points(row['paper_median'])} ({points(row['paper_min'])} to"
-                f" {points(row['paper_max'])})"
-            )
-        agreeing = (
-            f"{row['paper_agreeing']} of {row['paper_comparisons']}"
-            if row["paper_comparisons"]
-            else "–"
-        )
-        rows.append(
-            [
-                row["claim"],
-                row["statement"],
-                f"{row['arm_a']} {row['relation']} {row['arm_b']}",
-                Measured(points(row["effect"]), _point_interval(row["low"], row["high"])),
-                Measured(
-                    points(row["problem_effect"]),
-                    _point_interval(row["problem_low"], row["problem_high"]),
-                ),
-                str(row["verdict"]),
-                *(FromPaper(text) if text != "–" else text for text in (paper, agreeing)),
-            ]
-        )
-    columns = [
-        "claim",
-        "that",
-        "arms",
-        "effect (seeds)",
-        "effect (problems)",
-        "verdict",
-        "paper: median (range)",
-        "paper: agreeing",
-    ]
     margin = percent(judged["margin"][0], 0).removesuffix("%")
     caption = (
         "Differences of accuracy in points. A claim “>” is supported if its interval over seeds"
         f" lies above 0, “≈” if within ±{margin} points, “≳” if above −{margin}; contradicted if it"
         " lies wholly on the other side; otherwise not resolved."
     )
-    return Table(columns, rows, caption, frozenset({3, 4}))
+    rows = [_claim_cells(row) for row in judged.iter_rows(named=True)]
+    return Table(_CLAIM_COLUMNS, rows, caption, frozenset({3, 4}))
+
+
+_CLAIM_COLUMNS = [
+    "claim",
+    "that",
+    "arms",
+    "effect (seeds)",
+    "effect (problems)",
+    "verdict",
+    "paper: median (range)",
+    "paper: agreeing",
+]
+
+
+def _claim_cells(row: dict[str, Any]) -> list[Any]:
+    ends = ("low", "high"), ("problem_low", "problem_high")
+    seeds, problems = (_point_interval(*(row[name] for name in pair)) for pair in ends)
+    return [
+        row["claim"],
+        row["statement"],
+        f"{row['arm_a']} {row['relation']} {row['arm_b']}",
+        Measured(points(row["effect"]), seeds),
+        Measured(points(row["problem_effect"]), problems),
+        str(row["verdict"]),
+        *_paper_cells(row),
+    ]
+
+
+def _paper_cells(row: dict[str, Any]) -> list[str | FromPaper]:
+    if not row["paper_comparisons"]:
+        return ["–", "–"]
+    low, high = points(row["paper_min"]), points(row["paper_max"])
+    return [
+        FromPaper(f"{points(row['paper_median'])} ({low} to {high})"),
+        FromPaper(f"{row['paper_agreeing']} of {row['paper_comparisons']}"),
+    ]
 
 
 def _arms_block(arms: pl.DataFrame, summary: pl.DataFrame) -> Table:
     keys = ["rule", "retention_ratio"]
-    cost = arms.group_by(keys).agg(
-        pl.col(
-            "best_at_k", "heldout_reverse_kl", "tokens_trained", "step_time_s", "peak_memory_bytes"
-        ).mean()
-    )
-    joined = summary.join(cost, on=keys, how="left", maintain_order="left")
-    rows = [
-        [
-            visible(row["arm"], 40),
-            str(row["num_seeds"]),
-            Measured(
-                f"{percent(row['mean'])}", "" if row["std"] is None else f"± {percent(row['std'])}"
-            ),
-            percent(row["best_at_k"]),
-            number(row["heldout_reverse_kl"]),
-            count(round(row["tokens_trained"])),
-            number(row["step_time_s"]),
-            number(row["peak_memory_bytes"] / 1e9),
-        ]
-        for row in joined.sort("mean", descending=True).iter_rows(named=True)
-    ]
-    columns = [
-        "arm",
-        "seeds",
-        "accuracy",
-        "Best@k",
-        "held-out KL",
-        "tokens trained on",
-        "seconds per step",
-        "peak GB",
-    ]
+    joined = summary.join(arm_costs(arms), on=keys, how="left", maintain_order="left")
+    ordered = joined.sort("mean", descending=True)
     caption = (
         "Arms by accuracy (± standard deviation over seeds); held-out reverse KL in nats a token."
     )
-    return Table(columns, rows, caption, frozenset(range(1, 8)))
+    rows = [_arm_cells(row) for row in ordered.iter_rows(named=True)]
+    return Table(_ARM_COLUMNS, rows, caption, frozenset(range(1, 8)))
+
+
+_ARM_COLUMNS = [
+    "arm",
+    "seeds",
+    "accuracy",
+    "Best@k",
+    "held-out KL",
+    "tokens trained on",
+    "seconds per step",
+    "peak GB",
+]
+
+
+def _arm_cells(row: dict[str, Any]) -> list[Any]:
+    spread = "" if row["std"] is None else f"± {percent(row['std'])}"
+    return [
+        visible(row["arm"], 40),
+        str(row["num_seeds"]),
+        Measured(percent(row["mean"]), spread),
+        percent(row["best_at_k"]),
+        number(row["heldout_reverse_kl"]),
+        count(round(row["tokens_trained"])),
+        number(row["step_time_s"]),
+        number(row["peak_memory_bytes"] / 1e9),
+    ]
 
 
 def _memory_picture(view: RunView, arms: pl.DataFrame) -> Block:
-    ours = arms.group_by("rule", "retention_ratio").agg(
-        pl.col("peak_memory_bytes").mean().alias("memory")
-    )
-    whole = ours.filter(ALL.rows())["memory"].mean() or ours["memory"].max()
-    theirs = paper_results().filter(pl.col("metric") == "peak memory GB")
-    full = theirs.filter(ALL.rows()).select("pair", pl.col("mean").alias("whole"))
-    paper = theirs.join(full, on="pair").with_columns(
-        (pl.col("mean") / pl.col("whole")).alias("relative_memory")
-    )
-    ours = ours.with_columns((pl.col("memory") / whole).alias("relative_memory"))
+    ours, paper = relative_memory(arms), paper_memory()
     return picture(
         lambda width: figures.memory_by_ratio(ours, paper, width=width),
         key=f"memory-{slug_of(view)}",

@@ -8,14 +8,21 @@ are rounded to what is shown. The page's script puts them in place as text only.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
 
-from tip_analysis.analysis import selection
-from tip_analysis.analysis.densities import STRENGTH, strongest_tokens
+from tip_analysis.analysis.browsing import (
+    MAX_ROLLOUT_TOKENS,
+    colour_scales,
+    listed_ids,
+    rollout_rows,
+    sample_rollouts,
+    selection_ratios,
+    strong_threshold,
+)
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.names import Loss
 from tip_analysis.core.text import visible, visible_lines
@@ -23,14 +30,6 @@ from tip_analysis.core.words import count, percent, plural
 from tip_analysis.report.page import Part, Section
 from tip_analysis.report.sections.gradients import measurement_words
 from tip_analysis.report.sections.overview import label_of
-
-DEFAULT_RULES = ("entropy", "soft_or", "q3", "divergence", "teachability")
-"""Rules shown where a run has no masks: all without randomness and gradients."""
-DEFAULT_RATIOS = (0.1, 0.2, 0.5)
-MAX_ROLLOUT_TOKENS = 2000
-"""Tokens of one rollout that go in; the rest is counted."""
-NUM_STRONG = 200
-"""A Q3 token is strong if it is among this many of the run's strongest."""
 
 SCORES: tuple[tuple[str, str, str], ...] = (
     ("student_entropy", "student entropy", "nats"),
@@ -100,93 +99,33 @@ def _gradient_words(views: Sequence[RunView]) -> str:
 
 
 def _run_payload(view: RunView, budget: int) -> dict[str, Any]:
-    chosen = _sample(view, budget)
-    frame = _rows(view, chosen)
+    chosen = sample_rollouts(view, budget)
+    shown = pl.col("position") < MAX_ROLLOUT_TOKENS
+    frame = rollout_rows(view, chosen).filter(shown).collect().sort("rollout_id", "position")
     texts = _Texts()
-    known = view.token_texts(_listed_ids(frame))
-    rules, selected = _selections(view, frame)
-    by_rollout = {
-        str(key[0]): part for key, part in frame.partition_by("rollout_id", as_dict=True).items()
-    }
+    known = view.token_texts(listed_ids(frame))
+    ratios = selection_ratios(view, chosen)
+    by_rollout, selected = _by_rollout(frame), _by_rollout(ratios)
     about = {row["rollout_id"]: row for row in view.rollouts.iter_rows(named=True)}
     rollouts = [
-        _rollout_payload(by_rollout[name], about.get(name, {}), texts, known, selected)
+        _rollout_payload(by_rollout[name], about.get(name, {}), texts, known, selected.get(name))
         for name in chosen
         if name in by_rollout
     ]
+    scales = colour_scales(frame, [column for column, _, _ in SCORES])
     return {
         "name": visible(view.name, 60),
         "rollouts": rollouts,
         "texts": texts.entries,
-        "rules": rules,
-        "strong": _strong_threshold(view),
-        "scales": _scales(frame),
+        "rules": sorted(ratios["rule"].unique()),
+        "strong": strong_threshold(view),
+        "scales": {column: [_rounded(end) for end in ends] for column, ends in scales.items()},
     }
 
 
-def _sample(view: RunView, budget: int) -> list[str]:
-    """Rollout ids: those of the strongest tokens, then an even draw, while the budget of tokens
-    lasts."""
-    size = 2 * view.options.num_strong
-    tables = (strongest_tokens(view.tokens, quadrant, size) for quadrant in ("Q3", "Q1"))
-    strong = [name for table in tables for name in table["rollout_id"]]
-    lengths = view.raw.select("rollout_id").group_by("rollout_id").len().collect(engine="streaming")
-    ordered = lengths.with_columns(pl.col("rollout_id").hash(seed=0).alias("draw")).sort(
-        "draw", "rollout_id"
-    )
-    length_of = dict(lengths.iter_rows())
-    chosen: list[str] = []
-    for name in dict.fromkeys([*strong, *ordered["rollout_id"]]):
-        length = min(length_of[name], MAX_ROLLOUT_TOKENS)
-        if chosen and length > budget:
-            if budget < 50:
-                break
-            continue
-        chosen.append(name)
-        budget -= length
-    return chosen
-
-
-def _rows(view: RunView, chosen: Sequence[str]) -> pl.DataFrame:
-    """The rows of the chosen rollouts, with gradients where they were measured."""
-    wanted = pl.LazyFrame({"rollout_id": list(chosen)}, schema={"rollout_id": pl.String})
-    rows = view.tokens.join(wanted, on="rollout_id", how="semi").filter(
-        pl.col("position") < MAX_ROLLOUT_TOKENS
-    )
-    return view.with_gradients(rows).collect().sort("rollout_id", "position")
-
-
-def _listed_ids(frame: pl.DataFrame) -> Iterable[int]:
-    for column in ("student_topk_ids", "teacher_topk_ids"):
-        yield from frame[column].explode().drop_nulls().unique()
-
-
-def _selections(view: RunView, frame: pl.DataFrame) -> tuple[list[str], dict[str, pl.DataFrame]]:
-    """Names of rules, and for each rollout the smallest ρ at which each rule selects each token."""
-    keys = frame.select("rollout_id").unique().lazy()
-    if view.run.has("masks"):
-        masks = view.run.masks().join(keys, on="rollout_id", how="semi").collect()
-    else:
-        masks = _made_masks(view, keys)
-    of_token = masks.group_by("rule", "rollout_id", "position")
-    smallest = of_token.agg(pl.col("retention_ratio").min()).sort("rule", "rollout_id", "position")
-    rules = sorted(smallest["rule"].unique())
-    parts = smallest.partition_by("rollout_id", as_dict=True)
-    return rules, {str(key[0]): part for key, part in parts.items()}
-
-
-def _made_masks(view: RunView, keys: pl.LazyFrame) -> pl.DataFrame:
-    """Masks of `DEFAULT_RULES` within each rollout; that scope needs no other rollout's tokens."""
-    scored = view.tokens.join(keys, on="rollout_id", how="semi").collect()
-    masks = []
-    for rule in DEFAULT_RULES:
-        for ratio in DEFAULT_RATIOS:
-            chosen = selection.select_tokens(
-                scored, rule=rule, retention_ratio=ratio, selection_scope="rollout"
-            )
-            kept = chosen.filter("selected").select("rollout_id", "position")
-            masks.append(kept.with_columns(rule=pl.lit(rule), retention_ratio=pl.lit(ratio)))
-    return pl.concat(masks).collect()
+def _by_rollout(frame: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    parts = frame.partition_by("rollout_id", as_dict=True)
+    return {str(key[0]): part for key, part in parts.items()}
 
 
 def _rollout_payload(
@@ -194,9 +133,9 @@ def _rollout_payload(
     about: dict[str, Any],
     texts: _Texts,
     known: dict[int, str],
-    selected: dict[str, pl.DataFrame],
+    selected: pl.DataFrame | None,
 ) -> dict[str, Any]:
-    name = rows["rollout_id"][0]
+    name, sampled = rows["rollout_id"][0], rows.select("token_id", "token").iter_rows()
     payload: dict[str, Any] = {
         "id": name,
         "shown": visible(name, 80),
@@ -206,31 +145,32 @@ def _rollout_payload(
         "finish": str(about.get("finish_reason") or ""),
         "n": int(about.get("num_tokens") or rows.height),
         "p": rows["position"].to_list(),
-        "t": [
-            texts.add(index, text) for index, text in rows.select("token_id", "token").iter_rows()
-        ],
+        "t": [texts.add(index, text) for index, text in sampled],
         "q": [_CODES[value] for value in rows["quadrant"].cast(pl.String)],
-        "s": {
-            column: [_rounded(value) for value in rows[column]]
-            for column, _, _ in SCORES
-            if rows[column].null_count() < rows.height
-        },
-        "r": _smallest_ratios(rows, selected.get(name)),
+        "s": _score_columns(rows),
+        "r": _smallest_ratios(rows, selected),
     }
     for model, key in (("student", "a"), ("teacher", "b")):
-        ids, logprobs = (
-            rows[f"{model}_topk_ids"].to_list(),
-            rows[f"{model}_topk_logprobs"].to_list(),
-        )
-        payload[key] = [
-            [texts.add(index, known[index]) for index in (row or [])[:5]] for row in ids
-        ]
-        payload[f"{key}p"] = [
-            [round(math.exp(value), 4) for value in (row or [])[:5]] for row in logprobs
-        ]
+        payload |= _likeliest(rows, model, key, texts, known)
     if rows["planted_label"].null_count() < rows.height:
         payload["l"] = [str(value or "") for value in rows["planted_label"]]
     return payload
+
+
+def _score_columns(rows: pl.DataFrame) -> dict[str, list[Any]]:
+    """The scores that any token has."""
+    present = (column for column, _, _ in SCORES if rows[column].null_count() < rows.height)
+    return {column: [_rounded(value) for value in rows[column]] for column in present}
+
+
+def _likeliest(
+    rows: pl.DataFrame, model: str, key: str, texts: _Texts, known: dict[int, str]
+) -> dict[str, list[list[Any]]]:
+    """A model's five likeliest tokens at each place, and their probabilities."""
+    ids, logprobs = (rows[f"{model}_topk_{what}"].to_list() for what in ("ids", "logprobs"))
+    listed = [[texts.add(index, known[index]) for index in (row or [])[:5]] for row in ids]
+    shares = [[round(math.exp(value), 4) for value in (row or [])[:5]] for row in logprobs]
+    return {key: listed, f"{key}p": shares}
 
 
 def _smallest_ratios(rows: pl.DataFrame, chosen: pl.DataFrame | None) -> dict[str, list[float]]:
@@ -243,33 +183,6 @@ def _smallest_ratios(rows: pl.DataFrame, chosen: pl.DataFrame | None) -> dict[st
         if position in place:
             ratios.setdefault(rule, [0] * rows.height)[place[position]] = ratio
     return ratios
-
-
-def _strong_threshold(view: RunView) -> float:
-    """The Q3 score from which a Q3 token counts as strong."""
-    best = (
-        view.tokens.filter(pl.col("quadrant") == "Q3")
-        .select(pl.col(STRENGTH["Q3"]).top_k(NUM_STRONG))
-        .collect()
-        .to_series()
-    )
-    lowest = best.drop_nulls().min()
-    return float(lowest) if isinstance(lowest, float) and math.isfinite(lowest) else 0.0
-
-
-def _scales(frame: pl.DataFrame) -> dict[str, list[float]]:
-    """Low and high end of each colour scale: the extremes of the sample, the highest percent cut
-    off."""
-    scales = {}
-    for column, _, _ in SCORES:
-        values = frame[column].cast(pl.Float64)
-        values = values.filter(values.is_finite())
-        if values.len():
-            scales[column] = [
-                _rounded(values.quantile(0.01) or 0.0),
-                _rounded(values.quantile(0.99) or 0.0),
-            ]
-    return scales
 
 
 def _rounded(value: float | None) -> Any:

@@ -8,7 +8,15 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis.correlations import TARGETS, correlation_table, equation_6
-from tip_analysis.analysis.quadrant_tables import quadrant_statistics, widen
+from tip_analysis.analysis.gradient_tables import (
+    DIVERGENCE,
+    LOGIT_NORMS,
+    energy_shares,
+    gradient_profile,
+    gradient_statistics,
+    logit_profile,
+)
+from tip_analysis.analysis.quadrant_tables import widen
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.words import count, interval, listed, number, percent, plural
@@ -27,18 +35,9 @@ from tip_analysis.report.page import (
 from tip_analysis.report.sections.overview import label_of, population, slug_of
 
 MEASURES = {
-    "divergence": "mean divergence, nats",
+    DIVERGENCE: "mean divergence, nats",
     "grad_norm_sq": "mean ‖g‖²",
     "grad_dot_loss": "mean φ",
-}
-LOGIT_NORMS = {
-    "reverse_kl": "reverse_kl_logit_grad_norm",
-    "forward_kl": "forward_kl_logit_grad_norm",
-}
-_SHARES = {
-    "tokens": "share",
-    "grad_norm_sq": "share_grad_norm_sq",
-    "grad_dot_loss": "share_grad_dot_loss",
 }
 
 
@@ -76,22 +75,6 @@ def _other_words(view: RunView) -> str:
     return f" Also measured, and shown with --measurement: {named}."
 
 
-def quadrant_table(view: RunView, loss: str) -> pl.DataFrame:
-    """`statistics.quadrant_statistics` over the tokens whose gradient of `loss` was measured, one
-    row per quadrant."""
-
-    def compute(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:
-        return quadrant_statistics(
-            tokens, num_resamples=num_resamples, taxonomy=view.options.taxonomy
-        )
-
-    return widen(
-        view.with_intervals(
-            view.measured(loss), compute, keys=["quadrant", "statistic"], names=["value"]
-        )
-    )
-
-
 def _part(view: RunView, label: str) -> Part:
     if not view.population.num_tokens:
         return Part("No token has statistics.", run=label)
@@ -106,7 +89,7 @@ def _part(view: RunView, label: str) -> Part:
     unsettled = [Warnings(list(view.unsettled.values()))] if view.unsettled else []
     if not losses:
         return Part("No measurement of gradients is preferred.", unsettled, run=label)
-    tables = {loss: quadrant_table(view, loss) for loss in losses}
+    tables = {loss: gradient_statistics(view, loss) for loss in losses}
     blocks: list[Block] = [_profile_picture(view, tables), _energy_picture(view, tables)]
     blocks += [_quadrant_block(view, loss, table) for loss, table in tables.items()]
     blocks.append(_correlation_block(view, losses[0]))
@@ -146,26 +129,7 @@ def _direction_words(rows: Mapping[str, dict[str, Any]]) -> str:
 
 
 def _profile_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
-    rows = []
-    for loss, table in tables.items():
-        for measure, name in MEASURES.items():
-            column = f"mean_{loss if measure == 'divergence' else measure}"
-            if column not in table.columns:
-                continue
-            ends = (
-                pl.col(column).alias("value"),
-                pl.col(f"{column}_low").alias("low"),
-                pl.col(f"{column}_high").alias("high"),
-            )
-            rows.append(
-                table.select(
-                    pl.lit(loss).alias("loss"),
-                    pl.lit(name).alias("measure"),
-                    pl.col("quadrant").cast(pl.String),
-                    *ends,
-                )
-            )
-    profile = pl.concat(rows)
+    profile = gradient_profile(tables, MEASURES)
     return picture(
         lambda width: figures.quadrant_profile(profile, width=width),
         key=f"profile-{slug_of(view)}",
@@ -193,22 +157,7 @@ def _logit_finding(view: RunView) -> str:
 
 
 def _logit_picture(view: RunView) -> Block:
-    wide, rows = widen(view.quadrant_means), []
-    for loss, norm in LOGIT_NORMS.items():
-        for column, name in ((loss, MEASURES["divergence"]), (norm, "mean logit ‖g‖")):
-            value = (
-                pl.col(f"mean_{column}{tail}").alias(end)
-                for tail, end in (("", "value"), ("_low", "low"), ("_high", "high"))
-            )
-            rows.append(
-                wide.select(
-                    pl.lit(loss).alias("loss"),
-                    pl.lit(name).alias("measure"),
-                    pl.col("quadrant").cast(pl.String),
-                    *value,
-                )
-            )
-    profile = pl.concat(rows)
+    profile = logit_profile(view, divergence=MEASURES[DIVERGENCE], norm="mean logit ‖g‖")
     return picture(
         lambda width: figures.quadrant_profile(profile, width=width),
         key=f"logits-{slug_of(view)}",
@@ -221,23 +170,7 @@ def _logit_picture(view: RunView) -> Block:
 
 
 def _energy_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
-    rows = []
-    for loss, table in tables.items():
-        for quantity, column in _SHARES.items():
-            ends = (
-                pl.col(column).alias("share"),
-                pl.col(f"{column}_low").alias("low"),
-                pl.col(f"{column}_high").alias("high"),
-            )
-            rows.append(
-                table.select(
-                    pl.lit(loss).alias("loss"),
-                    pl.lit(quantity).alias("quantity"),
-                    pl.col("quadrant").cast(pl.String),
-                    *ends,
-                )
-            )
-    shares = pl.concat(rows)
+    shares = energy_shares(tables)
     return picture(
         lambda width: figures.energy_shares(shares, width=width),
         key=f"energy-{slug_of(view)}",

@@ -65,28 +65,6 @@ def population(view: RunView) -> str:
     )
 
 
-def share_table(view: RunView) -> pl.DataFrame:
-    """`run`, `quadrant`, `share`, `share_low`, `share_high`, as the figures take it."""
-    shares = view.shares.select("quadrant", "share")
-    if view.population.num_tokens:
-        measured = view.quadrant_means.filter(pl.col("statistic") == "share")
-        ends = measured.select(
-            "quadrant", pl.col("low").alias("share_low"), pl.col("high").alias("share_high")
-        )
-        shares = shares.join(ends, on="quadrant", how="left", maintain_order="left")
-    else:
-        shares = shares.with_columns(
-            pl.lit(None, pl.Float64).alias(name) for name in ("share_low", "share_high")
-        )
-    return shares.select(
-        pl.lit(view.name).alias("run"),
-        pl.col("quadrant").cast(pl.String),
-        "share",
-        "share_low",
-        "share_high",
-    )
-
-
 def _finding(view: RunView) -> str:
     shares = view.share_of
     if not view.population.num_tokens:
@@ -146,7 +124,7 @@ def _overview_blocks(view: RunView, *, alone: bool) -> list[Block]:
 
 
 def _shares_picture(view: RunView) -> Block:
-    table = share_table(view)
+    table = view.share_table
     return picture(
         lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
         key=f"shares-{slug_of(view)}",
@@ -163,7 +141,7 @@ def _shares_picture(view: RunView) -> Block:
 
 def _shares_block(view: RunView) -> Table:
     rows = []
-    ends = {name: interval(low, high) for _, name, _, low, high in share_table(view).iter_rows()}
+    ends = {name: interval(low, high) for _, name, _, low, high in view.share_table.iter_rows()}
     for row in view.shares.iter_rows(named=True):
         name = str(row["quadrant"])
         known = paper.range_of(name)
@@ -256,7 +234,7 @@ def _planted_block(view: RunView) -> Table:
 
 
 def _comparison(views: Sequence[RunView]) -> Part:
-    table = pl.concat([share_table(view) for view in views])
+    table = pl.concat([view.share_table for view in views])
     by_q3 = sorted(views, key=lambda view: view.share_of["Q3"])
     drawn = picture(
         lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),

@@ -10,15 +10,19 @@ from tip_analysis.analysis.coverage_tables import coverage_curve, proposition_2
 from tip_analysis.analysis.masks import recorded_measurements
 from tip_analysis.analysis.rules import keeps_all
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.analysis.shown_masks import (
+    compared_masks,
+    compared_tokens,
+    mean_composition,
+    overlap_at_one_ratio,
+    tokens_with_alignment,
+)
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Loss
 from tip_analysis.core.words import count, interval, listed, number, percent, plural
 from tip_analysis.report.page import Block, Missing, Part, Section, Table, picture
 from tip_analysis.report.sections.gradients import measurement_words
 from tip_analysis.report.sections.overview import label_of, slug_of
-
-MAX_MASKS = 48
-"""Masks that are compared; of more, those of the first seeds and scope."""
 
 
 def selections(views: Sequence[RunView]) -> Section:
@@ -45,14 +49,14 @@ def _part(view: RunView, label: str) -> Part:
             " --ratios 0.1 0.2 0.5"
         )
         return Part("", [Missing("No selection has been made.", command)], run=label)
-    masks, tokens = _chosen_masks(view)
+    masks, tokens = compared_masks(view), compared_tokens(view)
     blocks: list[Block] = []
     made = composition.composition(masks, tokens)
     blocks.append(_composition_picture(view, made))
-    pairs = _pairs_at_one_ratio(masks)
+    pairs = overlap_at_one_ratio(masks)
     if pairs is not None:
         blocks.append(_overlap_picture(view, *pairs))
-    aligned = _aligned(view, tokens)
+    aligned = tokens_with_alignment(view)
     missed = proposition_2(
         masks,
         aligned,
@@ -88,39 +92,6 @@ def _oracle_words(view: RunView) -> str:
     return f" gradient_oracle selected by φ of the reverse KL ({named}){differs}."
 
 
-def _chosen_masks(view: RunView) -> tuple[pl.DataFrame, pl.LazyFrame]:
-    """At most `MAX_MASKS` masks over the (sampled) tokens, and these tokens with quadrants."""
-    tokens = view.sampled(view.tokens).filter("loss_mask")
-    keys = (
-        view.run.masks()
-        .select(composition.MASK_KEYS)
-        .unique()
-        .collect()
-        .sort("seed", *composition.MASK_KEYS[:3])
-    )
-    keys = keys.head(MAX_MASKS)
-    wanted = view.run.masks().join(
-        keys.lazy(), on=composition.MASK_KEYS, how="semi", nulls_equal=True
-    )
-    if view.prompt_sample is not None:
-        wanted = wanted.join(tokens.select("rollout_id").unique(), on="rollout_id", how="semi")
-    masks = (
-        wanted.collect()
-        .with_columns(pl.col("selection_scope").cast(pl.String))
-        .sort("rule", "retention_ratio", "seed")
-    )
-    return masks, tokens
-
-
-def _aligned(view: RunView, tokens: pl.LazyFrame) -> pl.LazyFrame:
-    """The tokens, with φ of the reverse KL where all of them have it."""
-    if "reverse_kl" not in view.losses:
-        return tokens
-    measured = view.sampled(view.measured()).filter("loss_mask")
-    same = measured.select(pl.len()).collect().item() == tokens.select(pl.len()).collect().item()
-    return measured if same else tokens
-
-
 def _finding(missed: pl.DataFrame) -> str:
     """Which rule sees most of Q3 at the smallest ρ that all rules share, and what entropy misses
     there."""
@@ -145,12 +116,7 @@ def _finding(missed: pl.DataFrame) -> str:
 
 
 def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
-    keys = ["rule", "retention_ratio", "quadrant"]
-    table = (
-        made.filter(~keeps_all())
-        .group_by(keys, maintain_order=True)
-        .agg(pl.col("share", "token_share").mean())
-    )
+    table = mean_composition(made)
     return picture(
         lambda width: figures.composition(table, width=width),
         key=f"composition-{slug_of(view)}",
@@ -163,24 +129,6 @@ def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
             " each rule keeps."
         ),
     )
-
-
-def _pairs_at_one_ratio(masks: pl.DataFrame) -> tuple[float, pl.DataFrame] | None:
-    """The overlap of all rules at the ρ that most rules have, one seed and one scope each."""
-    single = masks.filter(~keeps_all()).filter(
-        pl.col("seed") == pl.col("seed").min().over("rule", "retention_ratio")
-    )
-    rules = (
-        single.group_by("retention_ratio")
-        .agg(pl.col("rule").n_unique())
-        .sort("rule", "retention_ratio", descending=[True, False])
-    )
-    if rules.height == 0 or rules["rule"][0] < 2:
-        return None
-    ratio = rules["retention_ratio"][0]
-    scope = single["selection_scope"][0]
-    chosen = single.filter(pl.col("retention_ratio") == ratio, pl.col("selection_scope") == scope)
-    return float(ratio), composition.overlap(chosen)
 
 
 def _overlap_picture(view: RunView, ratio: float, pairs: pl.DataFrame) -> Block:

@@ -1,0 +1,66 @@
+"""Which of a run's masks are compared side by side, and over which tokens."""
+
+import polars as pl
+
+from tip_analysis.analysis.mask_tables import MASK_KEYS, overlap
+from tip_analysis.analysis.rules import keeps_all
+from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.names import Loss
+
+MAX_MASKS = 48
+"""Masks that are compared; of more, those of the first seeds and scope."""
+
+
+def compared_masks(view: RunView, num_masks: int = MAX_MASKS) -> pl.DataFrame:
+    """Rows of at most `num_masks` masks over `compared_tokens`."""
+    keys = (
+        view.run.masks().select(MASK_KEYS).unique().collect().sort("seed", *MASK_KEYS[:3])
+    ).head(num_masks)
+    wanted = view.run.masks().join(keys.lazy(), on=MASK_KEYS, how="semi", nulls_equal=True)
+    if view.prompt_sample is not None:
+        rollouts = compared_tokens(view).select("rollout_id").unique()
+        wanted = wanted.join(rollouts, on="rollout_id", how="semi")
+    scope = pl.col("selection_scope").cast(pl.String)
+    return wanted.collect().with_columns(scope).sort("rule", "retention_ratio", "seed")
+
+
+def compared_tokens(view: RunView) -> pl.LazyFrame:
+    """The written tokens of the sampled prompts, with quadrants."""
+    return view.sampled(view.tokens).filter("loss_mask")
+
+
+def tokens_with_alignment(view: RunView) -> pl.LazyFrame:
+    """`compared_tokens`, with φ of the reverse KL where all of them have it."""
+    tokens = compared_tokens(view)
+    if Loss.REVERSE_KL not in view.losses:
+        return tokens
+    measured = view.sampled(view.measured()).filter("loss_mask")
+    same = measured.select(pl.len()).collect().item() == tokens.select(pl.len()).collect().item()
+    return measured if same else tokens
+
+
+def overlap_at_one_ratio(masks: pl.DataFrame) -> tuple[float, pl.DataFrame] | None:
+    """The ρ that most rules have, and the overlap of all rules there, one seed and one scope each
+    (an `OverlapTable`); None for fewer than two rules."""
+    single = masks.filter(~keeps_all()).filter(
+        pl.col("seed") == pl.col("seed").min().over("rule", "retention_ratio")
+    )
+    rules = (
+        single.group_by("retention_ratio")
+        .agg(pl.col("rule").n_unique())
+        .sort("rule", "retention_ratio", descending=[True, False])
+    )
+    if rules.height == 0 or rules["rule"][0] < 2:
+        return None
+    ratio = rules["retention_ratio"][0]
+    scope = single["selection_scope"][0]
+    chosen = single.filter(pl.col("retention_ratio") == ratio, pl.col("selection_scope") == scope)
+    return float(ratio), overlap(chosen)
+
+
+def mean_composition(made: pl.DataFrame) -> pl.DataFrame:
+    """`composition` with sampling rules averaged over their seeds, `all` left out: a
+    `CompositionTable` of one row per rule, ρ and quadrant."""
+    keys = ["rule", "retention_ratio", "quadrant"]
+    rest = made.filter(~keeps_all())
+    return rest.group_by(keys, maintain_order=True).agg(pl.col("share", "token_share").mean())
