@@ -86,8 +86,16 @@ def build_report(
     output: str | Path = "reports/report.html",
 ) -> str:
     """The report of the runs at `paths`, as HTML; `output` is only named in the command that the
-    page shows."""
+    page shows.
+
+    Raises:
+        SchemaError: a measurement of gradients is asked for by name, and a run has none such.
+        OptionError, RunError, Exception: as `build_sections`.
+    """
     views = open_views(paths, options or ReportOptions())
+    for view in views:
+        if view.options.measurement.given:
+            _ = view.losses  # what was asked for by name is refused here, not worded by a section
     names = listed([visible(view.name, 60) for view in views])
     student, teacher = views[0].model_names()
     pair = f"{visible(student, 60)} learning from {visible(teacher, 60)}"
