@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 from tiny_models import tiny_language_model
 
 from tip_analysis.core.errors import ConfigurationMismatchError, InputError, OptionError, RunError
@@ -227,7 +228,8 @@ class TestLostDriver:
         driver.wait()
         assert done < 40
         subprocess.run(command, check=True, capture_output=True)
-        assert run.tokens().collect().equals(whole.tokens().collect())
+        found, expected = (one.tokens().collect() for one in (run, whole))
+        assert_frame_equal(found, expected, rel_tol=1e-4, abs_tol=1e-5)  # other numbers of threads
         assert open_run(run.path).stages()["score"]["finished"]
         assert not list(run.path.rglob("*.part"))
         _, alive = psutil.wait_procs(left, timeout=300)
