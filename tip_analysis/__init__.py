@@ -16,7 +16,6 @@ says which name lives where.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.optional import extras_named
@@ -98,10 +97,7 @@ if TYPE_CHECKING:
     from tip_analysis.scoring import score
     from tip_analysis.training import TrainingOptions, ablate, evaluate
 
-try:
-    __version__ = version("tip-analysis")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "DEFAULT_GRID",
@@ -278,6 +274,8 @@ test holds the two together."""
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("tip_analysis.core.provenance").package_version()
     if name in _ROOMS:
         return import_module(f"tip_analysis.{_ROOMS[name]}")
     if name in _HOMES:

@@ -85,12 +85,21 @@ def test_a_rollout_without_tokens_has_a_row_of_its_prompt(tables, tmp_path) -> N
         assert row["selected"] == []
 
 
-def test_a_folder_with_files_is_left_alone(exported, tmp_path) -> None:
-    folder, _ = exported
+def test_a_folder_with_other_files_is_left_alone(exported, tmp_path) -> None:
+    folder, written = exported
     run = open_run(folder.parent / "run")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    assert export_run(run, folder, TAXONOMY) == written  # the same again: nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == before
+    other = Taxonomy(entropy_cut=0.123)
     with pytest.raises(OptionError, match="is not empty"):
-        export_run(run, folder, TAXONOMY)
-    assert export_run(run, folder, TAXONOMY, overwrite=True)
+        export_run(run, folder, other)
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("two years of work")
+    with pytest.raises(OptionError, match="is not empty"):
+        export_run(run, foreign, TAXONOMY)
+    assert export_run(run, folder, TAXONOMY, overwrite=True) == written
 
 
 def test_load_dataset_reads_the_folder_as_it_stands(tables, exported, tmp_path):

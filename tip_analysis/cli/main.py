@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exits.ending(debug="--debug" in typed, own_process=arguments is None):
         if typed[:1] == ["--version"]:
             with output_errors():
-                print(f"tip-analysis {_version()}")
+                from tip_analysis.core.provenance import package_version
+
+                print(f"tip-analysis {package_version()}")
             return
         _carry_out(_parse(typed))
 
@@ -48,12 +50,6 @@ def _parse(typed: Sequence[str]) -> Any:
 
     with output_errors():  # help and complaints are all that is written here
         return tyro.cli(options.Command, args=typed, prog="tip-analysis", description=DESCRIPTION)  # pyright: ignore[reportCallIssue, reportArgumentType]
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("tip-analysis")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,14 @@ import psutil
 _VERSIONED_PACKAGES = ("tip-analysis", "torch", "transformers", "tokenizers", "polars", "numpy")
 
 
+def package_version() -> str:
+    """The installed release; `0+unknown` for a source tree that was never installed."""
+    try:
+        return metadata.version("tip-analysis")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
 def environment() -> dict[str, Any]:
     """Versions, CPU and git commit: what a number may depend on besides the configuration."""
     versions = {}

@@ -9,12 +9,12 @@ whatever the size of the run.
 import logging
 import os
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tip_analysis.analysis.run_view import ReportOptions, RunView, open_views
 from tip_analysis.core.atomic_files import write_atomically
 from tip_analysis.core.errors import OptionError, RunError, TipAnalysisError
+from tip_analysis.core.provenance import package_version
 from tip_analysis.core.run_folder import RunLike
 from tip_analysis.core.text import one_line, visible
 from tip_analysis.core.words import listed, plural
@@ -110,7 +110,7 @@ def build_report(
         subtitle=subtitle,
         sources=names,
         citation=paper.CITATION,
-        version=_version(),
+        version=package_version(),
     )
 
 
@@ -160,10 +160,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TipAnalysisError):
         return said
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _version() -> str:
-    try:
-        return version("tip-analysis")
-    except PackageNotFoundError:
-        return "from source"
