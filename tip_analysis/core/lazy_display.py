@@ -1,5 +1,5 @@
-"""How objects show themselves in a notebook: what draws them stands above them, is known by its name
-alone, and is loaded only where somebody looks."""
+"""How objects show themselves in a notebook: what draws them stands above them, is known by its
+name alone, and is loaded only where somebody looks."""
 
 import pkgutil
 from typing import Any
