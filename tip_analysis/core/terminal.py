@@ -27,5 +27,6 @@ def stdout_console(**options: Any) -> PlainConsole:
 
 
 def stderr_console() -> PlainConsole:
-    """For progress and the like."""
-    return PlainConsole(file=cast(IO[str], Remarks()))
+    """For progress and the like: in a notebook too it goes to stderr, never among a cell's
+    outputs."""
+    return PlainConsole(file=cast(IO[str], Remarks()), force_jupyter=False)
