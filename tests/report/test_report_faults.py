@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import polars as pl
 import pytest
@@ -13,18 +14,8 @@ from tip_analysis.report import build
 from tip_analysis.report.build import build_report
 
 OPTIONS = ReportOptions(num_resamples=10)
-MAKERS = {
-    "overview": (build.overview, "overview"),
-    "map": (build.taxonomy, "quadrant_map"),
-    "sensitivity": (build.taxonomy, "sensitivity"),
-    "gradients": (build.gradients, "gradients"),
-    "selection": (build.selections, "selections"),
-    "effects": (build.groups, "group_effects"),
-    "ablations": (build.ablations, "ablations"),
-    "strongest": (build.taxonomy, "strong_tokens"),
-    "browser": (build.browser, "browser"),
-    "provenance": (build.provenance, "provenance"),
-}
+KEYS = [key for key, _, _ in build.section_makers([], "")]
+"""Every section of the report."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,11 +31,20 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "small", tables)
 
 
-def breaking(error: Exception):
-    def broken(*_, **__):
+def break_sections(monkeypatch, errors: dict[str, Exception]) -> None:
+    """Have the makers of these sections raise."""
+    make = build.section_makers
+
+    def raise_it(error: Exception):
         raise error
 
-    return broken
+    def broken(views, output):
+        return [
+            (key, title, partial(raise_it, errors[key]) if key in errors else maker)
+            for key, title, maker in make(views, output)
+        ]
+
+    monkeypatch.setattr(build, "section_makers", broken)
 
 
 def section_of(page: str, key: str) -> str:
@@ -57,7 +57,7 @@ def whole(run) -> str:
     return build_report([run], OPTIONS)
 
 
-@pytest.mark.parametrize("key", MAKERS)
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize(
     ("error", "says"),
     [
@@ -67,23 +67,22 @@ def whole(run) -> str:
 )
 def test_a_section_that_fails_says_why_in_its_place(run, monkeypatch, key, error, says, whole):
     with monkeypatch.context() as patched:
-        patched.setattr(*MAKERS[key], breaking(error))
+        break_sections(patched, {key: error})
         page = build_report([run], OPTIONS)
     assert f"This section cannot be made: {says}" in section_of(page, key)
     title = re.search(r"<h2[^>]*>([^<]*)", section_of(whole, key))
     assert title is not None
     assert title[0] in section_of(page, key)  # the same heading as ever
-    for other in MAKERS.keys() - {key, "browser", "provenance"}:
+    for other in {*KEYS} - {key, "browser", "provenance"}:
         assert section_of(page, other) == section_of(whole, other)
 
 
 def test_options_and_whole_failures_are_not_hidden(run, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(*MAKERS["map"], breaking(OptionError("no such cut")))
+        break_sections(patched, {"map": OptionError("no such cut")})
         with pytest.raises(OptionError, match="no such cut"):
             build_report([run], OPTIONS)
-    for key in MAKERS.keys() - {"provenance"}:
-        monkeypatch.setattr(*MAKERS[key], breaking(ValueError(key)))
+    break_sections(monkeypatch, {key: ValueError(key) for key in KEYS if key != "provenance"})
     with pytest.raises(ValueError, match="overview"):
         build_report([run], OPTIONS)
 

@@ -1,9 +1,8 @@
 """One self-contained HTML page from one or more run folders. Never imports torch.
 
-Reads run folders (`artifacts`); writes the page. Statistics come from `quadrants`, `composition`,
-`statistics` and `claims`, drawings from `figures`; this package words findings, lays out sections
-and embeds a sample of rollouts for the token browser. Only aggregates and samples go into the page,
-whatever the size of the run.
+Reads run folders; writes the page. Statistics come from the room `analysis`, drawings from
+`figures`; this room words findings, lays out sections and embeds a sample of rollouts for the token
+browser. Only aggregates and samples go into the page, whatever the size of the run.
 """
 
 import logging
@@ -114,14 +113,11 @@ def build_report(
     )
 
 
-def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section]:
-    """All sections in their order; in place of one that cannot be made stands why.
-
-    Raises:
-        OptionError, RunError: an option or a run folder is at fault, which no section is to hide.
-        Exception: no section can be made; the first section's error.
-    """
-    makers: list[tuple[str, str, Callable[[], Section]]] = [
+def section_makers(
+    views: Sequence[RunView], output: str | Path
+) -> list[tuple[str, str, Callable[[], Section]]]:
+    """Key, title and maker of each section, in their order; nothing is made yet."""
+    return [
         ("overview", "Overview", lambda: overview.overview(views)),
         ("map", "Quadrant map", lambda: taxonomy.quadrant_map(views)),
         ("sensitivity", "Sensitivity to the cuts", lambda: taxonomy.sensitivity(views)),
@@ -134,6 +130,16 @@ def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section
         ("browser", "Token browser", lambda: browser.browser(views)),
         ("provenance", "Provenance", lambda: provenance.provenance(views, str(output))),
     ]
+
+
+def build_sections(views: Sequence[RunView], output: str | Path) -> list[Section]:
+    """All sections in their order; in place of one that cannot be made stands why.
+
+    Raises:
+        OptionError, RunError: an option or a run folder is at fault, which no section is to hide.
+        Exception: no section can be made; the first section's error.
+    """
+    makers = section_makers(views, output)
     sections, faults = [], []
     for key, title, make in makers:
         try:
