@@ -275,16 +275,7 @@ def correlation_table(
         SchemaError: a column is missing, or fewer than three tokens have all of them.
     """
     frame = _complete_frame(tokens, [*targets, *predictors, *controls])
-    pairs = [
-        _Pair(target, predictor)
-        for target in targets
-        for predictor in predictors
-        if target != predictor
-    ]
-    if not pairs:
-        raise UnknownNameError(
-            "pair of columns", "none", ["at least one target and one other predictor"]
-        )
+    pairs = _pairs(targets, predictors)
     resampler = Resampler(
         frame,
         taxonomy=_NO_CUTS,
@@ -297,18 +288,23 @@ def correlation_table(
     table = pl.DataFrame(
         {"target": [pair.target for pair in pairs], "predictor": [pair.predictor for pair in pairs]}
     )
-    parts = [
-        interval_frame(interval, ("spearman", "partial")),
-        interval_frame(deconvolved, ("spearman_deconvolved", "partial_deconvolved")).select(
-            ~cs.ends_with("_se")
-        ),
-    ]
-    numbers = pl.concat([table, *parts], how="horizontal").with_columns(
-        pl.lit(", ".join(controls)).alias("controls")
-    )
+    plain = interval_frame(interval, ("spearman", "partial"))
+    without = interval_frame(deconvolved, ("spearman_deconvolved", "partial_deconvolved"))
+    parts = [table, plain, without.select(~cs.ends_with("_se"))]
+    named = pl.lit(", ".join(controls)).alias("controls")
+    numbers = pl.concat(parts, how="horizontal").with_columns(named)
     return with_counts(numbers, frame).with_columns(
         pl.lit(resampler.num_resamples).alias("num_resamples")
     )
+
+
+def _pairs(targets: Sequence[str], predictors: Sequence[str]) -> list[_Pair]:
+    pairs = [_Pair(one, other) for one in targets for other in predictors if one != other]
+    if not pairs:
+        raise UnknownNameError(
+            "pair of columns", "none", ["at least one target and one other predictor"]
+        )
+    return pairs
 
 
 def _complete_frame(tokens: pl.LazyFrame | pl.DataFrame, names: list[str]) -> pl.DataFrame:

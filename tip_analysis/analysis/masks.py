@@ -70,30 +70,31 @@ def write_masks(
     masks = []
     with track("selecting", len(wanted), unit="masks") as advance:
         for name, ratio, seed in wanted:
-            key = {
-                "rule": name,
-                "retention_ratio": ratio,
-                "selection_scope": selection_scope,
-                "seed": seed,
-            }
+            key = {"rule": name, "retention_ratio": ratio, "selection_scope": selection_scope}
             among = tables[rule(name).needs_gradients]
-            config = key | how | among.recorded
-            stage = run.begin(
-                "select", key=key, config=config, inputs=among.inputs, overwrite=overwrite
-            )
-            if not stage.is_whole(0):
-                mask = to_masks(
-                    among.scored,
-                    rules=[name],
-                    retention_ratios=[ratio],
-                    selection_scope=selection_scope,
-                    seeds=[seed],
-                )
-                stage.write(0, mask)
-            masks.append(read(stage.path(0)))
-            stage.finish(num_selected=masks[-1].height)
+            masks.append(_write_mask(run, key | {"seed": seed}, how, among, overwrite=overwrite))
             advance()
     return pl.concat(masks)
+
+
+def _write_mask(
+    run: Run, key: dict[str, Any], how: dict[str, Any], among: "Candidates", *, overwrite: bool
+) -> pl.DataFrame:
+    """One mask, made unless it is there."""
+    config = key | how | among.recorded
+    stage = run.begin("select", key=key, config=config, inputs=among.inputs, overwrite=overwrite)
+    if not stage.is_whole(0):
+        mask = to_masks(
+            among.scored,
+            rules=[key["rule"]],
+            retention_ratios=[key["retention_ratio"]],
+            selection_scope=key["selection_scope"],
+            seeds=[key["seed"]],
+        )
+        stage.write(0, mask)
+    mask = read(stage.path(0))
+    stage.finish(num_selected=mask.height)
+    return mask
 
 
 @dataclass(frozen=True)

@@ -170,19 +170,21 @@ def cut_sensitivity(
     above = shares_by_cut(
         entropy, divergence, [cut for _, cut in entropy_axis], [cut for _, cut in divergence_axis]
     )
-    rows = []
-    for i, (entropy_spec, entropy_value) in enumerate(entropy_axis):
-        for j, (divergence_spec, divergence_value) in enumerate(divergence_axis):
-            rows.append(
-                (entropy_spec, divergence_spec, entropy_value, divergence_value, *above[:, i, j])
-            )
+    rows = [
+        (entropy[0], divergence[0], entropy[1], divergence[1], *above[:, i, j])
+        for i, entropy in enumerate(entropy_axis)
+        for j, divergence in enumerate(divergence_axis)
+    ]
     names = ["entropy_spec", "divergence_spec", "entropy_cut", "divergence_cut", *Quadrant]
     table = pl.DataFrame(rows, schema=names, orient="row")
-    uncertain = pl.col("Q1") + pl.col("Q2")
+    return _beside_paper(table.with_columns(pl.lit(frame.height).alias("num_tokens")))
+
+
+def _beside_paper(table: pl.DataFrame) -> pl.DataFrame:
+    """Which of the paper's ranges the shares Q1 … Q4 keep."""
     return table.with_columns(
-        pl.lit(frame.height).alias("num_tokens"),
         _in_range(pl.col("Q4"), "Q4").alias("q4_in_range"),
-        _in_range(uncertain, "Q1+Q2").alias("q1_q2_in_range"),
+        _in_range(pl.col("Q1") + pl.col("Q2"), "Q1+Q2").alias("q1_q2_in_range"),
         _in_range(pl.col("Q3"), "Q3").alias("q3_in_range"),
     ).with_columns(
         pl.all_horizontal("q4_in_range", "q1_q2_in_range", "q3_in_range").alias("in_paper_ranges")

@@ -275,23 +275,27 @@ def resolve_normalization(
     )
     if scope is Scope.RUN and is_large(tokens):
         return Normalization(scope, divergence_clip, _streamed_bounds(tokens, divergence_clip))
-    h = pl.col("student_entropy_norm").cast(pl.Float64)
-    delta = pl.col("reverse_kl").cast(pl.Float64)
-    finite = delta.filter(delta.is_finite())
-    bounds = [
-        h.min().alias("entropy_low"),
-        h.quantile(ENTROPY_CLIP, "linear").alias("entropy_high"),
-        finite.min().alias("divergence_low"),
-        (
-            finite.max() if divergence_clip is None else finite.quantile(divergence_clip, "linear")
-        ).alias("divergence_high"),
-    ]
+    bounds = _bounds(divergence_clip)
     written = tokens.filter("loss_mask")
     if scope is Scope.RUN:
         table = written.select(pl.lit(None, pl.Int32).alias("batch_id"), *bounds)
     else:
         table = written.group_by("batch_id").agg(bounds).sort("batch_id")
     return Normalization(scope, divergence_clip, table.collect(engine="streaming"))
+
+
+def _bounds(divergence_clip: float | None) -> list[pl.Expr]:
+    h = pl.col("student_entropy_norm").cast(pl.Float64)
+    delta = pl.col("reverse_kl").cast(pl.Float64)
+    finite = delta.filter(delta.is_finite())
+    clipped = divergence_clip is not None
+    high = finite.quantile(divergence_clip, "linear") if clipped else finite.max()
+    return [
+        h.min().alias("entropy_low"),
+        h.quantile(ENTROPY_CLIP, "linear").alias("entropy_high"),
+        finite.min().alias("divergence_low"),
+        high.alias("divergence_high"),
+    ]
 
 
 def check_clip(divergence_clip: float | None) -> None:

@@ -1,6 +1,8 @@
 """What a run folder holds, and which commands can come next. Reads `run.json` and the tables' sizes
 only."""
 
+from typing import Any
+
 import polars as pl
 
 from tip_analysis.core.record import COMMAND_OF_STAGE, TABLE_OF_STAGE
@@ -14,31 +16,34 @@ def stage_table(run: Run) -> pl.DataFrame:
         records = [
             record for key, record in run.stages().items() if key.split("-", maxsplit=1)[0] == stage
         ]
-        if not records:
-            continue
-        finished = [record["finished"] for record in records]
-        rows.append(
-            {
-                "stage": stage,
-                "state": "done" if all(finished) else "unfinished",
-                "configurations": len(records),
-                "shards": sum(len(record["shards"]) for record in records),
-                "rows": sum(
-                    shard["num_rows"] for record in records for shard in record["shards"].values()
-                ),
-                "seconds": round(sum(record["wall_time_s"] for record in records), 1),
-                "finished": max((time for time in finished if time), default=None),
-            }
-        )
-    schema = {
-        "stage": pl.String,
-        "state": pl.String,
-        "configurations": pl.Int64,
-        "shards": pl.Int64,
+        if records:
+            rows.append(_stage_row(stage, records))
+    return pl.DataFrame(rows, schema=_STAGE_COLUMNS)
+
+
+_STAGE_COLUMNS = {
+    "stage": pl.String,
+    "state": pl.String,
+    "configurations": pl.Int64,
+    "shards": pl.Int64,
+    "rows": pl.Int64,
+    "seconds": pl.Float64,
+    "finished": pl.String,
+}
+
+
+def _stage_row(stage: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    finished = [record["finished"] for record in records]
+    shards = [shard for record in records for shard in record["shards"].values()]
+    return {
+        "stage": stage,
+        "state": "done" if all(finished) else "unfinished",
+        "configurations": len(records),
+        "shards": len(shards),
+        "rows": sum(shard["num_rows"] for shard in shards),
+        "seconds": round(sum(record["wall_time_s"] for record in records), 1),
+        "finished": max((time for time in finished if time), default=None),
     }
-    return pl.DataFrame(
-        rows, schema=schema | {"rows": pl.Int64, "seconds": pl.Float64, "finished": pl.String}
-    )
 
 
 def next_steps(run: Run) -> list[str]:

@@ -89,17 +89,20 @@ def survey_tokens(
     found = taxonomy.measure(tokens, grids=grids or None)
     counted = _Counted(found)
     if collect:
-        frame = (
-            tokens.filter("loss_mask")
-            .select("rollout_id", "prompt_id", *names)
-            .collect(engine="streaming")
-        )
-        if frame.height:
-            counted.add(frame)
-        correlations = _exact_correlations(frame, list(columns))
+        correlations = _collected_correlations(tokens, names, list(columns), counted)
     else:
         correlations = _grid_correlations(tokens, grids, list(columns), counted)
     return Survey("exact" if collect else "grid", found, counted.shares(), correlations)
+
+
+def _collected_correlations(
+    tokens: pl.LazyFrame, names: list[str], columns: list[str], counted: "_Counted"
+) -> pl.DataFrame:
+    written = tokens.filter("loss_mask").select("rollout_id", "prompt_id", *names)
+    frame = written.collect(engine="streaming")
+    if frame.height:
+        counted.add(frame)
+    return _exact_correlations(frame, columns)
 
 
 class _Counted:

@@ -76,14 +76,17 @@ def _part(view: RunView, label: str) -> Part:
         _arms_block(arms, summary),
         _memory_picture(view, arms),
     ]
+    return Part(_finding(judged), blocks, _population(arms, summary), label)
+
+
+def _population(arms: pl.DataFrame, summary: pl.DataFrame) -> str:
     first = arms.row(0, named=True)
-    n = (
+    return (
         f"{plural(summary.height, 'arm')}, {plural(arms['seed'].n_unique(), 'seed')},"
         f" {plural(first['num_steps'], 'step')}; {first['num_problems']} problems with"
         f" {plural(first['num_samples'], 'sample')} each; {first['mode']}, loss {first['loss']}"
         f" over {first['loss_normalizer']} tokens. Intervals are 95 %, Student’s t over seeds."
     )
-    return Part(_finding(judged), blocks, n, label)
 
 
 def _finding(judged: pl.DataFrame) -> str:

@@ -222,17 +222,7 @@ def _correlation_block(view: RunView, loss: str) -> Table | Warnings:
     except SchemaError as error:
         return Warnings([f"Rank correlations cannot be made: {error}"])
     table = pl.concat(parts)
-    names = {"grad_norm": "‖g‖", "grad_dot_loss": "φ", "oracle_weight": "φ/M"}
-    rows = [
-        [
-            names.get(row["target"], row["target"]),
-            row["predictor"],
-            _with_interval(row, "spearman", number),
-            _with_interval(row, "spearman_deconvolved", number),
-            _with_interval(row, "partial", number),
-        ]
-        for row in table.iter_rows(named=True)
-    ]
+    rows = [_correlation_cells(row) for row in table.iter_rows(named=True)]
     caption = (
         f"Rank correlations over {plural(table['num_tokens'][0], 'token')} with gradients of the"
         f" {measurement_words(view, loss)}; 95% intervals from {table['num_resamples'][0]}"
@@ -245,6 +235,13 @@ def _correlation_block(view: RunView, loss: str) -> Table | Warnings:
         caption,
         frozenset({2, 3, 4}),
     )
+
+
+def _correlation_cells(row: dict[str, Any]) -> list[Any]:
+    names = {"grad_norm": "‖g‖", "grad_dot_loss": "φ", "oracle_weight": "φ/M"}
+    statistics = ("spearman", "spearman_deconvolved", "partial")
+    measured = (_with_interval(row, name, number) for name in statistics)
+    return [names.get(row["target"], row["target"]), row["predictor"], *measured]
 
 
 def _correlations(tokens: pl.LazyFrame, num_resamples: int) -> pl.DataFrame:

@@ -40,7 +40,17 @@ def _part(view: RunView, label: str) -> Part:
             for name in effects.GROUPINGS
         ]
     )
-    drawn = picture(
+    drawn = _groups_picture(view, groups)
+    blocks: list[Block] = [drawn, _association_block(told), _lift_block(groups)]
+    if view.rollouts["reward"].drop_nulls().n_unique() > 1:
+        blocks.append(_reward_block(view, sample, resamples))
+    return Part(
+        _finding(told, groups), blocks, f"{population(view)} {view.interval_words()}", label
+    )
+
+
+def _groups_picture(view: RunView, groups: pl.DataFrame) -> Block:
+    return picture(
         lambda width: figures.group_shares(groups, width=width),
         key=f"effects-{slug_of(view)}",
         caption=(
@@ -51,12 +61,6 @@ def _part(view: RunView, label: str) -> Part:
             "Stacked bars of quadrant shares by position, frequency and kind of token; the table"
             " below has the numbers of Q3."
         ),
-    )
-    blocks: list[Block] = [drawn, _association_block(told), _lift_block(groups)]
-    if view.rollouts["reward"].drop_nulls().n_unique() > 1:
-        blocks.append(_reward_block(view, sample, resamples))
-    return Part(
-        _finding(told, groups), blocks, f"{population(view)} {view.interval_words()}", label
     )
 
 
@@ -142,17 +146,19 @@ def _reward_block(view: RunView, sample: pl.LazyFrame, resamples: int) -> Table:
         ]
         for row in table.iter_rows(named=True)
     ]
-    columns = [
-        "quadrant",
-        "in rewarded rollouts",
-        "in others",
-        "difference",
-        "95% interval",
-        "Spearman with reward",
-        "95% interval",
-    ]
     caption = (
         "Shares of the quadrants in rollouts with a reward above ½ and in the others; "
         f"{count(table['num_rollouts'][0])} graded rollouts."
     )
-    return Table(columns, rows, caption, frozenset(range(1, 7)))
+    return Table(_REWARD_COLUMNS, rows, caption, frozenset(range(1, 7)))
+
+
+_REWARD_COLUMNS = [
+    "quadrant",
+    "in rewarded rollouts",
+    "in others",
+    "difference",
+    "95% interval",
+    "Spearman with reward",
+    "95% interval",
+]

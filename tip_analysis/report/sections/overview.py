@@ -140,41 +140,42 @@ def _shares_picture(view: RunView) -> Block:
 
 
 def _shares_block(view: RunView) -> Table:
-    rows = []
-    ends = {name: interval(low, high) for _, name, _, low, high in view.share_table.iter_rows()}
-    for row in view.shares.iter_rows(named=True):
-        name = str(row["quadrant"])
-        known = paper.range_of(name)
-        if name in ("Q1", "Q2"):
-            known = f"{paper.range_of('Q1+Q2')} (Q1+Q2)"
-        rows.append(
-            [
-                Tag(name),
-                figures.QUADRANT_NAMES[name],
-                count(row["num_tokens"]),
-                count(row["num_rollouts"]),
-                count(row["num_prompts"]),
-                percent(row["share"]),
-                ends.get(name, ""),
-                FromPaper(known),
-            ]
-        )
-    columns = [
-        "quadrant",
-        "student is",
-        "tokens",
-        "in rollouts",
-        "in prompts",
-        "share",
-        "95% interval",
-        "paper’s range",
+    table = view.share_table
+    ends = {name: interval(low, high) for _, name, _, low, high in table.iter_rows()}
+    rows = [
+        [
+            Tag(name),
+            figures.QUADRANT_NAMES[name],
+            count(row["num_tokens"]),
+            count(row["num_rollouts"]),
+            count(row["num_prompts"]),
+            percent(row["share"]),
+            ends.get(name, ""),
+            FromPaper(_paper_range(name)),
+        ]
+        for row in view.shares.iter_rows(named=True)
+        for name in [str(row["quadrant"])]
     ]
-    return Table(
-        columns,
-        rows,
-        f"Tokens of each quadrant. {view.interval_words()}",
-        frozenset({2, 3, 4, 5, 6, 7}),
-    )
+    caption = f"Tokens of each quadrant. {view.interval_words()}"
+    return Table(_SHARE_COLUMNS, rows, caption, frozenset({2, 3, 4, 5, 6, 7}))
+
+
+_SHARE_COLUMNS = [
+    "quadrant",
+    "student is",
+    "tokens",
+    "in rollouts",
+    "in prompts",
+    "share",
+    "95% interval",
+    "paper’s range",
+]
+
+
+def _paper_range(name: str) -> str:
+    if name in ("Q1", "Q2"):
+        return f"{paper.range_of('Q1+Q2')} (Q1+Q2)"
+    return paper.range_of(name)
 
 
 def _carried_block(view: RunView) -> Table:
@@ -235,7 +236,6 @@ def _planted_block(view: RunView) -> Table:
 
 def _comparison(views: Sequence[RunView]) -> Part:
     table = pl.concat([view.share_table for view in views])
-    by_q3 = sorted(views, key=lambda view: view.share_of["Q3"])
     drawn = picture(
         lambda width: figures.quadrant_shares(table, PAPER_RANGES, width=width),
         key="shares-all",
@@ -244,38 +244,30 @@ def _comparison(views: Sequence[RunView]) -> Part:
         ),
         alt="Bars of the quadrant shares of each run; the table below has the numbers.",
     )
-    rows = []
-    for view in views:
-        shares, cuts = view.share_of, view.cuts
-        rows.append(
-            [
-                view.name,
-                *(visible(name, 40) for name in view.model_names()),
-                count(view.population.num_tokens),
-                *(percent(shares[name]) for name in figures.QUADRANT_COLORS),
-                number(cuts.entropy.value),
-                number(cuts.divergence.value),
-            ]
-        )
-    columns = [
-        "run",
-        "student",
-        "teacher",
-        "tokens",
-        *figures.QUADRANT_COLORS,
-        "entropy cut",
-        "divergence cut",
-    ]
+    by_q3 = sorted(views, key=lambda view: view.share_of["Q3"])
     finding = (
         f"Of {len(views)} runs, Q3 is smallest in {by_q3[0].name}"
         f" ({percent(by_q3[0].share_of['Q3'])}) and largest in {by_q3[-1].name}"
         f" ({percent(by_q3[-1].share_of['Q3'])})."
     )
-    return Part(
-        finding,
-        [drawn, Table(columns, rows, "Runs side by side; cuts in nats.", frozenset(range(3, 10)))],
-        run="All runs",
-    )
+    return Part(finding, [drawn, _runs_block(views)], run="All runs")
+
+
+def _runs_block(views: Sequence[RunView]) -> Table:
+    names = figures.QUADRANT_COLORS
+    rows = [
+        [
+            view.name,
+            *(visible(name, 40) for name in view.model_names()),
+            count(view.population.num_tokens),
+            *(percent(view.share_of[name]) for name in names),
+            number(view.cuts.entropy.value),
+            number(view.cuts.divergence.value),
+        ]
+        for view in views
+    ]
+    columns = ["run", "student", "teacher", "tokens", *names, "entropy cut", "divergence cut"]
+    return Table(columns, rows, "Runs side by side; cuts in nats.", frozenset(range(3, 10)))
 
 
 def _cut_words(view: RunView) -> str:

@@ -1,6 +1,7 @@
 """The section on selection rules: composition, overlap, coverage, and Proposition 2 on data."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 
@@ -67,14 +68,17 @@ def _part(view: RunView, label: str) -> Part:
     blocks.append(_missed_block(view, missed))
     if view.has_planted_labels:
         blocks.append(_planted_block(composition.planted_recall(masks, tokens)))
+    num_masks = made.filter(pl.col("quadrant") == "Q1").height
+    return Part(_finding(missed), blocks, _population(view, missed, num_masks), label)
+
+
+def _population(view: RunView, missed: pl.DataFrame, num_masks: int) -> str:
     n = missed.row(0, named=True)
-    words = (
-        "Masks as recorded, on"
-        f" {plural(int(made.filter(pl.col('quadrant') == 'Q1').height), 'mask')};"
+    return (
+        f"Masks as recorded, on {plural(num_masks, 'mask')};"
         f" {plural(n['num_rollouts'], 'rollout')}, {plural(n['num_prompts'], 'prompt')}."
         f" {view.interval_words()}{_oracle_words(view)}"
     )
-    return Part(_finding(missed), blocks, words, label)
 
 
 def _measured_words(view: RunView) -> str:
@@ -175,37 +179,41 @@ def _coverage_pictures(view: RunView, masks: pl.DataFrame, aligned: pl.LazyFrame
 
 def _missed_block(view: RunView, missed: pl.DataFrame) -> Table:
     has_phi = "q3_alignment_missed" in missed.columns
-    rows = []
-    for row in missed.sort("retention_ratio", "q3_missed", nulls_last=True).iter_rows(named=True):
-        cells = [
-            row["rule"],
-            f"{row['retention_ratio']:g}",
-            row["selection_scope"],
-            str(row["seed"]),
-            count(row["num_tokens"]),
-            percent(row["q3_share"]),
-            percent(row["q3_missed"]),
-            interval(row["q3_missed_low"], row["q3_missed_high"]),
-        ]
-        if has_phi:
-            cells.append(percent(row["q3_alignment_missed"]))
-        rows.append(cells)
-    columns = [
-        "rule",
-        "ρ",
-        "scope",
-        "seed",
-        "tokens",
-        "of it in Q3",
-        "of Q3 missed",
-        "95% interval",
-    ]
-    columns += ["of Σφ in Q3 missed"] if has_phi else []
+    ordered = missed.sort("retention_ratio", "q3_missed", nulls_last=True)
+    rows = [_missed_cells(row) for row in ordered.iter_rows(named=True)]
+    columns = [*_MISSED_COLUMNS, *(["of Σφ in Q3 missed"] if has_phi else [])]
     caption = (
         "What each selection takes from Q3 and what it misses (Proposition 2 on data)."
         f"{_measured_words(view) if has_phi else ''}"
     )
     return Table(columns, rows, caption, frozenset({1, *range(3, len(columns))}))
+
+
+_MISSED_COLUMNS = [
+    "rule",
+    "ρ",
+    "scope",
+    "seed",
+    "tokens",
+    "of it in Q3",
+    "of Q3 missed",
+    "95% interval",
+]
+
+
+def _missed_cells(row: dict[str, Any]) -> list[str]:
+    cells = [
+        row["rule"],
+        f"{row['retention_ratio']:g}",
+        row["selection_scope"],
+        str(row["seed"]),
+        count(row["num_tokens"]),
+        percent(row["q3_share"]),
+        percent(row["q3_missed"]),
+        interval(row["q3_missed_low"], row["q3_missed_high"]),
+    ]
+    has_phi = "q3_alignment_missed" in row
+    return [*cells, percent(row["q3_alignment_missed"])] if has_phi else cells
 
 
 def _planted_block(table: pl.DataFrame) -> Table:

@@ -2,11 +2,13 @@
 tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote
 
 import polars as pl
 
 from tip_analysis import figures
+from tip_analysis.analysis.browsing import listed_ids
 from tip_analysis.analysis.densities import STRENGTH, density, strongest_tokens, text_around
 from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import cut_sensitivity
@@ -235,32 +237,15 @@ def _strong_part(view: RunView, label: str, run_index: int) -> Part:
 
 
 def _strong_list(view: RunView, table: pl.DataFrame, quadrant: str, run_index: int) -> StrongList:
-    around = text_around(view.raw, table)
-    ids = {
-        index
-        for column in ("student_topk_ids", "teacher_topk_ids")
-        for row in table[column]
-        for index in row
-    }
-    texts = view.token_texts(ids)
+    around, texts = text_around(view.raw, table), view.token_texts(listed_ids(table))
     tokens = []
     for row in table.iter_rows(named=True):
         place = row["rollout_id"], row["position"]
         before, after = around[place]
-        facts = [
-            ("student entropy", number(row["student_entropy"])),
-            ("reverse KL", number(row["reverse_kl"])),
-            ("forward KL", number(row["forward_kl"])),
-            (
-                "overconfidence score" if quadrant == "Q3" else "Soft-OR",
-                number(row[STRENGTH["Q3"] if quadrant == "Q3" else "soft_or"]),
-            ),
-            ("rollout", f"{visible(row['rollout_id'], 40)}, position {row['position']}"),
-        ]
         tokens.append(
             StrongToken(
                 quadrant,
-                facts,
+                _strong_facts(row, quadrant),
                 before=_tail(before),
                 token=visible(row["token"]),
                 after=_head(after),
@@ -274,6 +259,18 @@ def _strong_list(view: RunView, table: pl.DataFrame, quadrant: str, run_index: i
         " score in nats."
     )
     return StrongList(STRONG_TITLES[quadrant], tokens, note)
+
+
+def _strong_facts(row: dict[str, Any], quadrant: str) -> list[tuple[str, str]]:
+    in_q3 = quadrant == "Q3"
+    name, score = ("overconfidence score", STRENGTH["Q3"]) if in_q3 else ("Soft-OR", "soft_or")
+    return [
+        ("student entropy", number(row["student_entropy"])),
+        ("reverse KL", number(row["reverse_kl"])),
+        ("forward KL", number(row["forward_kl"])),
+        (name, number(row[score])),
+        ("rollout", f"{visible(row['rollout_id'], 40)}, position {row['position']}"),
+    ]
 
 
 def token_link(run_index: int, rollout_id: str, position: int) -> str:
