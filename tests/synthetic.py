@@ -262,7 +262,12 @@ def write_measurement(path: Path, gradients: pl.DataFrame) -> None:
 
 
 def make_ablations(
-    *, seeds: int = 3, problems: int = 40, samples: int = 4, seed: int = 0
+    *,
+    seeds: int = 3,
+    problems: int = 40,
+    samples: int = 4,
+    seed: int = 0,
+    benchmark: str = "problems",
 ) -> pl.DataFrame:
     """Arms whose true accuracies are those of `ARM_ACCURACIES`; the seeds share their problems."""
     rng = np.random.default_rng(seed)
@@ -275,7 +280,9 @@ def make_ablations(
             chance = np.clip(mean + hardness + 0.004 * rng.normal(), 0.0, 1.0)
             graded = rng.random((problems, samples)) < chance[:, None]
             steps = 0 if rule == "untrained" else 60
-            rows.append(_arm_row(f"arm{index}-{run_seed}", rule, ratio, run_seed, steps, graded))
+            key = f"arm{index}-{run_seed}"
+            row = _arm_row(key, rule, ratio, run_seed, steps, graded)
+            rows.append(row | {"benchmark": benchmark})
     return validate(
         pl.DataFrame(rows, strict=False)
         .cast(_dtypes(AblationTable))

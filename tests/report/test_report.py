@@ -614,10 +614,47 @@ def test_claims_stand_beside_the_papers_numbers(ablated):
         ]
     )
     row = next(row for row in rows if row[0] == "e")
-    assert row[3].startswith(f"{100 * effect:+.1f}")
-    assert row[5] == "supported"
-    assert row[7] == "9 of 9the paper"
+    assert row[4].startswith(f"{100 * effect:+.1f}")
+    assert row[6] == "supported"
+    assert row[8] == "9 of 9the paper"
     assert any("supported: b at ρ = 0.1" in text or "supported: " in text for text in shown.texts)
+
+
+def test_each_benchmark_has_a_column_and_nothing_is_pooled(tables, tmp_path):
+    """Two benchmarks of different size: a column each and their unweighted mean, whose pooled mean
+    stands nowhere in the section."""
+    path = write_run(tmp_path / "two", tables)
+    small = make_ablations(benchmark="AIME24", problems=5, seed=1)
+    large = make_ablations(benchmark="MATH-500", problems=80, seed=2)
+    write_ablations(path, pl.concat([large, small]))
+    shown = _Page(build_report([path], _options()))
+    header, *rows = shown.table("Arms by accuracy")
+    assert [name for name in header if name.startswith("accuracy")] == [
+        "accuracy: MATH-500",
+        "accuracy: AIME24",
+        "accuracy: mean over benchmarks",
+    ]
+    for name, ratio in ARM_ACCURACIES:
+        own = [
+            part.filter(pl.col("rule") == name, pl.col("retention_ratio") == ratio)
+            for part in (large, small)
+        ]
+        means = [part["accuracy"].mean() for part in own]
+        pooled = (80 * means[0] + 5 * means[1]) / 85
+        row = next(r for r in rows if r[0] == (name if name == "all" else f"{name}:{ratio:g}"))
+        for cell, value in zip((row[2], row[4], row[6]), [*means, np.mean(means)], strict=True):
+            assert cell.startswith(f"{100 * value:.1f}%")
+        distinct = {f"{100 * value:.1f}%" for value in [*means, np.mean(means)]}
+        assert f"{100 * pooled:.1f}%" in distinct or not any(
+            cell.startswith(f"{100 * pooled:.1f}%") for cell in row
+        )
+    claims = shown.table("Differences of accuracy in points")[1:]
+    assert [row[2] for row in claims if row[0] == "e"] == [
+        "MATH-500",
+        "AIME24",
+        "mean over benchmarks",
+    ]
+    assert next(row[8] for row in claims if row[0] == "e") == "3 of 3the paper"
 
 
 def test_intervals_of_a_large_run_come_from_sampled_prompts(tables, run):

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_language_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tip_analysis.analysis.claims import paper_results
+from tip_analysis.analysis.paper_claims import paper_results
 from tip_analysis.core.errors import OptionError, UnknownNameError
 from tip_analysis.core.run_folder import create_run
 from tip_analysis.core.schema import RolloutTable, validate

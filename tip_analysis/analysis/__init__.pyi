@@ -12,7 +12,6 @@ from .arms import parse_arms as parse_arms
 from .arms import problem_rows as problem_rows
 from .bootstrap import bootstrap_interval as bootstrap_interval
 from .claims import claims_table as claims_table
-from .claims import paper_differences as paper_differences
 from .comparison import compare_runs as compare_runs
 from .correlations import correlation_table as correlation_table
 from .correlations import equation_6 as equation_6
@@ -41,6 +40,7 @@ from .measurements import choose_measurement as choose_measurement
 from .measurements import join_gradients as join_gradients
 from .measurements import measurements_in as measurements_in
 from .measurements import prefer_measurement as prefer_measurement
+from .paper_claims import paper_differences as paper_differences
 from .paper_preset import PAPER_RANGES as PAPER_RANGES
 from .planted import planted_detection as planted_detection
 from .quadrant_tables import quadrant_statistics as quadrant_statistics

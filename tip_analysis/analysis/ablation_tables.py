@@ -6,12 +6,13 @@ Reads rows of `tip_analysis.core.schema.AblationTable`; writes nothing.
 import polars as pl
 
 from tip_analysis.analysis.arms import ALL, UNTRAINED, Arm
-from tip_analysis.analysis.claims import (
-    arm_summary,
-    paired_difference,
-    paper_differences,
-    paper_results,
+from tip_analysis.analysis.benchmarks import (
+    benchmarks_of,
+    with_benchmark,
+    with_mean_over_benchmarks,
 )
+from tip_analysis.analysis.claims import arm_summary, paired_difference
+from tip_analysis.analysis.paper_claims import paper_differences_beside, paper_results
 from tip_analysis.core.result_tables import PaperDifferenceTable
 from tip_analysis.core.schema import polars_schema
 
@@ -45,57 +46,81 @@ def final_arms(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def differences_from_all(arms: pl.DataFrame) -> pl.DataFrame:
-    """Each arm's accuracy minus that of `all` on the same seeds: an `ArmDifferenceTable`."""
-    everything = arms.filter(ALL.rows())
+    """Each arm's accuracy minus that of `all` on the same seeds, per benchmark and for their
+    unweighted mean: an `ArmDifferenceTable` with `benchmark`."""
+    arms = with_mean_over_benchmarks(arms, ["rule", "retention_ratio", "seed", "step"])
     rows = []
-    for (rule, ratio), part in arms.filter(~ALL.rows()).group_by(
-        "rule", "retention_ratio", maintain_order=True
-    ):
-        difference, low, high, _ = paired_difference(part, everything, "accuracy")
-        rows.append((rule, ratio, difference, low, high))
+    for (benchmark,), ours in arms.group_by("benchmark", maintain_order=True):
+        everything = ours.filter(ALL.rows())
+        for (rule, ratio), part in ours.filter(~ALL.rows()).group_by(
+            "rule", "retention_ratio", maintain_order=True
+        ):
+            difference, low, high, _ = paired_difference(part, everything, "accuracy")
+            rows.append((rule, ratio, benchmark, difference, low, high))
     schema = {
         "rule": pl.String,
-        **dict.fromkeys(("retention_ratio", "difference", "low", "high"), pl.Float64),
+        "retention_ratio": pl.Float64,
+        "benchmark": pl.String,
+        **dict.fromkeys(("difference", "low", "high"), pl.Float64),
     }
     return pl.DataFrame(rows, schema=schema, orient="row").drop_nulls("difference")
 
 
 def paper_differences_from_all(arms: pl.DataFrame) -> pl.DataFrame:
-    """What the paper reports of these arms minus `all`: a `PaperDifferenceTable`.
+    """What the paper reports of these arms minus `all`: a `PaperDifferenceTable` with `benchmark`,
+    the one of ours that a number may stand beside.
 
     Args:
-        arms: rule and retention_ratio.
+        arms: rule, retention_ratio, benchmark.
     """
-    parts = [pl.DataFrame(schema=polars_schema(PaperDifferenceTable))]
-    for rule, ratio in arms.select("rule", "retention_ratio").iter_rows():
+    arms = with_benchmark(arms)
+    among = benchmarks_of(arms)
+    parts = [pl.DataFrame(schema=polars_schema(PaperDifferenceTable) | {"benchmark": pl.String()})]
+    keys = ["rule", "retention_ratio", "benchmark"]
+    for rule, ratio, benchmark in arms.select(keys).unique(maintain_order=True).iter_rows():
+        theirs = paper_differences_beside((Arm(rule, ratio), ALL), benchmark, among)
         named = pl.lit(rule).alias("rule"), pl.lit(ratio, pl.Float64).alias("retention_ratio")
-        theirs = paper_differences((Arm(rule, ratio), ALL))
-        parts.append(theirs.select(*named, "difference"))
+        parts.append(theirs.select(*named, "difference", pl.lit(benchmark).alias("benchmark")))
     return pl.concat(parts)
 
 
 def arm_accuracies(table: pl.DataFrame) -> pl.DataFrame:
-    """Accuracy of each arm at its last step, mean over seeds, and of the student before training:
-    an `ArmAccuracyTable`.
+    """Accuracy of each arm at its last step, mean over seeds, and of the student before training,
+    per benchmark and for their unweighted mean: an `ArmAccuracyTable` with `benchmark`.
 
     Args:
         table: rows of the ablation table.
     """
-    shown = arm_summary(final_arms(table)).select(
-        "rule", "retention_ratio", pl.col("mean").alias("accuracy"), "low", "high"
+    arms = final_arms(table)
+    shown = arm_summary(arms).select(
+        "rule", "retention_ratio", pl.col("mean").alias("accuracy"), "low", "high", "benchmark"
     )
-    untrained = table.filter(pl.col("step") == 0)["accuracy"].mean()
-    if untrained is None:
-        return shown
-    row = pl.DataFrame([(UNTRAINED, 1.0, untrained, None, None)], shown.schema, orient="row")
-    return pl.concat([shown, row])
+    before = with_benchmark(table).filter(
+        pl.col("step") == 0, pl.col("benchmark").is_in(benchmarks_of(arms))
+    )
+    untrained = (
+        with_mean_over_benchmarks(before, ["arm_key", "seed"])
+        .group_by("benchmark", maintain_order=True)
+        .agg(pl.col("accuracy").mean())
+    )
+    rows = [(UNTRAINED, 1.0, value, None, None, name) for name, value in untrained.iter_rows()]
+    return pl.concat([shown, pl.DataFrame(rows, shown.schema, orient="row")])
 
 
 def claim_effects(judged: pl.DataFrame) -> pl.DataFrame:
     """The effects of `claims_table` that could be measured, each named in words: a
     `ClaimEffectTable`."""
+    several = pl.col("benchmark").n_unique() > 1
+    where = pl.concat_str(pl.lit(", "), pl.col("benchmark").str.slice(0, 24))
     words = pl.concat_str(
-        "claim", pl.lit(": "), "arm_a", pl.lit(" "), "relation", pl.lit(" "), "arm_b"
+        "claim",
+        pl.when(several).then(where).otherwise(pl.lit("")),
+        pl.lit(": "),
+        "arm_a",
+        pl.lit(" "),
+        "relation",
+        pl.lit(" "),
+        "arm_b",
     )
     return judged.filter(pl.col("effect").is_not_null()).select(
         words.alias("claim"),
@@ -108,17 +133,20 @@ def claim_effects(judged: pl.DataFrame) -> pl.DataFrame:
 
 
 def arm_costs(arms: pl.DataFrame) -> pl.DataFrame:
-    """What each arm cost and came to beside its accuracy, means over seeds: rule, retention_ratio,
-    best_at_k, heldout_reverse_kl, tokens_trained, step_time_s, peak_memory_bytes."""
+    """What each arm cost and came to beside its accuracy, means over seeds, per benchmark and for
+    their unweighted mean: rule, retention_ratio, benchmark, best_at_k, heldout_reverse_kl,
+    tokens_trained, step_time_s, peak_memory_bytes."""
     means = ("best_at_k", "heldout_reverse_kl", "tokens_trained", "step_time_s")
-    keys = ["rule", "retention_ratio"]
+    keys = ["rule", "retention_ratio", "benchmark"]
+    arms = with_mean_over_benchmarks(arms, ["rule", "retention_ratio", "seed"])
     return arms.group_by(keys, maintain_order=True).agg(pl.col(*means, "peak_memory_bytes").mean())
 
 
 def relative_memory(arms: pl.DataFrame) -> pl.DataFrame:
     """Peak memory of each arm over that of training on all tokens (of the most that any arm took,
     where that was not run): a `MemoryTable`."""
-    memory = arm_costs(arms).select("rule", "retention_ratio", memory="peak_memory_bytes")
+    by_arm = arms.group_by("rule", "retention_ratio", maintain_order=True)
+    memory = by_arm.agg(memory=pl.col("peak_memory_bytes").mean())
     whole = memory.filter(ALL.rows())["memory"].mean() or memory["memory"].max()
     return memory.with_columns((pl.col("memory") / whole).alias("relative_memory"))
 

@@ -21,6 +21,11 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
+from tip_analysis.analysis.benchmarks import (
+    benchmarks_of,
+    with_benchmark,
+    with_mean_over_benchmarks,
+)
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.schema import require_columns
 
@@ -133,51 +138,57 @@ def _paired_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 def problem_table(
     evaluations: pl.DataFrame | pl.LazyFrame, by: Sequence[str] = ("model",)
 ) -> pl.DataFrame:
-    """One row per problem of each model: num_samples, accuracy (mean reward), best, num_tokens
-    (mean).
+    """One row per problem of each model and benchmark: num_samples, accuracy (mean reward), best,
+    num_tokens (mean).
 
     Args:
         evaluations: rows of the evaluation table.
         by: what tells one evaluation from another; `("model", "seed")` keeps the seeds apart.
     """
-    evaluations = evaluations.lazy()
-    require_columns(evaluations, [*by, "problem_id", "reward", "num_tokens"], "problem_table")
+    require_columns(
+        evaluations.lazy(), [*by, "problem_id", "reward", "num_tokens"], "problem_table"
+    )
+    evaluations = with_benchmark(evaluations.lazy().collect())
     reward = pl.col("reward").cast(pl.Float64)
     return (
-        evaluations.group_by(*by, "problem_id")
+        evaluations.group_by(*by, "benchmark", "problem_id")
         .agg(
             num_samples=pl.len().cast(pl.Int64),
             accuracy=reward.mean(),
             best=reward.max(),
             num_tokens=pl.col("num_tokens").cast(pl.Float64).mean(),
         )
-        .sort(*by, "problem_id")
-        .collect()
+        .sort(*by, "benchmark", "problem_id")
     )
 
 
 def accuracy_table(
     evaluations: pl.DataFrame | pl.LazyFrame, by: Sequence[str] = ("model",)
 ) -> pl.DataFrame:
-    """One row per model with the fields of `Accuracy`, and mean response length and share of
-    truncated responses.
+    """One row per model and benchmark with the fields of `Accuracy`, and mean response length and
+    share of truncated responses; with several benchmarks, also the unweighted mean of each model's
+    mean@k and Best@k, labelled as such (other fields of it are null).
 
     Raises:
         SchemaError: problems have unequal numbers of samples, so that k is not one number.
     """
-    frame = evaluations.lazy().collect()
+    frame = with_benchmark(evaluations.lazy().collect())
+    keys = [*by, "benchmark"]
     rows = []
-    for key, group in frame.group_by(*by, maintain_order=True):
+    for key, group in frame.group_by(*keys, maintain_order=True):
         rewards = rewards_by_problem(group)
         rows.append(
-            dict(zip(by, key, strict=True))
+            dict(zip(keys, key, strict=True))
             | asdict(accuracy(rewards))
             | {
                 "mean_num_tokens": group["num_tokens"].mean(),
                 "truncated_share": truncated_share(group),
             }
         )
-    return pl.DataFrame(rows).with_columns(pl.selectors.float().fill_nan(None))
+    table = pl.DataFrame(rows).with_columns(pl.selectors.float().fill_nan(None))
+    shown = [*keys, "num_samples", "accuracy", "accuracy_se", "best_at_k"]
+    means = with_mean_over_benchmarks(table.select(*shown), by)[table.height :]
+    return pl.concat([table, means], how="diagonal")
 
 
 def rewards_by_problem(evaluations: pl.DataFrame) -> np.ndarray:
@@ -205,14 +216,32 @@ def truncated_share(evaluations: pl.DataFrame) -> float:
 
 
 def compare_models(
-    evaluations: pl.DataFrame | pl.LazyFrame, *, model: str, baseline: str
+    evaluations: pl.DataFrame | pl.LazyFrame,
+    *,
+    model: str,
+    baseline: str,
+    benchmark: str | None = None,
 ) -> PairedDifference:
-    """The paired difference of two models' mean@k over the problems that both were given.
+    """The paired difference of two models' mean@k over the problems of one benchmark.
+
+    Args:
+        evaluations: rows of the evaluation table.
+        model: the one.
+        baseline: the other.
+        benchmark: which benchmark; needed where there are several, which are never pooled.
 
     Raises:
-        SchemaError: a model was not evaluated, or the two were given different problems.
+        SchemaError: a model was not evaluated on it, the two were given different problems, or
+            there are several benchmarks and none is named.
     """
     table = problem_table(evaluations)
+    known = benchmarks_of(table)
+    if benchmark not in known and (benchmark is not None or len(known) > 1):
+        raise SchemaError(
+            f"models are compared on one benchmark; found benchmark={benchmark!r}: name one of"
+            f" {', '.join(known)}"
+        )
+    table = table.filter(benchmark=benchmark or known[0])
     means = {}
     for name in (model, baseline):
         rows = table.filter(pl.col("model") == name)

@@ -10,6 +10,12 @@ from typing import Self
 
 import polars as pl
 
+from tip_analysis.analysis.benchmarks import (
+    MEAN_OVER_BENCHMARKS,
+    benchmarks_of,
+    with_benchmark,
+    with_mean_over_benchmarks,
+)
 from tip_analysis.analysis.retention import exact_ratio
 from tip_analysis.analysis.rules import known_rules
 from tip_analysis.analysis.rules import rule as rule_of
@@ -127,25 +133,29 @@ def _ratio(text: str, entry: str) -> float:
 
 
 def arm_results(ablations: pl.DataFrame | pl.LazyFrame, *, step: int | None = None) -> pl.DataFrame:
-    """One row per arm: mean and standard deviation over seeds of what its last evaluation found.
+    """One row per arm and benchmark: mean and standard deviation over seeds of what its last
+    evaluation found; with several benchmarks, also of their unweighted mean, labelled as such.
 
     Args:
         ablations: rows of the ablation table.
         step: evaluation step to show; by default the last of each arm.
 
     Returns:
-        rule, retention_ratio, mode, step, num_seeds; accuracy and best_at_k with `_std` (null for
-        one seed; over seeds, sample standard deviation); accuracy_se (of one seed, over problems
-        and samples: root mean square); heldout_reverse_kl, tokens_trained and tokens_seen (means),
-        token_share (of the tokens that were seen), train_loss, step_time_s, and peak_memory_bytes
-        (largest). The untrained student first, then in order of falling accuracy.
+        rule, retention_ratio, mode, benchmark, step, num_seeds; accuracy and best_at_k with `_std`
+        (null for one seed; over seeds, sample standard deviation); accuracy_se (of one seed, over
+        problems and samples: root mean square); heldout_reverse_kl, tokens_trained and tokens_seen
+        (means), token_share (of the tokens that were seen), train_loss, step_time_s, and
+        peak_memory_bytes (largest). Benchmark by benchmark, the untrained student first, then by
+        falling accuracy.
     """
     frame = ablations.lazy().collect()
+    frame = with_benchmark(frame)
     keys = ["rule", "retention_ratio", "mode", "seed"]
     if step is not None:
         frame = frame.filter(pl.col("step") == step)
-    last = frame.sort("step").group_by(*keys, maintain_order=True).last()
-    table = last.group_by("rule", "retention_ratio", "mode").agg(
+    last = frame.sort("step").group_by(*keys, "benchmark", maintain_order=True).last()
+    last = with_mean_over_benchmarks(last, keys)
+    table = last.group_by("rule", "retention_ratio", "mode", "benchmark").agg(
         pl.col("step").max(),
         num_seeds=pl.len().cast(pl.Int64),
         accuracy=pl.col("accuracy").mean(),
@@ -162,21 +172,24 @@ def arm_results(ablations: pl.DataFrame | pl.LazyFrame, *, step: int | None = No
         peak_memory_bytes=pl.col("peak_memory_bytes").max(),
     )
     untrained = pl.col("rule") == UNTRAINED
+    order = pl.Enum([*benchmarks_of(frame), MEAN_OVER_BENCHMARKS])
     return table.with_columns(pl.col("token_share").fill_nan(None)).sort(
-        ~untrained, -pl.col("accuracy"), "rule", "retention_ratio"
+        pl.col("benchmark").cast(order), ~untrained, -pl.col("accuracy"), "rule", "retention_ratio"
     )
 
 
 def problem_rows(ablations: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
-    """One row per arm, seed, step and problem: rule, retention_ratio, seed, step, problem_id,
-    mean_reward, best_reward."""
+    """One row per arm, seed, step, benchmark and problem: rule, retention_ratio, seed, step,
+    benchmark, problem_id, mean_reward, best_reward."""
     columns = {
         "problem_ids": "problem_id",
         "problem_accuracy": "mean_reward",
         "problem_best": "best_reward",
     }
-    chosen = ablations.lazy().select("rule", "retention_ratio", "seed", "step", *columns)
-    return chosen.explode(*columns).rename(columns).collect()
+    table = with_benchmark(ablations.lazy().collect())
+    keys = ["rule", "retention_ratio", "seed", "step", "benchmark"]
+    chosen = table.select(*keys, *columns)
+    return chosen.explode(*columns).rename(columns)
 
 
 def arms_of(ablations: pl.DataFrame | pl.LazyFrame) -> Iterable[Arm]:

@@ -12,13 +12,15 @@ how training varies and problems how the test set does.
 | `≈` | within ±margin | wholly outside ±margin |
 | `≳` (≈ or >) | above −margin | below −margin |
 
+Each benchmark is judged by itself; with several, their unweighted mean is judged too and labelled
+as such. The paper's numbers that stand beside a benchmark are those of the same benchmark; beside
+one that the paper does not have, they are all of the paper's, each a difference of its own.
+
 Anything else is `not resolved`; a claim whose arms were not run is `not run`. Accuracies,
 differences and the margin are shares in [0, 1], the paper's percentages included.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -26,99 +28,25 @@ from scipy import stats
 
 from tip_analysis.analysis import accuracy
 from tip_analysis.analysis.arms import Arm
-from tip_analysis.analysis.bootstrap import bootstrap_interval
+from tip_analysis.analysis.benchmarks import (
+    MEAN_OVER_BENCHMARKS,
+    benchmarks_of,
+    with_benchmark,
+    with_mean_over_benchmarks,
+)
+from tip_analysis.analysis.bootstrap import expanded_interval, prompt_weights
+from tip_analysis.analysis.paper_claims import (
+    CLAIMS,
+    Arms,
+    Claim,
+    Relation,
+    paper_differences_beside,
+)
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.resources import data_path
 from tip_analysis.core.result_tables import VERDICTS
 
 DEFAULT_MARGIN = 0.02
 """Two points: how far apart two accuracies may be and still count as equal."""
-
-PAPER_RESULTS = "tip_paper_results.csv"
-
-Arms = tuple[Arm, Arm]
-"""A and B."""
-
-Relation = Literal[">", "≈", "≳"]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Arm A compared with arm B, each a rule and a retention ratio; None for every ratio that both
-    were run at."""
-
-    name: str
-    statement: str
-    rule_a: str
-    ratio_a: float | None
-    relation: Relation
-    rule_b: str
-    ratio_b: float | None
-
-
-CLAIMS = (
-    Claim(
-        "a",
-        "half of the tokens, sampled by entropy, do as well as all or better",
-        "entropy_sampling",
-        0.5,
-        "≳",
-        "all",
-        1.0,
-    ),
-    Claim(
-        "b",
-        "Soft-OR beats entropy sampling at the same ratio",
-        "soft_or",
-        None,
-        ">",
-        "entropy_sampling",
-        None,
-    ),
-    Claim(
-        "c",
-        "a tenth of the tokens, the overconfident ones, do as well as all",
-        "q3",
-        0.1,
-        "≈",
-        "all",
-        1.0,
-    ),
-    Claim(
-        "d",
-        "overconfident tokens beat those of largest divergence",
-        "q3",
-        0.1,
-        ">",
-        "divergence",
-        0.1,
-    ),
-    Claim(
-        "e",
-        "the upper half of Soft-OR beats the lower half",
-        "soft_or",
-        0.5,
-        ">",
-        "soft_or_bottom",
-        0.5,
-    ),
-)
-"""The claims of the paper that any pair can be tested on."""
-
-
-def paper_results() -> pl.DataFrame:
-    """The paper's result tables: table, pair, benchmark, metric, rule, retention_ratio, mean, std
-    ("±" as printed).
-
-    Percentages and GB as the paper prints them. Over what its "±" is taken is not stated there.
-
-    Raises:
-        InputError: the file did not come with this installation.
-    """
-    return pl.read_csv(
-        data_path(PAPER_RESULTS),
-        schema_overrides={"mean": pl.Float64, "std": pl.Float64, "table": pl.Int64},
-    )
 
 
 def judge(relation: Relation, low: float | None, high: float | None, margin: float) -> str:
@@ -163,35 +91,48 @@ def problem_difference(
     a: pl.DataFrame, b: pl.DataFrame, *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float | None, float | None, float | None, int]:
     """Mean difference A − B over problems, with the ends of its 95 % bootstrap interval, and the
-    number of problems.
+    number of problems. Over several benchmarks: the unweighted mean of theirs.
+
+    Problems are drawn within their benchmark. The interval is expanded as that of the benchmark
+    with fewest problems would be.
 
     Args:
-        a, b: One row per seed and problem: seed, problem_id, mean_reward. Those of both are paired;
-            seeds are averaged first.
+        a, b: One row per seed and problem: seed, problem_id, mean_reward, and benchmark where there
+            are several. Those of both are paired; seeds are averaged first.
         num_resamples: Of problems.
         seed: Of the resamples.
     """
-    keys = ["seed", "problem_id"]
+    parts = _problem_differences(with_benchmark(a), with_benchmark(b))
+    if not parts:
+        return None, None, None, 0
+    replicates = [
+        prompt_weights(len(part), num_resamples, seed + index) @ part / len(part)
+        for index, part in enumerate(parts)
+    ]
+    means = np.array([part.mean() for part in parts])
+    interval = expanded_interval(
+        means.mean(keepdims=True),
+        np.mean(replicates, axis=0)[:, None],
+        min(len(part) for part in parts),
+    )
+    low, high = (
+        float(end[0]) if np.isfinite(end[0]) else None for end in (interval.low, interval.high)
+    )
+    return float(interval.value[0]), low, high, sum(len(part) for part in parts)
+
+
+def _problem_differences(a: pl.DataFrame, b: pl.DataFrame) -> list[np.ndarray]:
+    """A − B of each problem that both have, for each benchmark; seeds are averaged."""
+    keys = ["seed", "benchmark", "problem_id"]
     joined = (
         a.select(*keys, "mean_reward")
         .join(b.select(*keys, "mean_reward"), on=keys, suffix="_b")
         .drop_nulls()
     )
-    by_problem = (
-        joined.group_by("problem_id").agg(
-            (pl.col("mean_reward") - pl.col("mean_reward_b")).mean().alias("difference")
-        )
-    ).sort("problem_id")
-    if by_problem.height == 0:
-        return None, None, None, 0
-    differences = by_problem["difference"].cast(pl.Float64).to_numpy()[:, None]
-    interval = bootstrap_interval(
-        differences, np.ones_like(differences), num_resamples=num_resamples, seed=seed
-    )
-    low, high = (
-        float(end[0]) if np.isfinite(end[0]) else None for end in (interval.low, interval.high)
-    )
-    return float(interval.value[0]), low, high, by_problem.height
+    difference = (pl.col("mean_reward") - pl.col("mean_reward_b")).mean().cast(pl.Float64)
+    table = joined.group_by("benchmark", "problem_id").agg(difference.alias("difference"))
+    groups = table.sort("problem_id").partition_by("benchmark", maintain_order=True)
+    return [group["difference"].to_numpy() for group in groups]
 
 
 def claims_table(
@@ -206,26 +147,28 @@ def claims_table(
     """The verdict on each claim, with effect and intervals, beside the paper's own differences.
 
     Args:
-        arms: One row per arm and seed: rule, retention_ratio, seed and the metric, a share in [0,
-            1]. With a column `step` the last one of each arm and seed counts, and with `num_steps`
-            only arms that were trained to the end.
+        arms: One row per arm, seed and benchmark: rule, retention_ratio, seed, benchmark (where
+            there is one) and the metric, a share in [0, 1]. With a column `step` the last one of
+            each arm and seed counts, and with `num_steps` only arms that were trained to the end.
         problems: One row per arm, seed and problem: rule, retention_ratio, seed, problem_id,
-            mean_reward. Taken from `problem_ids` and `problem_accuracy` of `arms` where these are
-            there.
+            mean_reward, benchmark. Taken from `problem_ids` and `problem_accuracy` of `arms` where
+            these are there.
         metric: Column of `arms` to compare.
         margin: How far from 0 a difference may lie and still be "≈", a share.
         claims: Which claims.
         seed: Of the bootstrap over problems.
 
     Returns:
-        claim, statement, arm_a, arm_b, relation, effect (A − B), low, high (t over seeds),
-        num_seeds, problem_effect, problem_low, problem_high, num_problems, margin, verdict; and of
-        the paper, over its pairs and benchmarks: paper_median, paper_min, paper_max (differences),
+        One row per claim, pair of ratios and benchmark, the unweighted mean over several benchmarks
+        last: claim, statement, benchmark, arm_a, arm_b, relation, effect (A − B), low, high (t over
+        seeds), num_seeds, problem_effect, problem_low, problem_high, num_problems, margin, verdict;
+        and of the paper, over its pairs on this benchmark (over pairs and benchmarks where the
+        paper does not have it): paper_median, paper_min, paper_max (differences),
         paper_comparisons, paper_agreeing (how many of them would support the claim if they were
         exact).
 
     Raises:
-        SchemaError: a column is missing, or an arm has two rows for one seed.
+        SchemaError: a column is missing, or an arm has two rows for one seed and benchmark.
         OptionError: the margin is negative.
     """
     if not margin >= 0.0:
@@ -239,10 +182,17 @@ def claims_table(
             ["rule", "retention_ratio", "seed", "problem_id", "mean_reward"],
             "claims_table (problems)",
         )
+        problems = with_benchmark(problems)
+    arms = with_mean_over_benchmarks(arms, ["rule", "retention_ratio", "seed"], [metric])
+    results = [
+        (name, arms.filter(benchmark=name), _of_benchmark(problems, name))
+        for name in arms["benchmark"].unique(maintain_order=True)
+    ] or [(None, arms, problems)]
     rows = [
-        _judged(claim, pair, arms, problems, metric, margin, seed)
+        _judged(claim, pair, result, benchmarks_of(arms), metric, margin, seed)
         for claim in claims
         for pair in _arms_of(claim, arms)
+        for result in results
     ]
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row")
 
@@ -250,24 +200,40 @@ def claims_table(
 def _judged(
     claim: Claim,
     pair: Arms,
-    arms: pl.DataFrame,
-    problems: pl.DataFrame,
+    result: tuple[str | None, pl.DataFrame, pl.DataFrame],
+    among: list[str],
     metric: str,
     margin: float,
     seed: int,
 ) -> tuple:
-    """One row of the table."""
+    """One row of the table.
+
+    Args:
+        result: a benchmark, its rows of arms, and those of problems.
+        among: all benchmarks of the arms.
+    """
+    benchmark, arms, problems = result
+    if not claim.is_about(benchmark):
+        arms, problems = arms.clear(), problems.clear()
     a, b = (arms.filter(arm.rows()) for arm in pair)
     effect = paired_difference(a, b, metric)
     by_problem = problem_difference(*(problems.filter(arm.rows()) for arm in pair), seed=seed)
     was_run = a.height and b.height
     verdict = judge(claim.relation, effect[1], effect[2], margin) if was_run else "not run"
-    named = (claim.name, claim.statement, *map(str, pair), claim.relation)
-    return (*named, *effect, *by_problem, margin, verdict, *_paper_summary(claim, pair, margin))
+    named = (claim.name, claim.statement, benchmark, *map(str, pair), claim.relation)
+    paper = _paper_summary(claim, pair, benchmark, among, margin)
+    return (*named, *effect, *by_problem, margin, verdict, *paper)
+
+
+def _of_benchmark(problems: pl.DataFrame, benchmark: str) -> pl.DataFrame:
+    """The problems of a benchmark; of all, for the mean over benchmarks."""
+    if benchmark == MEAN_OVER_BENCHMARKS:
+        return problems
+    return problems.filter(benchmark=benchmark)
 
 
 _SCHEMA = {
-    **dict.fromkeys(["claim", "statement", "arm_a", "arm_b", "relation"], pl.String),
+    **dict.fromkeys(["claim", "statement", "benchmark", "arm_a", "arm_b", "relation"], pl.String),
     **dict.fromkeys(["effect", "low", "high"], pl.Float64),
     "num_seeds": pl.Int64,
     **dict.fromkeys(["problem_effect", "problem_low", "problem_high"], pl.Float64),
@@ -280,14 +246,15 @@ _SCHEMA = {
 
 
 def arm_summary(arms: pl.DataFrame, *, metric: str = "accuracy") -> pl.DataFrame:
-    """Mean of the metric over seeds: arm, rule, retention_ratio, mean, std (over seeds), low, high
-    (95 % t), num_seeds.
+    """Mean of the metric over seeds, per benchmark and for their unweighted mean: arm, rule,
+    retention_ratio, benchmark, mean, std (over seeds), low, high (95 % t), num_seeds.
 
     Raises:
-        SchemaError: a column is missing, or an arm has two rows for one seed.
+        SchemaError: a column is missing, or an arm has two rows for one seed and benchmark.
     """
     arms = _last_step(arms, metric)
-    grouped = arms.group_by("rule", "retention_ratio", maintain_order=True).agg(
+    arms = with_mean_over_benchmarks(arms, ["rule", "retention_ratio", "seed"], [metric])
+    grouped = arms.group_by("rule", "retention_ratio", "benchmark", maintain_order=True).agg(
         pl.col(metric).mean().alias("mean"),
         pl.col(metric).std().alias("std"),
         pl.col(metric).count().cast(pl.Int64).alias("num_seeds"),
@@ -302,6 +269,7 @@ def arm_summary(arms: pl.DataFrame, *, metric: str = "accuracy") -> pl.DataFrame
         pl.Series("arm", names, dtype=pl.String),
         "rule",
         "retention_ratio",
+        "benchmark",
         "mean",
         "std",
         (pl.col("mean") - half).alias("low"),
@@ -310,18 +278,13 @@ def arm_summary(arms: pl.DataFrame, *, metric: str = "accuracy") -> pl.DataFrame
     )
 
 
-def paper_differences(arms: Arms) -> pl.DataFrame:
-    """The paper's own A − B on every pair and benchmark with both arms, as shares: pair, benchmark,
-    difference."""
-    results = paper_results().filter(pl.col("metric") == "mean@16 accuracy %")
-    keys = ["pair", "benchmark"]
-    a, b = (results.filter(arm.rows()).select(*keys, "mean") for arm in arms)
-    joined = a.join(b, on=keys, suffix="_b", maintain_order="left")
-    return joined.select(*keys, ((pl.col("mean") - pl.col("mean_b")) / 100.0).alias("difference"))
-
-
-def _paper_summary(claim: Claim, arms: Arms, margin: float) -> tuple:
-    differences = paper_differences(arms)["difference"]
+def _paper_summary(
+    claim: Claim, arms: Arms, benchmark: str | None, among: list[str], margin: float
+) -> tuple:
+    """Median, ends and number of the paper's differences, and how many agree with the claim."""
+    table = paper_differences_beside(arms, benchmark, among)
+    about = [claim.benchmark in (None, name) for name in table["benchmark"]]
+    differences = table.filter(pl.Series(about, dtype=pl.Boolean))["difference"]
     if differences.len() == 0:
         return None, None, None, 0, 0
     agreeing = sum(
@@ -344,9 +307,9 @@ def _arms_of(claim: Claim, arms: pl.DataFrame) -> list[Arms]:
 
 
 def _problems_of(arms: pl.DataFrame) -> pl.DataFrame:
-    """rule, retention_ratio, seed, problem_id, mean_reward from the lists of an ablation table;
-    empty where it has none."""
-    keys = ["rule", "retention_ratio", "seed"]
+    """rule, retention_ratio, seed, benchmark, problem_id, mean_reward from the lists of an ablation
+    table; empty where it has none."""
+    keys = ["rule", "retention_ratio", "seed", "benchmark"]
     if not {"problem_ids", "problem_accuracy"} <= set(arms.columns):
         empty = arms.clear().select(keys)
         return empty.with_columns(pl.lit("").alias("problem_id"), pl.lit(0.0).alias("mean_reward"))
@@ -360,7 +323,8 @@ def _problems_of(arms: pl.DataFrame) -> pl.DataFrame:
 
 def _last_step(arms: pl.DataFrame, metric: str) -> pl.DataFrame:
     _require(arms, ["rule", "retention_ratio", "seed", metric], "claims_table")
-    keys = ["rule", "retention_ratio", "seed"]
+    arms = with_benchmark(arms)
+    keys = ["rule", "retention_ratio", "seed", "benchmark"]
     if {"step", "num_steps"} <= set(arms.columns):
         arms = arms.filter(pl.col("step") == pl.col("num_steps"))
     if "step" in arms.columns:
@@ -373,7 +337,7 @@ def _last_step(arms: pl.DataFrame, metric: str) -> pl.DataFrame:
         .rows()
     ):
         raise SchemaError(
-            "one row per arm and seed is needed; found several for"
+            "one row per arm and seed (and benchmark) is needed; found several for"
             f" {', '.join(map(str, twice[:3]))}: keep one configuration"
         )
     return arms

@@ -43,9 +43,11 @@ def ablate(command: options.Ablate) -> None:
         "best_at_k",
         "heldout_reverse_kl",
     ]
-    results = arm_results(rows).select(*columns, "token_share", "step_time_s")
+    results = arm_results(rows)
     means = f"mean over {len(preset.seeds)} seeds; accuracy is mean@{preset.num_samples}"
-    show_table(f"{command.run}: arms ({means})", results)
+    for benchmark in results["benchmark"].unique(maintain_order=True):
+        shown = results.filter(benchmark=benchmark).select(*columns, "token_share", "step_time_s")
+        show_table(f"{command.run}: arms on {benchmark} ({means})", shown)
     show_claims(claims_table(rows, margin=command.margin))
 
 

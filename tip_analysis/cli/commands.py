@@ -252,7 +252,7 @@ def evaluate(command: options.Evaluate) -> None:
         overwrite=command.overwrite,
         **command.models.loading(),
     )
-    show_summary(f"{command.model} on {command.prompts}", summary)
+    show_summary(f"{command.model} on {', '.join(command.prompts)}", summary)
 
 
 def report(command: options.Report) -> None:

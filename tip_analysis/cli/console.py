@@ -36,6 +36,7 @@ def show_claims(claims: "pl.DataFrame") -> None:
     table = Table(box=None, header_style="dim")
     for name in (
         "claim",
+        "benchmark",
         "arms",
         "difference [95 % interval]",
         "seeds",
@@ -50,7 +51,10 @@ def show_claims(claims: "pl.DataFrame") -> None:
             f" {points(row['paper_max'])})"
         )
         arms = f"{row['arm_a']} {row['relation']} {row['arm_b']}"
-        table.add_row(row["claim"], arms, ours, shown(row["num_seeds"]), row["verdict"], paper)
+        benchmark = row["benchmark"] or "–"
+        table.add_row(
+            row["claim"], benchmark, arms, ours, shown(row["num_seeds"]), row["verdict"], paper
+        )
     title = Text("the paper's claims on this pair", style="bold")
     console.print(
         title.append(" (differences in points of accuracy, over seeds)", style="not bold")

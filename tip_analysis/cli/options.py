@@ -384,8 +384,9 @@ class Evaluate:
     """Run folder that the rows go to; made if it does not exist."""
     model: str
     """The model: named as a student is."""
-    prompts: str
-    """Problems with answers, as for `rollout`."""
+    prompts: Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]")]
+    """Problems with answers, as for `rollout`; each file or hub dataset is a benchmark of its
+    own."""
     num_samples: Few = 16
     """k, samples of each problem."""
     max_new_tokens: Count = 512
@@ -397,7 +398,7 @@ class Evaluate:
     seed: Seed = 0
     """Seed of the sampling."""
     limit: SomeCount = None
-    """Use the first N problems only."""
+    """Use the first N problems of each benchmark only."""
     template: str = "plain"
     """The text around a problem."""
     chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()

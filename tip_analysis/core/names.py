@@ -10,6 +10,9 @@ from typing import Self
 
 from tip_analysis.core.errors import UnknownNameError
 
+UNNAMED_BENCHMARK = "problems"
+"""The benchmark of problems that come from no file or data set."""
+
 
 class Name(StrEnum):
     """A closed set of names."""

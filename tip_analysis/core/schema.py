@@ -337,6 +337,9 @@ class EvaluationTable(dy.Schema):
     """One row per graded sample."""
 
     model = dy.String(primary_key=True, description="The model, as it was named")
+    benchmark = dy.String(
+        primary_key=True, min_length=1, description="The set that the problem belongs to"
+    )
     problem_id = dy.String(primary_key=True, description="The problem")
     sample_index = dy.Int32(
         primary_key=True, min=0, description="Which of the samples of this problem"
@@ -349,8 +352,8 @@ class EvaluationTable(dy.Schema):
 
 
 class AblationTable(dy.Schema):
-    """One row per evaluation of one arm (rule and retention ratio) under one seed; step 0 is the
-    student before training."""
+    """One row per evaluation of one arm (rule and retention ratio) under one seed on one benchmark;
+    step 0 is the student before training."""
 
     arm_key = dy.String(
         primary_key=True, description="Hash of everything that decides the arm's numbers"
@@ -373,6 +376,9 @@ class AblationTable(dy.Schema):
         primary_key=True, min=0, description="Optimizer steps done when the student was evaluated"
     )
     num_steps = dy.Int32(min=0, description="Steps of the whole training")
+    benchmark = dy.String(
+        primary_key=True, min_length=1, description="The set of problems of this evaluation"
+    )
     accuracy = dy.Float64(description="mean@k: mean reward over samples and problems")
     accuracy_se = dy.Float64(
         nullable=True, min=0.0, description="Its standard error, over problems and samples"

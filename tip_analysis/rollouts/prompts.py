@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.errors import InputError, OptionError, PromptFileError, UnknownNameError
-from tip_analysis.core.names import OnBadRow
+from tip_analysis.core.names import UNNAMED_BENCHMARK, OnBadRow
 from tip_analysis.core.optional import require
 from tip_analysis.core.text import one_line
 from tip_analysis.rollouts.row_files import (
@@ -93,6 +93,8 @@ class Prompt:
     """Definitions of the tools that the model may call, as chat templates take them."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Every other field of the row."""
+    benchmark: str = UNNAMED_BENCHMARK
+    """The evaluation set that it belongs to."""
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,27 @@ and `evaluation`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import polars as pl
 
 from tip_analysis.analysis.arms import parse_arms
+from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
+from tip_analysis.core.errors import OptionError
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.named import ModelLike, as_model
 from tip_analysis.rollouts.door import PromptsLike, as_prompts
 from tip_analysis.rollouts.grading import default_grader
+from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import toy_pair_of
 from tip_analysis.training.ablation.presets import (
     Preset,
+    benchmark_names,
     experiment,
     load_evaluation_sets,
     load_prompts,
@@ -31,7 +38,7 @@ def evaluate(
     run: RunLike,
     *,
     model: ModelLike,
-    prompts: PromptsLike,
+    prompts: PromptsLike | Sequence[str | Path],
     num_samples: int = 16,
     max_new_tokens: int = 512,
     temperature: float = 1.0,
@@ -46,18 +53,20 @@ def evaluate(
     device: str = "auto",
     overwrite: bool = False,
 ) -> StageSummary:
-    """Sample answers to problems, grade them, and give mean@k and Best@k with standard errors.
+    """Sample answers to the problems of one or more benchmarks, grade them, and give mean@k and
+    Best@k with standard errors for each.
 
     Args:
         run: the run folder that the rows go to, made if it does not exist.
         model: loaded, or named as a student is.
-        prompts: problems with answers: a file, a hub dataset, or the prompts themselves.
+        prompts: problems with answers: a file or hub dataset, several of them (a benchmark each),
+            or the prompts themselves.
         num_samples: k, samples of each problem.
         max_new_tokens: longest response, in tokens.
         temperature: 0 is greedy.
         top_p: nucleus; 1 is off.
         seed: of the sampling.
-        limit: the first so many problems only.
+        limit: the first so many problems of each benchmark only.
         template: what stands around a problem.
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default `math`, or `exact` for the arithmetic pair.
@@ -66,27 +75,70 @@ def evaluate(
         device: likewise.
         overwrite: make the rows of this configuration again.
 
+    Returns:
+        The summary of the benchmark; of several, for each figure its value per benchmark, and of
+        mean@k and Best@k also their unweighted mean. Problems are never pooled.
+
     Example:
         tip.evaluate("runs/mine", model="arithmetic-student", prompts="problems.jsonl")
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
-    problems = as_prompts(prompts, limit=limit)
+    benchmarks = _benchmarks(prompts, limit)
     loaded = as_model(model, dtype=dtype, device=device)
     is_toy = toy_pair_of(loaded) is not None
     folder = create_run(run)
-    found = evaluate_model(
-        folder,
-        model=loaded,
-        prompts=problems,
-        num_samples=num_samples,
-        sampling=sampling,
-        template=template,
-        chat_template_kwargs=chat_template_kwargs,
-        grader=grader or default_grader(has_answer=True, is_toy=is_toy),
-        token_budget=token_budget,
-        overwrite=overwrite,
-    )
-    return StageSummary(folder, f"evaluation of {loaded.name}", found)
+    found = {
+        name: evaluate_model(
+            folder,
+            model=loaded,
+            prompts=problems,
+            num_samples=num_samples,
+            sampling=sampling,
+            template=template,
+            chat_template_kwargs=chat_template_kwargs,
+            grader=grader or default_grader(has_answer=True, is_toy=is_toy),
+            token_budget=token_budget,
+            overwrite=overwrite,
+        )
+        for name, problems in benchmarks.items()
+    }
+    return StageSummary(folder, f"evaluation of {loaded.name}", _side_by_side(found))
+
+
+def _benchmarks(
+    prompts: PromptsLike | Sequence[str | Path], limit: int | None
+) -> dict[str, list[Prompt]]:
+    """The problems of each benchmark by its name.
+
+    Raises:
+        OptionError: a set is named twice, or there is none.
+    """
+    if isinstance(prompts, str | Path):
+        prompts = [prompts]
+    sources = [str(source) for source in prompts if isinstance(source, str | Path)]
+    if sources and len(sources) == len(prompts):
+        named = zip(sources, benchmark_names(sources), strict=True)
+        return {
+            name: [replace(p, benchmark=name) for p in load_prompts(source, limit=limit)]
+            for source, name in named
+        }
+    given: dict[str, list[Prompt]] = {}
+    for prompt in as_prompts(prompts):  # pyright: ignore[reportArgumentType]
+        given.setdefault(prompt.benchmark, []).append(prompt)
+    if not given:
+        raise OptionError("an evaluation needs problems with answers")
+    return {name: problems[:limit] for name, problems in given.items()}
+
+
+def _side_by_side(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary of one benchmark, or each figure of several by benchmark."""
+    if len(found) == 1:
+        return {"benchmark": next(iter(found)), **next(iter(found.values()))}
+    names = next(iter(found.values()))
+    table = {name: {which: summary[name] for which, summary in found.items()} for name in names}
+    for name in ("accuracy", "best_at_k"):
+        table[name][MEAN_OVER_BENCHMARKS] = fmean(table[name].values())
+    return table
 
 
 def ablate(

@@ -15,6 +15,7 @@ import polars as pl
 
 from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
 from tip_analysis.core.errors import OptionError, PromptFileError
+from tip_analysis.core.names import UNNAMED_BENCHMARK
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
@@ -36,11 +37,29 @@ class Samples:
     """The samples of some problems, in the order of problems and then samples."""
 
     problems: Sequence[EncodedPrompt]
+    benchmarks: Sequence[str]
+    """The evaluation set of each problem."""
     num_samples: int
     generations: Sequence[Generation]
     texts: Sequence[str]
     rewards: np.ndarray
     """[P, k] float64."""
+
+    def by_benchmark(self) -> "list[Samples]":
+        """The samples of each benchmark, in the order in which they come."""
+        return [self._of(name) for name in dict.fromkeys(self.benchmarks)]
+
+    def _of(self, benchmark: str) -> "Samples":
+        problems = [i for i, name in enumerate(self.benchmarks) if name == benchmark]
+        samples = [i * self.num_samples + j for i in problems for j in range(self.num_samples)]
+        return Samples(
+            [self.problems[i] for i in problems],
+            [benchmark] * len(problems),
+            self.num_samples,
+            [self.generations[i] for i in samples],
+            [self.texts[i] for i in samples],
+            self.rewards[problems],
+        )
 
 
 def encode_problems(
@@ -71,6 +90,7 @@ def sample_problems(
     sampling: Sampling,
     grader: str,
     budget: TokenBudget,
+    benchmarks: Sequence[str] | None = None,
     advance: Advance | None = None,
 ) -> Samples:
     """Sample and grade `num_samples` responses to each problem.
@@ -82,6 +102,7 @@ def sample_problems(
         sampling: temperature (1.0 in the paper), length limit and seed.
         grader: name of a grader.
         budget: tokens a batch, room for responses included.
+        benchmarks: the evaluation set of each problem; by default one nameless set.
         advance: told of progress, in samples.
 
     Raises:
@@ -107,6 +128,7 @@ def sample_problems(
         )
     return Samples(
         problems,
+        benchmarks or [UNNAMED_BENCHMARK] * len(problems),
         num_samples,
         ordered,
         texts,
@@ -121,6 +143,7 @@ def evaluation_rows(samples: Samples, *, model: str, seed: int) -> pl.DataFrame:
     ]
     rows = {
         "model": [model] * len(names),
+        "benchmark": np.repeat(list(samples.benchmarks), samples.num_samples).tolist(),
         "problem_id": [name for name, _ in names],
         "sample_index": [index for _, index in names],
         "reward": samples.rewards.reshape(-1).tolist(),
@@ -145,13 +168,12 @@ def evaluate_model(
     token_budget: int = 65_536,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a model on problems with answers; adds rows to `evaluations/`, keyed by
-    configuration.
+    """Evaluate a model on one benchmark; adds rows to `evaluations/`, keyed by configuration.
 
     Args:
         run: the run folder.
         model: the model to evaluate.
-        prompts: problems with answers.
+        prompts: problems with answers, all of one benchmark.
         num_samples: k, samples of each problem.
         sampling: temperature, nucleus, length limit and seed; temperature 1 by default.
         template: the text around a problem.
@@ -165,10 +187,12 @@ def evaluate_model(
 
     Raises:
         PromptFileError: a prompt has no answer.
+        OptionError: the prompts are of several benchmarks.
         ContextLengthError: a prompt leaves no room for the response.
     """
     sampling = sampling or Sampling()
     resolve_grader(grader)
+    benchmark = _only_benchmark(prompts)
     problems = encode_problems(
         model, prompts, template=template, chat_template_kwargs=chat_template_kwargs
     )
@@ -181,6 +205,7 @@ def evaluate_model(
         "evaluate",
         config={
             "model": model.describe(),
+            "benchmark": benchmark,
             "num_samples": num_samples,
             **asdict(sampling),
             "template": resolve_template(template),
@@ -208,11 +233,27 @@ def evaluate_model(
                 sampling=sampling,
                 grader=grader,
                 budget=budget,
+                benchmarks=[benchmark] * len(shards[index]),
                 advance=advance,
             )
             stage.write(index, evaluation_rows(samples, model=model.name, seed=sampling.seed))
     rows = scan([stage.path(index) for index in range(len(shards))]).collect()
     return stage.finish(**_summary(rows))
+
+
+def _only_benchmark(prompts: Sequence[Prompt]) -> str:
+    """The benchmark of all of these.
+
+    Raises:
+        OptionError: there are several, or no prompts.
+    """
+    names = list(dict.fromkeys(prompt.benchmark for prompt in prompts))
+    if len(names) != 1:
+        raise OptionError(
+            f"one evaluation takes the problems of one benchmark; found {len(names)}"
+            f" ({', '.join(names)}): evaluate each by itself"
+        )
+    return names[0]
 
 
 def _summary(rows: pl.DataFrame) -> dict[str, Any]:

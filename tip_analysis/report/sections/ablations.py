@@ -1,7 +1,9 @@
 """The section on training ablations: accuracy of each arm, and the paper's claims beside the
 paper's own numbers."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -18,6 +20,7 @@ from tip_analysis.analysis.ablation_tables import (
     relative_memory,
 )
 from tip_analysis.analysis.arms import Arm
+from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS, benchmarks_of
 from tip_analysis.analysis.claims import arm_summary, claims_table
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.text import visible
@@ -53,6 +56,26 @@ def ablations(views: Sequence[RunView]) -> Section:
     )
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A benchmark, or the mean over them, whose results pictures show."""
+
+    name: str
+    suffix: str
+    """What tells its pictures from those of other benchmarks."""
+    caption: str
+    """Whose results they are, where there are several benchmarks."""
+
+
+def _shown(arms: pl.DataFrame) -> list[_Shown]:
+    """The benchmarks of a run and, of several, their mean."""
+    names = benchmarks_of(arms)
+    if len(names) == 1:
+        return [_Shown(names[0], "", "")]
+    each = [_Shown(name, f"-{i}", f"{visible(name, 60)}. ") for i, name in enumerate(names)]
+    return [*each, _Shown(MEAN_OVER_BENCHMARKS, "-mean", "Unweighted mean over benchmarks. ")]
+
+
 def _part(view: RunView, label: str) -> Part:
     command = (
         f"tip-analysis ablate {view.run.path} --rules all entropy_sampling soft_or soft_or_bottom"
@@ -66,10 +89,11 @@ def _part(view: RunView, label: str) -> Part:
         return Part("", [Missing("No arm has been trained to its end.", command)], run=label)
     judged = claims_table(arms)
     summary = arm_summary(arms)
-    blocks: list[Block] = [_accuracy_picture(view, table)]
+    shown = _shown(arms)
+    blocks: list[Block] = [_accuracy_picture(view, table, one) for one in shown]
     minus_all = differences_from_all(arms)
     if minus_all.height:
-        blocks.append(_difference_picture(view, minus_all))
+        blocks += [_difference_picture(view, minus_all, one) for one in shown]
     blocks += [
         _claims_picture(view, judged),
         _claims_block(judged),
@@ -82,14 +106,27 @@ def _part(view: RunView, label: str) -> Part:
 def _population(arms: pl.DataFrame, summary: pl.DataFrame) -> str:
     first = arms.row(0, named=True)
     return (
-        f"{plural(summary.height, 'arm')}, {plural(arms['seed'].n_unique(), 'seed')},"
-        f" {plural(first['num_steps'], 'step')}; {first['num_problems']} problems with"
+        f"{plural(summary['arm'].n_unique(), 'arm')}, {plural(arms['seed'].n_unique(), 'seed')},"
+        f" {plural(first['num_steps'], 'step')}; {_problems(arms)} with"
         f" {plural(first['num_samples'], 'sample')} each; {first['mode']}, loss {first['loss']}"
         f" over {first['loss_normalizer']} tokens. Intervals are 95 %, Student’s t over seeds."
     )
 
 
+def _problems(arms: pl.DataFrame) -> str:
+    """How many problems each benchmark has."""
+    counts = arms.group_by("benchmark", maintain_order=True).agg(pl.col("num_problems").first())
+    if counts.height == 1:
+        return f"{counts['num_problems'][0]} problems"
+    return listed([f"{n} problems of {visible(name, 40)}" for name, n in counts.iter_rows()])
+
+
 def _finding(judged: pl.DataFrame) -> str:
+    """Which claims hold: on the one benchmark, or for the mean over several."""
+    where = ""
+    if judged["benchmark"].n_unique() > 1:
+        judged = judged.filter(benchmark=MEAN_OVER_BENCHMARKS)
+        where = ", for the unweighted mean over benchmarks,"
     words = []
     several = pl.len().over("claim") > 1
     ratio = pl.Series([f" at ρ = {Arm.parse(arm).retention_ratio:g}" for arm in judged["arm_a"]])
@@ -100,16 +137,17 @@ def _finding(judged: pl.DataFrame) -> str:
         names = named.filter(pl.col("verdict").cast(pl.String) == verdict)["claim"].to_list()
         if names:
             words.append(f"{verdict}: {listed(names)}")
-    return f"Of the paper’s claims, on this pair {'; '.join(words)}."
+    return f"Of the paper’s claims, on this pair{where} {'; '.join(words)}."
 
 
-def _accuracy_picture(view: RunView, table: pl.DataFrame) -> Block:
-    shown = arm_accuracies(table)
+def _accuracy_picture(view: RunView, table: pl.DataFrame, shown: _Shown) -> Block:
+    drawn = arm_accuracies(table).filter(benchmark=shown.name)
     metric = f"mean@{final_arms(table)['num_samples'][0]}"
     return picture(
-        lambda width: figures.accuracy_by_ratio(shown, metric=metric, width=width),
-        key=f"accuracy-{slug_of(view)}",
-        caption=(
+        lambda width: figures.accuracy_by_ratio(drawn, metric=metric, width=width),
+        key=f"accuracy-{slug_of(view)}{shown.suffix}",
+        caption=shown.caption
+        + (
             "Accuracy after training on the selected tokens alone, mean over seeds with its 95%"
             " interval. Horizontal lines: training on all tokens, and the student before training."
         ),
@@ -120,15 +158,19 @@ def _accuracy_picture(view: RunView, table: pl.DataFrame) -> Block:
     )
 
 
-def _difference_picture(view: RunView, minus_all: pl.DataFrame) -> Block:
-    theirs = paper_differences_from_all(minus_all)
+def _difference_picture(view: RunView, minus_all: pl.DataFrame, shown: _Shown) -> Block:
+    ours, theirs = (
+        table.filter(benchmark=shown.name)
+        for table in (minus_all, paper_differences_from_all(minus_all))
+    )
     return picture(
-        lambda width: figures.difference_from_all(minus_all, theirs, width=width),
-        key=f"minus-all-{slug_of(view)}",
-        caption=(
+        lambda width: figures.difference_from_all(ours, theirs, width=width),
+        key=f"minus-all-{slug_of(view)}{shown.suffix}",
+        caption=shown.caption
+        + (
             "Accuracy minus that of training on all tokens, paired by seed. Hollow diamonds are the"
-            " paper’s own differences, one for each of its pairs and benchmarks: other models,"
-            " other problems."
+            " paper’s own differences, one for each of its pairs (and benchmarks, where it does not"
+            " have this one): other models, other problems."
         ),
         alt="Marks of the difference from training on all tokens, for this run and for the paper.",
     )
@@ -152,15 +194,17 @@ def _claims_block(judged: pl.DataFrame) -> Table:
     caption = (
         "Differences of accuracy in points. A claim “>” is supported if its interval over seeds"
         f" lies above 0, “≈” if within ±{margin} points, “≳” if above −{margin}; contradicted if it"
-        " lies wholly on the other side; otherwise not resolved."
+        " lies wholly on the other side; otherwise not resolved. Each benchmark is judged by"
+        f" itself; “{MEAN_OVER_BENCHMARKS}” gives each the same weight."
     )
     rows = [_claim_cells(row) for row in judged.iter_rows(named=True)]
-    return Table(_CLAIM_COLUMNS, rows, caption, frozenset({3, 4}))
+    return Table(_CLAIM_COLUMNS, rows, caption, frozenset({4, 5}))
 
 
 _CLAIM_COLUMNS = [
     "claim",
     "that",
+    "benchmark",
     "arms",
     "effect (seeds)",
     "effect (problems)",
@@ -176,6 +220,7 @@ def _claim_cells(row: dict[str, Any]) -> list[Any]:
     return [
         row["claim"],
         row["statement"],
+        visible(row["benchmark"] or "–", 40),
         f"{row['arm_a']} {row['relation']} {row['arm_b']}",
         Measured(points(row["effect"]), seeds),
         Measured(points(row["problem_effect"]), problems),
@@ -195,40 +240,60 @@ def _paper_cells(row: dict[str, Any]) -> list[str | FromPaper]:
 
 
 def _arms_block(arms: pl.DataFrame, summary: pl.DataFrame) -> Table:
-    keys = ["rule", "retention_ratio"]
+    """A row per arm; a column of accuracy and one of Best@k per benchmark."""
+    keys = ["rule", "retention_ratio", "benchmark"]
     joined = summary.join(arm_costs(arms), on=keys, how="left", maintain_order="left")
-    ordered = joined.sort("mean", descending=True)
+    benchmarks = list(summary["benchmark"].unique(maintain_order=True))
+    by_arm: dict[str, _ArmRows] = {}
+    for row in joined.iter_rows(named=True):
+        by_arm.setdefault(row["arm"], {})[row["benchmark"]] = row
+    ordered = sorted(by_arm.values(), key=lambda rows: -_mean_on(rows, benchmarks[-1]))
+    columns = ["arm", "seeds", *_accuracy_columns(benchmarks), *_COST_COLUMNS]
     caption = (
         "Arms by accuracy (± standard deviation over seeds); held-out reverse KL in nats a token."
     )
-    rows = [_arm_cells(row) for row in ordered.iter_rows(named=True)]
-    return Table(_ARM_COLUMNS, rows, caption, frozenset(range(1, 8)))
+    if len(benchmarks) > 1:
+        caption += f" “{MEAN_OVER_BENCHMARKS}” gives each benchmark the same weight."
+    rows = [_arm_cells(rows, benchmarks) for rows in ordered]
+    return Table(columns, rows, caption, frozenset(range(1, len(columns))))
 
 
-_ARM_COLUMNS = [
-    "arm",
-    "seeds",
-    "accuracy",
-    "Best@k",
-    "held-out KL",
-    "tokens trained on",
-    "seconds per step",
-    "peak GB",
-]
+_ArmRows = dict[str, dict[str, Any]]
+"""What an arm reached on each benchmark."""
+
+_COST_COLUMNS = ["held-out KL", "tokens trained on", "seconds per step", "peak GB"]
 
 
-def _arm_cells(row: dict[str, Any]) -> list[Any]:
-    spread = "" if row["std"] is None else f"± {percent(row['std'])}"
+def _mean_on(rows: _ArmRows, benchmark: str) -> float:
+    return rows[benchmark]["mean"] if benchmark in rows else -math.inf
+
+
+def _accuracy_columns(benchmarks: list[str]) -> list[str]:
+    if len(benchmarks) == 1:
+        return ["accuracy", "Best@k"]
+    names = [visible(name, 40) for name in benchmarks]
+    return [f"{what}: {name}" for name in names for what in ("accuracy", "Best@k")]
+
+
+def _arm_cells(rows: _ArmRows, benchmarks: list[str]) -> list[Any]:
+    last = list(rows.values())[-1]
+    accuracies = [cell for name in benchmarks for cell in _accuracy_cells(rows.get(name))]
     return [
-        visible(row["arm"], 40),
-        str(row["num_seeds"]),
-        Measured(percent(row["mean"]), spread),
-        percent(row["best_at_k"]),
-        number(row["heldout_reverse_kl"]),
-        count(round(row["tokens_trained"])),
-        number(row["step_time_s"]),
-        number(row["peak_memory_bytes"] / 1e9),
+        visible(last["arm"], 40),
+        str(last["num_seeds"]),
+        *accuracies,
+        number(last["heldout_reverse_kl"]),
+        count(round(last["tokens_trained"])),
+        number(last["step_time_s"]),
+        number(last["peak_memory_bytes"] / 1e9),
     ]
+
+
+def _accuracy_cells(row: dict[str, Any] | None) -> list[Any]:
+    if row is None:
+        return ["–", "–"]
+    spread = "" if row["std"] is None else f"± {percent(row['std'])}"
+    return [Measured(percent(row["mean"]), spread), percent(row["best_at_k"])]
 
 
 def _memory_picture(view: RunView, arms: pl.DataFrame) -> Block:

@@ -55,9 +55,6 @@ logger = logging.getLogger(__name__)
 DRIFT_ROLLOUTS = 64
 """Fixed rollouts on which drift is measured, the first ones."""
 
-_SUMMARY = ("accuracy", "tokens_trained", "tokens_seen")
-"""What the record of an arm keeps of its last row."""
-
 Report = Callable[[Mapping[str, Any]], None]
 """Told what an arm is doing: `rule`, `retention_ratio`, `seed`, `step` and what there is to say of
 it."""
@@ -151,6 +148,7 @@ class ArmRunner:
         self.teacher_knows_problems = study.teacher_context == "none" or solved
         context = study.teacher_context if self.teacher_knows_problems else "none"
         self.problems = self._encode(student, study.evaluation_prompts, context)
+        self.benchmarks = [prompt.benchmark for prompt in study.evaluation_prompts]
         check_trainable(student, self.prompts, study.sampling.max_new_tokens)
         check_trainable(student, self.problems, study.evaluation_sampling.max_new_tokens)
         self.author = student if study.mode == "offline" else None  # what drift is measured against
@@ -194,12 +192,12 @@ class ArmRunner:
         work = own_folder(own_folder(self.run.path, "ablations"), ".work") / stage.key
         with locked(work.with_suffix(".lock"), f"{self.run.path}: {arm} under seed {seed}"):
             if stage.is_whole(0):
-                status, last = "kept", read(stage.path(0)).row(-1, named=True)
+                status, rows = "kept", read(stage.path(0)).rows(named=True)
             else:
                 rows = self._train(arm, seed, stage.key, work)
                 stage.write(0, pl.DataFrame(rows, schema=polars_schema(AblationTable)))
-                status, last = "done", rows[-1]
-            stage.finish(**{name: last[name] for name in _SUMMARY})
+                status = "done"
+            stage.finish(**_summary(rows))
             shutil.rmtree(work, ignore_errors=True)
         return status
 
@@ -258,17 +256,16 @@ class ArmRunner:
                 if due and trainer.step < last:
                     save_checkpoint(trainer, work, rows)
             begun = rows[-1]["step"] if rows else 0
-            row = self._evaluate(trainer, seed)
-            row |= self._record(trainer, trainer.history[begun:], arm, seed, key, last)
-            row["peak_memory_bytes"] = max(peak, peak_memory_bytes(device) if not peak else 0)
-            rows.append(row)
+            since = self._record(trainer, trainer.history[begun:], arm, seed, key, last)
+            since["peak_memory_bytes"] = max(peak, peak_memory_bytes(device) if not peak else 0)
+            found = [row | since for row in self._evaluate(trainer, seed)]
+            rows += found
             self._say(
                 arm,
                 seed,
                 step=trainer.step,
                 num_steps=last,
-                accuracy=row["accuracy"],
-                best_at_k=row["best_at_k"],
+                accuracies={row["benchmark"]: row["accuracy"] for row in found},
             )
             if trainer.step < last:
                 save_checkpoint(trainer, work, rows)
@@ -310,8 +307,9 @@ class ArmRunner:
             self.prompts, sampling, options.prompts_per_step, options.rollouts_per_prompt, budget
         )
 
-    def _evaluate(self, trainer: Trainer, seed: int) -> dict[str, Any]:
-        """Accuracy, divergence from the teacher and drift of the student as it is."""
+    def _evaluate(self, trainer: Trainer, seed: int) -> list[dict[str, Any]]:
+        """Accuracy, divergence from the teacher and drift of the student as it is: one row per
+        benchmark."""
         study = self.study
         with trainer.precision():
             samples = sample_problems(
@@ -321,34 +319,40 @@ class ArmRunner:
                 sampling=replace(study.evaluation_sampling, seed=seed),
                 grader=study.grader,
                 budget=TokenBudget(study.token_budget),
+                benchmarks=self.benchmarks,
             )
+        drift = self._drift(trainer)
+        return [self._result(trainer, part) | drift for part in samples.by_benchmark()]
+
+    def _result(self, trainer: Trainer, samples: Samples) -> dict[str, Any]:
+        """What one benchmark's samples say."""
         found = accuracy(samples.rewards)
-        row = {
+        return {
+            "benchmark": samples.benchmarks[0],
             "accuracy": found.accuracy,
             "accuracy_se": None if math.isnan(found.accuracy_se) else found.accuracy_se,
             "best_at_k": found.best_at_k,
             "num_problems": found.num_problems,
             "num_samples": found.num_samples,
             "heldout_reverse_kl": (
-                heldout_reverse_kl(trainer, self.problems, samples)
+                heldout_reverse_kl(trainer, samples.problems, samples)
                 if self.teacher_knows_problems
                 else None
             ),
-            "problem_ids": [problem.id for problem in self.problems],
+            "problem_ids": [problem.id for problem in samples.problems],
             "problem_accuracy": samples.rewards.mean(1).tolist(),
             "problem_best": samples.rewards.max(1).tolist(),
-            "drift_reverse_kl": None,
-            "effective_sample_size": None,
         }
-        if isinstance(trainer.source, FixedRollouts) and self.author is not None:
-            drift = measure_drift(
-                trainer, self.author, trainer.source.all_rollouts()[:DRIFT_ROLLOUTS]
-            )
-            row |= {
-                "drift_reverse_kl": drift.reverse_kl,
-                "effective_sample_size": drift.effective_sample_size,
-            }
-        return row
+
+    def _drift(self, trainer: Trainer) -> dict[str, float | None]:
+        """How far the student is from the author of fixed rollouts; null on policy."""
+        if not isinstance(trainer.source, FixedRollouts) or self.author is None:
+            return {"drift_reverse_kl": None, "effective_sample_size": None}
+        drift = measure_drift(trainer, self.author, trainer.source.all_rollouts()[:DRIFT_ROLLOUTS])
+        return {
+            "drift_reverse_kl": drift.reverse_kl,
+            "effective_sample_size": drift.effective_sample_size,
+        }
 
     def _record(
         self,
@@ -385,6 +389,13 @@ class ArmRunner:
         self.report(
             {"rule": arm.rule, "retention_ratio": arm.retention_ratio, "seed": seed, **event}
         )
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the record of an arm keeps of its last evaluation."""
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    counts = {name: last[0][name] for name in ("tokens_trained", "tokens_seen")}
+    return {"accuracy": {row["benchmark"]: row["accuracy"] for row in last}, **counts}
 
 
 def _resume(trainer: Trainer, work: Path) -> list[dict[str, Any]]:
@@ -435,4 +446,6 @@ def _next_multiple(step: int, every: int, last: int) -> int:
 
 
 def _prompts_hash(prompts: Sequence[Prompt]) -> str:
-    return config_hash([[p.id, p.problem, p.messages, p.answer, p.solution] for p in prompts])
+    fields = [[p.id, p.problem, p.messages, p.answer, p.solution] for p in prompts]
+    benchmarks = [prompt.benchmark for prompt in prompts]
+    return config_hash([fields, benchmarks])

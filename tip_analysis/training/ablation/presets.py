@@ -260,31 +260,23 @@ def change_preset(preset: Preset, **overrides: Any) -> Preset:
     return preset
 
 
-def load_prompts(source: str, *, limit: int | None = None, prefix: bool = False) -> list[Prompt]:
+def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     """The prompts of a source: `arithmetic:SPLIT:NUMBER`, a file, or a hub dataset.
 
     Args:
         source: where they are.
         limit: the first so many only.
-        prefix: put the source's short name before each id, so that several sets can go into one
-            evaluation.
 
     Raises:
         PromptFileError: they cannot be read.
         OptionError: a malformed arithmetic source.
     """
     if (pair := toy_pairs().get(source.split(":", maxsplit=1)[0])) is not None:
-        prompts = [
+        return [
             Prompt(row["id"], problem=row["problem"], answer=row["answer"])
             for row in pair.prompts(source)
         ][:limit]
-    else:
-        prompts = read_prompts(source, limit=limit)
-    return (
-        [replace(prompt, id=f"{short_name(source)}/{prompt.id}") for prompt in prompts]
-        if prefix
-        else prompts
-    )
+    return read_prompts(source, limit=limit)
 
 
 def check_prompts(source: str) -> None:
@@ -300,11 +292,34 @@ def check_prompts(source: str) -> None:
 
 
 def load_evaluation_sets(sources: Sequence[str], *, limit: int | None = None) -> list[Prompt]:
-    """The problems of several sets; with more than one, ids have the set's name in front."""
+    """The problems of several sets, each with the name of its benchmark; with more than one set,
+    ids have the name in front.
+
+    Raises:
+        OptionError: a set is named twice.
+    """
+    names = benchmark_names(sources)
+    prefix = "{}/" if len(names) > 1 else ""
     return [
-        prompt
-        for source in sources
-        for prompt in load_prompts(source, limit=limit, prefix=len(sources) > 1)
+        replace(prompt, id=prefix.format(name) + prompt.id, benchmark=name)
+        for source, name in zip(sources, names, strict=True)
+        for prompt in load_prompts(source, limit=limit)
+    ]
+
+
+def benchmark_names(sources: Sequence[str]) -> list[str]:
+    """What the benchmark of each source is called: its short name, or, where two would have the
+    same, the whole source.
+
+    Raises:
+        OptionError: a source is named twice.
+    """
+    if twice := [source for source in sources if list(sources).count(source) > 1]:
+        raise OptionError(f"the evaluation set {twice[0]!r} is named twice")
+    short = [short_name(source) for source in sources]
+    return [
+        source if short.count(name) > 1 else name
+        for source, name in zip(sources, short, strict=True)
     ]
 
 

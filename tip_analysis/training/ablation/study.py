@@ -85,7 +85,7 @@ def run_ablation(
         run.ablations()
         .filter(pl.col("arm_key").is_in(keys))
         .collect()
-        .sort("rule", "retention_ratio", "seed", "step")
+        .sort("rule", "retention_ratio", "seed", "step", maintain_order=True)
     )
 
 
@@ -325,8 +325,9 @@ def _cell(state: Mapping[str, Any]) -> Text:
     if status == "running":
         loss = f" {state['loss']:.3f}" if "loss" in state else ""
         return Text(f"{state.get('step', 0)}/{state.get('num_steps', '…')}{loss}", style="cyan")
-    accuracy = f"{100 * state['accuracy']:.1f} %" if "accuracy" in state else "done"
-    return Text(accuracy, style="green")
+    accuracies = state.get("accuracies", {}).values()
+    shown = " / ".join(f"{100 * value:.1f}" for value in accuracies)
+    return Text(f"{shown} %" if shown else "done", style="green")
 
 
 @contextlib.contextmanager
