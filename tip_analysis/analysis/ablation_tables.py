@@ -110,8 +110,8 @@ def arm_accuracies(table: pl.DataFrame) -> pl.DataFrame:
 def claim_effects(judged: pl.DataFrame) -> pl.DataFrame:
     """The effects of `claims_table` that could be measured, each named in words: a
     `ClaimEffectTable`."""
-    several = pl.col("benchmark").n_unique() > 1
     where = pl.concat_str(pl.lit(", "), pl.col("benchmark").str.slice(0, 24))
+    several = pl.col("benchmark").n_unique() > 1
     words = pl.concat_str(
         "claim",
         pl.when(several).then(where).otherwise(pl.lit("")),
