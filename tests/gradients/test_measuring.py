@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics
 from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.names import Loss, Method
 from tip_analysis.core.schema import GradientTable, validate
 from tip_analysis.gradients import forward_mode
 from tip_analysis.gradients.directions import BLOCK, GaussianDirection, StoredDirection
@@ -824,8 +824,15 @@ def test_scopes_that_do_not_exist_are_refused(
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(OptionError, match="probe, exact"):
+    with pytest.raises(UnknownNameError, match=r"unknown method .probes.*probe, exact"):
         GradientSettings(method="probes")
+    with pytest.raises(UnknownNameError, match="unknown loss aggregation 'tokens'"):
+        GradientSettings(loss_aggregation="tokens")
+    with pytest.raises(UnknownNameError, match="unknown loss 'kl'"):
+        GradientSettings(losses=("kl",))
+    texts = GradientSettings(losses=("jsd",), method="exact", loss_aggregation="token")
+    assert texts == GradientSettings((Loss.JSD,), method=Method.EXACT, loss_aggregation="token")
+    assert texts.method is Method.EXACT
     with pytest.raises(OptionError, match="at least 1"):
         GradientSettings(num_probes=0)
     with pytest.raises(OptionError, match="different names"):
@@ -839,7 +846,7 @@ def test_settings_are_checked() -> None:
             loss="reverse",
             num_probes=1,
         )
-    with pytest.raises(OptionError, match="rollout, token"):
+    with pytest.raises(UnknownNameError, match="rollout, token"):
         token_gradients(
             student=student, teacher=student, rollouts=some_rollouts()[:1], loss_aggregation="mean"
         )

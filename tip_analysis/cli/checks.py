@@ -106,13 +106,6 @@ def _preset(name: str) -> None:
         raise UnknownNameError("preset", name, PRESETS)
 
 
-def _losses(names: str | Sequence[str]) -> None:
-    from tip_analysis.core.names import Loss
-
-    for name in [names] if isinstance(names, str) else names:
-        Loss(name)
-
-
 def _params(name: str) -> None:
     if name in ("all", "body", "head", "lora"):
         return
@@ -144,7 +137,6 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "files": _files,
     "from_": _format,
     "grader": _grader,
-    "loss": _losses,
     "model": _model,
     "params": _params,
     "preset": _preset,

@@ -49,7 +49,13 @@ def _parse(typed: Sequence[str]) -> Any:
     from tip_analysis.cli import options
 
     with output_errors():  # help and complaints are all that is written here
-        return tyro.cli(options.Command, args=typed, prog="tip-analysis", description=DESCRIPTION)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return tyro.cli(
+            options.Command,  # pyright: ignore[reportArgumentType, reportCallIssue]
+            args=typed,
+            prog="tip-analysis",
+            description=DESCRIPTION,
+            config=(tyro.conf.EnumChoicesFromValues,),
+        )
 
 
 if __name__ == "__main__":

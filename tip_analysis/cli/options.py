@@ -35,7 +35,24 @@ from tip_analysis.cli.ranges import (
     TopK,
     ToyPrompts,
 )
-from tip_analysis.core.names import OnBadRow, StopTokens
+from tip_analysis.core.names import (
+    Loss,
+    LossAggregation,
+    LossNormalizer,
+    Method,
+    Mode,
+    OnBadRow,
+    Precision,
+    Schedule,
+    Scope,
+    ScoringEngine,
+    ScoringPhase,
+    SelectionScope,
+    StopTokens,
+    TeacherContext,
+    TeacherStoreForm,
+    TrainingLoss,
+)
 
 Flag = FlagCreatePairsOff[bool]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -78,9 +95,9 @@ class TaxonomyOptions:
     in nats."""
     divergence_cut: Cut = "mean"
     """Cut on the reverse KL: likewise."""
-    cut_scope: Literal["run", "batch"] = "run"
+    cut_scope: Scope = Scope.RUN
     """Whose tokens a cut is measured on: all of the run's, or those of one optimizer step."""
-    normalization_scope: Literal["run", "batch"] = "run"
+    normalization_scope: Scope = Scope.RUN
     """Whose tokens share one min-max normalization."""
     divergence_clip: SomeShare = None
     """Quantile at which the divergence is clipped before its min-max, such as 0.98; not clipped by
@@ -220,7 +237,7 @@ class Score:
     """The teacher: named as the student is."""
     student: str | None = None
     """The student; by default the one that wrote the rollouts."""
-    teacher_context: Literal["none", "solution"] = "none"
+    teacher_context: TeacherContext = TeacherContext.NONE
     """What the teacher sees besides the prompt: nothing, or the reference solution in the user's
     turn."""
     top_k: TopK = 5
@@ -232,17 +249,17 @@ class Score:
     """Rollouts a shard: what is done again after an interruption."""
     shard: str = "0/1"
     """i/n: make only every n-th shard, from the i-th on, as one of n array jobs."""
-    phase: Literal["both", "teacher", "student"] = "both"
+    phase: ScoringPhase = ScoringPhase.BOTH
     """Both models at once; or, where they do not fit together, first the teacher, whose states are
     stored, then the student."""
-    teacher_store: Literal["hidden", "topk"] = "hidden"
+    teacher_store: TeacherStoreForm = TeacherStoreForm.HIDDEN
     """What --phase teacher stores: hidden states (exact), or the top tokens (smaller; divergences
     become lower bounds)."""
     store_k: Count = 64
     """Tokens that --teacher-store topk keeps."""
     discard_teacher_states: Flag = False
     """With --phase student: delete the teacher's states once every token is scored."""
-    engine: Literal["local", "ray"] = "local"
+    engine: ScoringEngine = ScoringEngine.LOCAL
     """One process, or Ray actors that share the work."""
     ray_workers: SomeProcesses = None
     """Ray actors; by default one for each GPU, or one for each machine without GPUs."""
@@ -264,7 +281,7 @@ class Select:
     """Retention ratios in (0, 1]."""
     seeds: Seeds = (0,)
     """Seeds of the sampling rules."""
-    selection_scope: Literal["rollout", "batch", "run"] = "rollout"
+    selection_scope: SelectionScope = SelectionScope.ROLLOUT
     """Within what tokens compete."""
     measurement: Pairs = ()
     """Whose gradients gradient_oracle selects by, where several were measured: param_scope=…,
@@ -353,16 +370,16 @@ class Gradients:
 
     run: RunFolder
     """Run folder with scored tokens; student, teacher and teacher context are those of `score`."""
-    loss: Annotated[tuple[str, ...], arg(metavar="LOSS [LOSS ...]")] = ("reverse_kl", "forward_kl")
-    """Per-token losses: reverse_kl, forward_kl, jsd, negative_logprob."""
-    method: Literal["probe", "exact"] = "probe"
+    loss: tuple[Loss, ...] = (Loss.REVERSE_KL, Loss.FORWARD_KL)
+    """Per-token losses."""
+    method: Method = Method.PROBE
     """Random probes (a cost that does not grow with the number of tokens), or one backward pass a
     token."""
     num_probes: Count = 32
     """Probes a rollout: the relative standard error of a squared norm is √(2/K)."""
     params: str = "all"
     """Parameters that count: all, body, head, last:N, lora."""
-    loss_aggregation: Literal["rollout", "token"] = "rollout"
+    loss_aggregation: LossAggregation = LossAggregation.ROLLOUT
     """The loss L whose descent is meant: the mean of rollout means, or the mean over tokens."""
     seed: Seed = 0
     """Seed of the probes and of the two folds of prompts."""
@@ -434,7 +451,7 @@ class Ablate:
     preset: str | None = None
     """arithmetic, qwen3-8b-4b, llama-70b-8b, qwen2.5-14b-1.5b, qwen3-14b-1.7b-agentic or
     qwen3-32b-1.7b-agentic."""
-    mode: Literal["on_policy", "offline"] | None = None
+    mode: Mode | None = None
     """Fresh rollouts at every step, or the run's own rollouts and masks."""
     student: str | None = None
     """The student; by default the run's or the preset's."""
@@ -454,25 +471,25 @@ class Ablate:
     """Longest response, in tokens."""
     learning_rate: SomeRate = None
     """Peak learning rate of AdamW."""
-    schedule: Literal["cosine", "constant"] | None = None
+    schedule: Schedule | None = None
     """Learning rate after the warm-up."""
     warmup_steps: SomeCountOrNone = None
     """Steps of linear warm-up."""
     max_grad_norm: SomePositive = None
     """Gradients are clipped to this norm."""
-    loss: Literal["reverse_kl", "forward_kl", "jsd"] | None = None
+    loss: TrainingLoss | None = None
     """Per-token loss."""
-    loss_normalizer: Literal["selected", "all"] | None = None
+    loss_normalizer: LossNormalizer | None = None
     """Tokens that the loss is divided by: this changes the effective learning rate between arms."""
-    loss_aggregation: Literal["rollout", "token"] | None = None
+    loss_aggregation: LossAggregation | None = None
     """The mean of rollout means, or the mean over tokens."""
-    selection_scope: Literal["rollout", "batch", "run"] | None = None
+    selection_scope: SelectionScope | None = None
     """Within what tokens compete."""
     rescore_every: SomeCountOrNone = None
     """Offline: make the masks again with the student as it is by then, every so many steps."""
     lora_rank: SomeRank = None
     """Train LoRA adapters of this rank; 0 trains all weights."""
-    precision: Literal["float32", "bfloat16"] | None = None
+    precision: Literal[Precision.FLOAT32, Precision.BFLOAT16] | None = None
     """Precision of the forward and backward pass; trainable weights stay in float32."""
     micro_batch_size: SomeCount = None
     """Rollouts a backward pass: fewer take less memory and give the same numbers."""
@@ -492,7 +509,7 @@ class Ablate:
     """The text around a problem: plain, boxed, or a text of your own that contains {problem}."""
     grader: str | None = None
     """math, exact, module:function or file.py:function."""
-    teacher_context: Literal["none", "solution"] = "none"
+    teacher_context: TeacherContext = TeacherContext.NONE
     """What the teacher sees besides the prompt."""
     jobs: Processes = 1
     """Arms trained at once, each in a process of its own."""

@@ -264,3 +264,5 @@ class Precision(Name):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT64 = "float64"
+    """For checks of the arithmetic only: the command line does not offer it."""

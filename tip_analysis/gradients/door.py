@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tip_analysis.analysis.measurements import prefer_measurement
 from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.names import Loss, LossAggregation, Method, TeacherContext
 from tip_analysis.core.record import model_name
 from tip_analysis.core.run_folder import RunLike, open_run
 from tip_analysis.core.stage_summary import StageSummary
@@ -18,11 +19,11 @@ from tip_analysis.models.named import ModelLike, as_pair, name_of
 def measure_gradients(
     run: RunLike,
     *,
-    losses: Sequence[str] = ("reverse_kl", "forward_kl"),
-    method: str = "probe",
+    losses: Sequence[Loss | str] = (Loss.REVERSE_KL, Loss.FORWARD_KL),
+    method: Method | str = Method.PROBE,
     num_probes: int = 32,
     params: str = "all",
-    loss_aggregation: str = "rollout",
+    loss_aggregation: LossAggregation | str = LossAggregation.ROLLOUT,
     seed: int = 0,
     limit: int | None = None,
     student: ModelLike | None = None,
@@ -57,6 +58,7 @@ def measure_gradients(
     Raises:
         RunError: the run is not scored.
         OptionError: a model is not the one that was scored, or an option is out of its range.
+        UnknownNameError: no such loss, method or aggregation.
     """
     folder = open_run(run)
     settings = GradientSettings(
@@ -80,7 +82,7 @@ def measure_gradients(
         student=loaded[0],
         teacher=loaded[1],
         settings=settings,
-        teacher_context=scored.get("teacher_context", "none"),
+        teacher_context=scored.get("teacher_context", TeacherContext.NONE),
         limit=limit,
         overwrite=overwrite,
     )

@@ -25,8 +25,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.names import Loss, LossAggregation
 from tip_analysis.core.progress import track
 from tip_analysis.gradients.directions import Direction, StoredDirection, stable_hash
 from tip_analysis.gradients.scopes import ParameterScope
@@ -36,7 +35,6 @@ from tip_analysis.models.hidden_states import last_hidden_states, read_tokens
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.rollouts.encoded import Rollout
 
-AGGREGATIONS = ("rollout", "token")
 REWARD = "reward"
 """Where a loss is named: the expected reward J instead."""
 
@@ -102,8 +100,8 @@ def loss_directions(
     scope: ParameterScope,
     rollouts: Sequence[Rollout],
     *,
-    losses: Sequence[str],
-    aggregation: str = "rollout",
+    losses: Sequence[Loss | str],
+    aggregation: LossAggregation | str = LossAggregation.ROLLOUT,
     seed: int = 0,
     folder: Path | None = None,
 ) -> LossDirections:
@@ -120,12 +118,9 @@ def loss_directions(
             in memory by default.
 
     Raises:
-        OptionError: unknown aggregation.
+        UnknownNameError: no such loss or aggregation.
     """
-    if aggregation not in AGGREGATIONS:
-        raise OptionError(
-            f"loss aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}"
-        )
+    losses, aggregation = list(map(Loss, losses)), LossAggregation(aggregation)
     folds = prompt_folds([rollout.prompt_id for rollout in rollouts], seed)
     members = [
         [r for r in rollouts if r.num_tokens and folds[r.prompt_id] == fold] for fold in (0, 1)
@@ -136,10 +131,10 @@ def loss_directions(
             if (weights := _token_weights(inside, name, aggregation)) is None:
                 continue
             place = None if folder is None else folder / f"{name}-{fold}"
-            loss = Loss.NEGATIVE_LOGPROB if name == REWARD else name
+            loss = Loss.NEGATIVE_LOGPROB if name == REWARD else Loss(name)
             stored[name, fold] = _direction(pair, scope, inside, weights, loss, place)
     sizes = [
-        len(inside) if aggregation == "rollout" else sum(r.num_tokens for r in inside)
+        len(inside) if aggregation is LossAggregation.ROLLOUT else sum(r.num_tokens for r in inside)
         for inside in members
     ]
     total = max(1, sum(sizes))
@@ -156,7 +151,7 @@ def _direction(
     scope: ParameterScope,
     rollouts: Sequence[Rollout],
     weights: Sequence[float],
-    loss: str,
+    loss: Loss,
     place: Path | None,
 ) -> StoredDirection:
     if place is not None and (place / "index.json").is_file():
@@ -165,13 +160,15 @@ def _direction(
     return direction if place is None else direction.save(place)
 
 
-def _token_weights(rollouts: Sequence[Rollout], name: str, aggregation: str) -> list[float] | None:
+def _token_weights(
+    rollouts: Sequence[Rollout], name: str, aggregation: LossAggregation
+) -> list[float] | None:
     """The weight of each token of each rollout in L or −J; None where there is nothing to weigh."""
     if name == REWARD:
         return _reward_weights(rollouts)
     if not rollouts:
         return None
-    if aggregation == "token":
+    if aggregation is LossAggregation.TOKEN:
         return [1 / sum(rollout.num_tokens for rollout in rollouts)] * len(rollouts)
     return [1 / (len(rollouts) * rollout.num_tokens) for rollout in rollouts]
 
@@ -202,7 +199,7 @@ def weighted_gradient(
     scope: ParameterScope,
     rollouts: Sequence[Rollout],
     weights: Sequence[float],
-    loss: str,
+    loss: Loss,
 ) -> dict[str, Tensor]:
     """Σ over rollouts of weight · Σ_t ∇ℓ_t, by parameter name, in float32 or better.
 
@@ -240,7 +237,7 @@ def _through_head(
     teacher: TeacherLogits | None,
     targets: Tensor,
     weight: float,
-    loss: str,
+    loss: Loss,
 ) -> Tensor:
     """Backward through the head, block by block (its own parameters collect their gradients);
     returns ∂/∂h [R, D]."""

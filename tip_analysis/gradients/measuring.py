@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tip_analysis.core.errors import ModelError, OptionError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.names import Loss, LossAggregation, Method
 from tip_analysis.core.schema import GradientTable, polars_schema
 from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions
 from tip_analysis.gradients.rollout_gradients import (
@@ -76,12 +76,12 @@ def token_gradients(
     student: LanguageModel | PreTrainedModel,
     teacher: LanguageModel | PreTrainedModel | None,
     rollouts: Sequence[Rollout],
-    loss: str = Loss.REVERSE_KL,
+    loss: Loss | str = Loss.REVERSE_KL,
     param_scope: str = "all",
-    method: str = "probe",
+    method: Method | str = Method.PROBE,
     num_probes: int = 32,
     seed: int = 0,
-    loss_aggregation: str = "rollout",
+    loss_aggregation: LossAggregation | str = LossAggregation.ROLLOUT,
 ) -> dict[str, Tensor]:
     """Norm and alignment of every token's own gradient, for one batch of rollouts; L is the loss of
     this batch.
@@ -174,7 +174,7 @@ def _check_scope(
     """Refuse a scope that forward mode cannot see, before ∇L is made; names the largest that it
     can."""
     first = next((rollout for rollout in rollouts if rollout.num_tokens), None)
-    if first is None or settings.method == "exact":
+    if first is None or settings.method is Method.EXACT:
         return
     problem = _problem(pair, scope, settings, first)
     if problem is None:
@@ -230,7 +230,7 @@ def gradient_rows(
             "loss": str(loss),
             "param_scope": settings.param_scope,
             "method": settings.method,
-            "num_probes": settings.num_probes if settings.method == "probe" else 0,
+            "num_probes": settings.num_probes if settings.method is Method.PROBE else 0,
             "seed": settings.seed,
         }
         for name in MEASURES:

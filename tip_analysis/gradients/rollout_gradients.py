@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.errors import ModelError, OptionError
+from tip_analysis.core.names import Loss, LossAggregation, Method
 from tip_analysis.core.text import first_line
 from tip_analysis.gradients.directions import (
     Direction,
@@ -38,7 +38,6 @@ from tip_analysis.models.batching import is_out_of_memory
 from tip_analysis.models.hidden_states import last_hidden_states, read_tokens
 from tip_analysis.rollouts.encoded import Rollout
 
-METHODS = ("probe", "exact")
 BATCHED_BYTES = 1 << 28
 """Gradients that an exact pass holds at once, at most, where one token's are smaller."""
 ROWS_TIMES_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -57,17 +56,17 @@ forgotten shows as its share."""
 class GradientSettings:
     """What is measured, and how."""
 
-    losses: tuple[str, ...] = (Loss.REVERSE_KL, Loss.FORWARD_KL)
+    losses: tuple[Loss | str, ...] = (Loss.REVERSE_KL, Loss.FORWARD_KL)
     """Per-token losses."""
     param_scope: str = "all"
     """What θ stands for: all, body, head, last:N, lora."""
-    method: str = "probe"
+    method: Method | str = Method.PROBE
     """`probe` (K forward-mode passes a rollout) or `exact` (a backward pass a token)."""
     num_probes: int = 32
     """K, the probes of each rollout."""
     seed: int = 0
     """Of probes, folds and the sample of tokens."""
-    loss_aggregation: str = "rollout"
+    loss_aggregation: LossAggregation | str = LossAggregation.ROLLOUT
     """L over rollouts: `rollout` (mean of rollout means) or `token`."""
     tokens_per_rollout: int | None = None
     """Measure only so many tokens of each rollout, one from each of as many equal stretches; all by
@@ -77,13 +76,13 @@ class GradientSettings:
     from."""
 
     def __post_init__(self) -> None:
-        for loss in self.losses:
-            if loss not in list(Loss):
-                raise UnknownNameError("loss", loss, list(Loss))
-        if self.method not in METHODS:
-            raise OptionError(
-                f"gradient method {self.method!r}: expected one of {', '.join(METHODS)}"
-            )
+        names = {
+            "losses": tuple(map(Loss, self.losses)),
+            "method": Method(self.method),
+            "loss_aggregation": LossAggregation(self.loss_aggregation),
+        }
+        for name, value in names.items():
+            object.__setattr__(self, name, value)
         if (
             self.num_probes < 1
             or (self.tokens_per_rollout or 1) < 1
@@ -173,7 +172,7 @@ class RolloutMeter:
             products = self._products_by_backward(losses, stored, tokens, at)
         else:
             products = self._products(losses, stored, len(tokens), at)
-        if self.settings.method == "exact":
+        if self.settings.method is Method.EXACT:
             norms = {
                 loss: (value, torch.zeros_like(value))
                 for loss, value in self._exact(losses, tokens, at).items()
@@ -187,7 +186,7 @@ class RolloutMeter:
 
     def _products_by_backward(
         self,
-        losses: dict[str, TokenLosses],
+        losses: dict[Loss, TokenLosses],
         stored: dict[str, dict[str, Direction]],
         tokens: Tensor,
         at: Tensor,
@@ -197,8 +196,8 @@ class RolloutMeter:
         products: dict[str, dict[str, Tensor]] = {}
         with trainable(student.model, self.scope):
             hidden = last_hidden_states(student.model, tokens[None])
-            for loss, named in stored.items():
-                found = losses[loss]
+            for loss, found in losses.items():
+                named = stored[loss]
                 sums = found.along_head[: len(named)].clone()
                 for row, place in enumerate(at.tolist()):
                     cotangent = torch.zeros_like(hidden)
@@ -228,7 +227,7 @@ class RolloutMeter:
         )
         return [positions[index] for index in chosen]
 
-    def _stored(self, loss: str, prompt_id: str) -> dict[str, Direction]:
+    def _stored(self, loss: Loss | str, prompt_id: str) -> dict[str, Direction]:
         """The stored gradients that a token of this loss is compared with."""
         candidates = {
             "other": self.directions.of(loss, prompt_id),
@@ -243,7 +242,7 @@ class RolloutMeter:
 
     def _products(
         self,
-        losses: dict[str, TokenLosses],
+        losses: dict[Loss, TokenLosses],
         stored: dict[str, dict[str, Direction]],
         num_tokens: int,
         at: Tensor,
@@ -260,18 +259,18 @@ class RolloutMeter:
                     id(unique[start + row]): t for row, t in enumerate(self._tangents(group, at))
                 }
         products: dict[str, dict[str, Tensor]] = {}
-        for loss, named in stored.items():
+        for loss, found in losses.items():
             products[loss] = {}
-            for index, (name, direction) in enumerate(named.items()):
-                product = losses[loss].along_head[index].clone()
+            for index, (name, direction) in enumerate(stored[loss].items()):
+                product = found.along_head[index].clone()
                 if self.scope.body:
-                    product += losses[loss].derivative(tangents[id(direction)], None)
+                    product += found.derivative(tangents[id(direction)], None)
                 products[loss][name] = product * direction.scale
         return products
 
     def _probed(
-        self, losses: dict[str, TokenLosses], rollout_id: str, tokens: Tensor, at: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+        self, losses: dict[Loss, TokenLosses], rollout_id: str, tokens: Tensor, at: Tensor
+    ) -> dict[Loss, tuple[Tensor, Tensor]]:
         """M̂_t = closed form + (1/K) Σ_k ⟨v_k, g_t⟩² and its standard error √(2/K) of the second
         term."""
         count = self.settings.num_probes
@@ -311,8 +310,8 @@ class RolloutMeter:
         return max(1, min(32, useful, int(free // 4 // row_bytes)))
 
     def _exact(
-        self, losses: dict[str, TokenLosses], tokens: Tensor, at: Tensor
-    ) -> dict[str, Tensor]:
+        self, losses: dict[Loss, TokenLosses], tokens: Tensor, at: Tensor
+    ) -> dict[Loss, Tensor]:
         """‖g_t‖² by backward passes from the hidden states, several tokens at once where their
         gradients are small."""
         totals = {loss: found.closed_form.clone() for loss, found in losses.items()}
@@ -372,7 +371,7 @@ class RolloutMeter:
         self,
         rollout: Rollout,
         positions: list[int],
-        losses: dict[str, TokenLosses],
+        losses: dict[Loss, TokenLosses],
         tokens: Tensor,
         at: Tensor,
     ) -> None:
@@ -395,7 +394,7 @@ class RolloutMeter:
                 self._verified = True
                 return
         self._forward.whole = False
-        if self.settings.method != "exact":
+        if self.settings.method is not Method.EXACT:
             raise ModelError(f"{problem}; choose another --params, or --method exact")
         self.by_backward = self._verified = True
 
@@ -403,7 +402,7 @@ class RolloutMeter:
         self,
         rollout: Rollout,
         positions: list[int],
-        losses: dict[str, TokenLosses],
+        losses: dict[Loss, TokenLosses],
         tokens: Tensor,
         at: Tensor,
     ) -> str | None:

@@ -16,7 +16,7 @@ import polars as pl
 
 from tip_analysis.analysis.measurements import Preference, settle_preference
 from tip_analysis.core.errors import OptionError, RunError
-from tip_analysis.core.names import StopTokens
+from tip_analysis.core.names import Loss, Method, StopTokens, TeacherContext
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.table_files import scan
@@ -35,7 +35,7 @@ def measure_run(
     student: LanguageModel,
     teacher: LanguageModel,
     settings: GradientSettings,
-    teacher_context: str = "none",
+    teacher_context: TeacherContext | str = TeacherContext.NONE,
     limit: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -136,7 +136,12 @@ def _measure(
 
 
 def _begin(
-    run: Run, loss: str, settings: GradientSettings, shown: dict[str, Any], *, overwrite: bool
+    run: Run,
+    loss: Loss | str,
+    settings: GradientSettings,
+    shown: dict[str, Any],
+    *,
+    overwrite: bool,
 ) -> Stage:
     """The record of one loss of a measurement; `shown` says which models saw what."""
     key = {"loss": str(loss), **setting_of(settings).given}
@@ -152,7 +157,7 @@ def _begin(
 
 def setting_of(settings: GradientSettings) -> Preference:
     """What tells a measurement from others of the same loss."""
-    num_probes = settings.num_probes if settings.method == "probe" else 0
+    num_probes = settings.num_probes if settings.method is Method.PROBE else 0
     return Preference(settings.param_scope, str(settings.method), num_probes, settings.seed)
 
 

@@ -72,12 +72,12 @@ def token_losses(
     *,
     teacher: TeacherLogits | None,
     token_ids: Tensor,
-    losses: Sequence[str],
+    losses: Sequence[Loss | str],
     scope: ParameterScope,
     looked_up: Tensor,
     directions: Mapping[str, Sequence[Direction]] | None = None,
     vocab_size: int | None = None,
-) -> dict[str, TokenLosses]:
+) -> dict[Loss, TokenLosses]:
     """Per-token losses and their derivatives with respect to hidden states and head.
 
     Args:
@@ -94,13 +94,13 @@ def token_losses(
     """
     vocab_size = vocab_size or head.vocab_size
     block = max(1, BLOCK_ELEMENTS // head.vocab_size)
-    parts: dict[str, list[TokenLosses]] = {loss: [] for loss in losses}
+    parts: dict[Loss, list[TokenLosses]] = {Loss(loss): [] for loss in losses}
     for rows in row_blocks(hidden.shape[0], block):
         with torch.enable_grad():
             states = hidden[rows].detach().requires_grad_()
             linear, logits = _head_output(head, states)
             teacher_logits = None if teacher is None else teacher(rows)[:, :vocab_size]
-            for loss in losses:
+            for loss in parts:
                 value = token_loss(loss, logits[:, :vocab_size], teacher_logits, token_ids[rows])
                 at_hidden, at_logits = torch.autograd.grad(
                     value.sum(), (states, linear), retain_graph=True
@@ -121,9 +121,9 @@ def token_losses(
     return {loss: _joined(blocks) for loss, blocks in parts.items()}
 
 
-def token_loss(loss: str, student: Tensor, teacher: Tensor | None, token_ids: Tensor) -> Tensor:
+def token_loss(loss: Loss, student: Tensor, teacher: Tensor | None, token_ids: Tensor) -> Tensor:
     """ℓ_t [R] from logits [R, V], differentiable with respect to the student's."""
-    return LOSSES[Loss(loss)](student=student, teacher=teacher, token_ids=token_ids)
+    return LOSSES[loss](student=student, teacher=teacher, token_ids=token_ids)
 
 
 def _head_output(head: OutputHead, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.core.errors import OptionError, PromptFileError
+from tip_analysis.core.names import TeacherContext
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.rollouts.prompts import (
     Message,
@@ -21,7 +22,6 @@ from tip_analysis.rollouts.prompts import (
     with_tools,
 )
 
-TEACHER_CONTEXTS = ("none", "solution")
 """What the teacher is shown besides the prompt."""
 
 ROLLOUT_COLUMNS = (
@@ -136,7 +136,7 @@ def encode_prompts(
     student: LanguageModel,
     teacher: LanguageModel | None = None,
     template: str = "plain",
-    teacher_context: str = "none",
+    teacher_context: TeacherContext | str = TeacherContext.NONE,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[EncodedPrompt]:
     """Token ids of prompts, for student and teacher.
@@ -152,12 +152,12 @@ def encode_prompts(
         chat_template_kwargs: switches for the chat template.
 
     Raises:
-        OptionError: no such context, or no teacher to show it to.
+        UnknownNameError: no such context.
+        OptionError: no teacher to show a solution to.
         PromptFileError: a prompt lacks the solution that the teacher is to be shown.
     """
-    if teacher_context not in TEACHER_CONTEXTS:
-        raise OptionError(f"teacher_context must be none or solution; found {teacher_context!r}")
-    if teacher_context == "solution" and teacher is None:
+    shows_solution = TeacherContext(teacher_context) is TeacherContext.SOLUTION
+    if shows_solution and teacher is None:
         raise OptionError("teacher_context solution needs a teacher to show the solution to")
     encoded = []
     for prompt in prompts:
@@ -165,7 +165,7 @@ def encode_prompts(
         switches = with_tools(chat_template_kwargs, prompt.tools)
         shown = render(student.tokenizer, messages, chat_template_kwargs=switches)
         to_teacher = None
-        if teacher_context == "solution" and teacher is not None:
+        if shows_solution and teacher is not None:
             more = teacher_messages(messages, _solution(prompt))
             to_teacher = render(teacher.tokenizer, more, chat_template_kwargs=switches)
         encoded.append(EncodedPrompt(prompt, messages, shown, to_teacher))

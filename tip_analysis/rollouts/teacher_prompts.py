@@ -7,21 +7,19 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.core.errors import (
-    OptionError,
-    RunError,
-    UnknownNameError,
-    VocabularyMismatchError,
-)
+from tip_analysis.core.errors import OptionError, RunError, VocabularyMismatchError
+from tip_analysis.core.names import TeacherContext
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
-from tip_analysis.rollouts.encoded import TEACHER_CONTEXTS
 from tip_analysis.rollouts.prompts import render, teacher_messages, with_tools
 
 
 def prepare_rollouts(
-    run: Run, student: LanguageModel | None, teacher: LanguageModel, teacher_context: str
+    run: Run,
+    student: LanguageModel | None,
+    teacher: LanguageModel,
+    teacher_context: TeacherContext | str,
 ) -> pl.DataFrame:
     """The run's rollouts, each with the prompt that the teacher is shown.
 
@@ -95,7 +93,7 @@ def _refuse_what_is_no_token(rollouts: pl.DataFrame, reader: LanguageModel) -> N
 def with_teacher_prompts(
     rollouts: pl.DataFrame,
     teacher: LanguageModel,
-    teacher_context: str,
+    teacher_context: TeacherContext | str,
     switches: Mapping[str, Any] | None = None,
 ) -> pl.DataFrame:
     """Set `teacher_prompt_token_ids` for the context asked for.
@@ -111,9 +109,7 @@ def with_teacher_prompts(
         UnknownNameError: no such context.
         RunError: a rollout lacks the solution, or its messages, that `solution` needs.
     """
-    if teacher_context not in TEACHER_CONTEXTS:
-        raise UnknownNameError("teacher context", teacher_context, TEACHER_CONTEXTS)
-    if teacher_context == "none":
+    if TeacherContext(teacher_context) is TeacherContext.NONE:
         return rollouts
     prompts: dict[tuple[str, str, str | None], list[int]] = {}
     shown = []

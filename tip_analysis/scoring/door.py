@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tip_analysis.core.errors import OptionError, RunError
-from tip_analysis.core.names import StopTokens
+from tip_analysis.core.names import (
+    ScoringEngine,
+    ScoringPhase,
+    StopTokens,
+    TeacherContext,
+    TeacherStoreForm,
+)
 from tip_analysis.core.record import model_name
 from tip_analysis.core.run_folder import Run, RunLike, open_run
 from tip_analysis.core.stage_summary import StageSummary
@@ -26,16 +32,16 @@ def score(
     *,
     teacher: ModelLike,
     student: ModelLike | None = None,
-    teacher_context: str = "none",
+    teacher_context: TeacherContext | str = TeacherContext.NONE,
     top_k: int = 5,
     stop_tokens: StopTokens | str = StopTokens.DECLARED,
     shard_size: int = 64,
     part: tuple[int, int] = (0, 1),
-    phase: str = "both",
-    teacher_store: str = "hidden",
+    phase: ScoringPhase | str = ScoringPhase.BOTH,
+    teacher_store: TeacherStoreForm | str = TeacherStoreForm.HIDDEN,
     store_k: int = 64,
     discard_teacher_states: bool = False,
-    engine: str = "local",
+    engine: ScoringEngine | str = ScoringEngine.LOCAL,
     ray_workers: int | None = None,
     token_budget: int = 16384,
     dtype: str = "auto",
@@ -71,7 +77,10 @@ def score(
         RunError: there are no rollouts, or they do not say which student wrote them.
         ConfigurationMismatchError: the folder was scored with another configuration.
         OptionError: options that exclude each other.
+        UnknownNameError: no such teacher context, phase, store or engine.
     """
+    engine, phase = ScoringEngine(engine), ScoringPhase(phase)
+    form = TeacherStoreForm(teacher_store)
     folder = open_run(run)
     folder.rollouts()
     _check(engine, phase, part)
@@ -79,7 +88,7 @@ def score(
         folder,
         recorded_student(folder) if student is None else student,
         teacher,
-        teacher_context,
+        TeacherContext(teacher_context),
         top_k,
         StopTokens(stop_tokens),
         shard_size,
@@ -89,12 +98,12 @@ def score(
         device,
         overwrite,
     )
-    if engine == "ray":
+    if engine is ScoringEngine.RAY:
         return StageSummary(folder, "tokens", _with_ray(job, ray_workers))
-    if phase == "teacher":
-        found = _teacher_phase(job, teacher_store, store_k)
+    if phase is ScoringPhase.TEACHER:
+        found = _teacher_phase(job, form, store_k)
         return StageSummary(folder, "teacher's states", found)
-    if phase == "student":
+    if phase is ScoringPhase.STUDENT:
         return StageSummary(folder, "tokens", _student_phase(job, discard_teacher_states))
     pair = as_pair(job.student, job.teacher, dtype=dtype, device=device)
     return StageSummary(folder, "tokens", _score(job, *pair))
@@ -121,7 +130,7 @@ class _Job:
     run: Run
     student: ModelLike
     teacher: ModelLike
-    teacher_context: str
+    teacher_context: TeacherContext
     top_k: int
     stop_tokens: StopTokens
     shard_size: int
@@ -132,19 +141,15 @@ class _Job:
     overwrite: bool
 
 
-def _check(engine: str, phase: str, part: tuple[int, int]) -> None:
-    for option, value, valid in (
-        ("engine", engine, ("local", "ray")),
-        ("phase", phase, ("both", "teacher", "student")),
-    ):
-        if value not in valid:
-            raise OptionError(f"{option}: expected one of {', '.join(valid)}; found {value!r}")
-    if engine == "ray" and part != (0, 1):
+def _check(engine: ScoringEngine, phase: ScoringPhase, part: tuple[int, int]) -> None:
+    if engine is not ScoringEngine.RAY:
+        return
+    if part != (0, 1):
         raise OptionError(
             "--shard is for array jobs of one process each; --engine ray shares the shards out"
             " itself"
         )
-    if engine == "ray" and phase != "both":
+    if phase is not ScoringPhase.BOTH:
         raise OptionError(
             "--phase goes with --engine local; --shard i/n spreads a phase over array jobs"
         )
@@ -179,7 +184,7 @@ def _student_phase(job: _Job, discard: bool) -> dict[str, Any]:
     return found
 
 
-def _teacher_phase(job: _Job, form: str, store_k: int) -> dict[str, Any]:
+def _teacher_phase(job: _Job, form: TeacherStoreForm, store_k: int) -> dict[str, Any]:
     """The first of two phases: the teacher alone, whose states are stored."""
     return store_teacher_states(
         job.run,

@@ -24,7 +24,7 @@ import polars as pl
 import torch
 
 from tip_analysis.core.errors import InputError, OptionError
-from tip_analysis.core.names import StopTokens
+from tip_analysis.core.names import StopTokens, TeacherContext
 from tip_analysis.core.optional import require
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import open_run
@@ -56,7 +56,7 @@ class ScoringJob:
     """Run folder: an absolute path that every worker sees."""
     student: str
     teacher: str
-    teacher_context: str = "none"
+    teacher_context: TeacherContext = TeacherContext.NONE
     shard_size: int = 64
     top_k: int = 5
     stop_tokens: StopTokens = StopTokens.DECLARED

@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.core.errors import ConfigurationMismatchError
+from tip_analysis.core.names import TeacherContext
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.schema import VocabularyTable, polars_schema
@@ -38,7 +39,7 @@ def score_rollouts(
     run: Run,
     scorer: Scorer,
     *,
-    teacher_context: str = "none",
+    teacher_context: TeacherContext | str = TeacherContext.NONE,
     shard_size: int = 64,
     part: tuple[int, int] = (0, 1),
     overwrite: bool = False,
@@ -67,9 +68,8 @@ def score_rollouts(
         LogitsError: a model answers NaN or +inf; names rollout and position.
         ConfigurationMismatchError: the folder was scored with another configuration.
     """
-    work = begin_scoring(
-        run, scorer, teacher_context, shard_size, part, overwrite=overwrite, stored=stored
-    )
+    context = TeacherContext(teacher_context)
+    work = begin_scoring(run, scorer, context, shard_size, part, overwrite=overwrite, stored=stored)
     missing = [index for index in work.mine if not work.stage.is_whole(index)]
     total = sum(work.shard(index).height for index in work.mine)
     with track(
@@ -119,7 +119,7 @@ def score_shard(work: ScoringWork, index: int, advance: Advance | None = None) -
 def begin_scoring(
     run: Run,
     scorer: Scorer,
-    teacher_context: str,
+    teacher_context: TeacherContext,
     shard_size: int,
     part: tuple[int, int] = (0, 1),
     *,

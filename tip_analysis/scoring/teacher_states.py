@@ -34,8 +34,8 @@ from tip_analysis.core.errors import (
     ModelError,
     OptionError,
     RunError,
-    UnknownNameError,
 )
+from tip_analysis.core.names import TeacherContext, TeacherStoreForm
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.logits.blocks import Columns, in_blocks
@@ -60,7 +60,6 @@ from tip_analysis.scoring.scorer import (
 if TYPE_CHECKING:
     from tip_analysis.scoring.scorer import Scorer
 
-FORMS = ("hidden", "topk")
 LOWER_BOUNDS = ("reverse_kl", "forward_kl", "jsd", "hellinger")
 """Columns that a stored top-k bounds from below."""
 NOT_STORED = (
@@ -94,10 +93,10 @@ def store_teacher_states(
     run: Run,
     teacher: LanguageModel,
     *,
-    form: str = "hidden",
+    form: TeacherStoreForm | str = TeacherStoreForm.HIDDEN,
     store_k: int = 64,
     vocab_size: int | None = None,
-    teacher_context: str = "none",
+    teacher_context: TeacherContext | str = TeacherContext.NONE,
     shard_size: int = 64,
     budget: TokenBudget | None = None,
     part: tuple[int, int] = (0, 1),
@@ -127,14 +126,17 @@ def store_teacher_states(
         ConfigurationMismatchError: states of another configuration lie there.
         LogitsError: the teacher answers NaN or +inf; names rollout and position.
     """
-    if form not in FORMS:
-        raise UnknownNameError("form of the teacher's store", form, FORMS)
+    form, teacher_context = TeacherStoreForm(form), TeacherContext(teacher_context)
     if store_k < 1:
         raise OptionError(f"--store-k must be at least 1, found {store_k}")
     mine = shards_of_part(run, shard_size, part)
     rollouts = prepare_rollouts(run, None, teacher, teacher_context)
     size = min(teacher.vocab_size, vocab_size or teacher.vocab_size)
-    top_k = {"store_k": min(store_k, size), "shared_vocabulary": size} if form == "topk" else {}
+    top_k = (
+        {"store_k": min(store_k, size), "shared_vocabulary": size}
+        if form is TeacherStoreForm.TOPK
+        else {}
+    )
     budget = budget or TokenBudget(16384)
     stage = run.begin(
         "teacher",
@@ -257,10 +259,10 @@ class TeacherStore:
 
     def marks(self) -> dict[str, Any]:
         """What the token table's record says of columns that are not exact."""
-        if self.config["form"] == "hidden":
+        if self.config["form"] == TeacherStoreForm.HIDDEN:
             return {}
         return {
-            "teacher_store": {"form": "topk", "store_k": self.config["store_k"]},
+            "teacher_store": {name: self.config[name] for name in ("form", "store_k")},
             "lower_bounds": list(LOWER_BOUNDS),
             "not_available": list(NOT_STORED),
         }
@@ -301,7 +303,7 @@ class TeacherStore:
                 f"the output head of {scorer.teacher.name} is not that of the teacher whose states"
                 " are stored: store them again with --phase teacher --overwrite"
             )
-        if self.config["form"] == "hidden":
+        if self.config["form"] == TeacherStoreForm.HIDDEN:
             return
         if self.config["shared_vocabulary"] != scorer.vocab_size:
             raise RunError(
