@@ -26,6 +26,7 @@ NEEDED = {
     "rollout": ["run", "--student", "s", "--prompts", "p"],
     "evaluate": ["run", "--model", "m", "--prompts", "p"],
     "status": ["run"],
+    "screen": ["run"],
     "compare": ["a", "b"],
     "export": ["run", "--to", "t"],
     "report": ["run"],
