@@ -50,11 +50,18 @@ class Rule:
     reference: str = ""
     """What it is to read other rules against, such as `lower reference`; empty for a rule that is
     meant to be used."""
+    reference_of: str = ""
+    """The column whose sum it is a reference for; empty for any."""
 
     @property
     def is_reference(self) -> bool:
         """Whether it is there to read other rules against."""
         return bool(self.reference)
+
+    def reference_for(self, columns: Iterable[str]) -> str:
+        """`reference` where the sum is of one of these columns, else nothing: top-k of φ bounds Σφ
+        and no other sum."""
+        return self.reference if self.reference_of in ("", *columns) else ""
 
     @property
     def is_entropy_only(self) -> bool:
@@ -159,6 +166,7 @@ RULES: dict[str, Rule] = {
             importance.descent_alignment,
             needs_gradients=True,
             reference="upper reference",
+            reference_of="grad_dot_loss",
             description="top-k of φ = ⟨∇L, g⟩, where gradients were measured: an upper reference",
             complete=False,
         ),

@@ -3,9 +3,14 @@
 import polars as pl
 
 from tip_analysis.analysis.mask_tables import MASK_KEYS, overlap
-from tip_analysis.analysis.rules import keeps_all
+from tip_analysis.analysis.masks import recorded_measurements
+from tip_analysis.analysis.measurements import Measurement
+from tip_analysis.analysis.rules import keeps_all, known_rules
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.names import Loss
+
+_PLACE = ["rollout_id", "position"]
 
 MAX_MASKS = 48
 """Masks that are compared; of more, those of the first seeds and scope."""
@@ -18,15 +23,37 @@ def compared_masks(view: RunView, num_masks: int = MAX_MASKS) -> pl.DataFrame:
     ).head(num_masks)
     wanted = view.run.masks().join(keys.lazy(), on=MASK_KEYS, how="semi", nulls_equal=True)
     if view.prompt_sample is not None:
-        rollouts = compared_tokens(view).select("rollout_id").unique()
+        rollouts = view.sampled(view.raw).filter("loss_mask").select("rollout_id").unique()
         wanted = wanted.join(rollouts, on="rollout_id", how="semi")
+    if comparing_measurements(view):  # only known tokens are left out: strangers are found later
+        left_out = view.raw.join(compared_tokens(view), on=_PLACE, how="anti").select(_PLACE)
+        wanted = wanted.join(left_out, on=_PLACE, how="anti")
     scope = pl.col("selection_scope").cast(pl.String)
     return wanted.collect().with_columns(scope).sort("rule", "retention_ratio", "seed")
 
 
+def comparing_measurements(view: RunView) -> list[Measurement]:
+    """The measurements that some mask's rule selected by: such a rule can choose among the measured
+    tokens only, so that all rules are compared on those. Empty where no rule needs gradients."""
+    if not (view.run.has("masks") and view.measurements):
+        return []
+    names = view.run.masks().select(pl.col("rule").unique()).collect()["rule"]
+    if not any(rule.needs_gradients for rule in known_rules(names).values()):
+        return []
+    recorded = [one for one in recorded_measurements(view.run) if one in view.measurements]
+    if recorded or Loss.REVERSE_KL not in view.losses:
+        return recorded
+    return [view.measurement()]
+
+
 def compared_tokens(view: RunView) -> pl.LazyFrame:
-    """The written tokens of the sampled prompts, with quadrants."""
-    return view.sampled(view.tokens).filter("loss_mask")
+    """The written tokens of the sampled prompts, with quadrants; only those with gradients where a
+    rule selects by them (`comparing_measurements`)."""
+    tokens = view.sampled(view.tokens).filter("loss_mask")
+    for measurement in comparing_measurements(view):
+        measured = measurement.rows(view.run.gradients()).select(_PLACE)
+        tokens = tokens.join(measured, on=_PLACE, how="semi")
+    return tokens
 
 
 def tokens_with_alignment(view: RunView) -> pl.LazyFrame:
@@ -35,8 +62,26 @@ def tokens_with_alignment(view: RunView) -> pl.LazyFrame:
     if Loss.REVERSE_KL not in view.losses:
         return tokens
     measured = view.sampled(view.measured()).filter("loss_mask")
+    measured = measured.join(tokens.select(_PLACE), on=_PLACE, how="semi")
     same = measured.select(pl.len()).collect().item() == tokens.select(pl.len()).collect().item()
     return measured if same else tokens
+
+
+def taxonomy_of_compared(view: RunView) -> Taxonomy:
+    """The view's taxonomy; where only measured tokens are compared, with the cuts that the whole
+    run has, so that Q3 is the same Q3 on every part of the page."""
+    cuts = view.cuts
+    whole = not comparing_measurements(view) or num_compared(view) == view.population.num_tokens
+    if whole or cuts.entropy.value is None or cuts.divergence.value is None:
+        return view.options.taxonomy
+    return view.options.taxonomy.changed(
+        entropy_cut=cuts.entropy.value, divergence_cut=cuts.divergence.value
+    )
+
+
+def num_compared(view: RunView) -> int:
+    """How many tokens `compared_tokens` has."""
+    return int(compared_tokens(view).select(pl.len()).collect().item())
 
 
 def overlap_at_one_ratio(masks: pl.DataFrame) -> tuple[float, pl.DataFrame] | None:

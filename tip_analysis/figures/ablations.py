@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,6 +18,7 @@ from tip_analysis.core.result_tables import (
     PaperDifferenceTable,
     checked,
 )
+from tip_analysis.figures.rule_styles import rule_style
 from tip_analysis.figures.style import (
     COLUMN_WIDTH,
     GRID,
@@ -34,10 +34,10 @@ from tip_analysis.figures.style import (
     percent_axis,
 )
 
-_MARKS = "osD^vPX*<>hd"
-VERDICT_COLORS = {"supported": "#0072b2", "contradicted": "#d55e00", "not resolved": "#98a2ae"}
-OURS = VERDICT_COLORS["supported"]
-"""The colour of this run beside the paper's hollow marks."""
+VERDICT_COLORS = {"supported": "#2a8f4f", "contradicted": "#a3223f", "not resolved": MUTED}
+"""None of a quadrant's."""
+OURS = "#8250c4"
+"""The colour of this run beside the paper's hollow marks; none of a quadrant's."""
 _HOLLOW: dict[str, Any] = {"marker": "D", "mfc": "none", "mec": MUTED, "ls": ""}
 
 
@@ -83,14 +83,13 @@ def _level_lines(axes: Axes, arm: Arm, accuracies: pl.Series) -> None:
 
 def _rule_lines(axes: Axes, arms: pl.DataFrame, rules: Sequence[str]) -> None:
     """One line a rule, moved a little to the side so that intervals do not hide each other."""
-    colors = sns.color_palette("colorblind", n_colors=max(1, len(rules)))
-    for index, (rule, color) in enumerate(zip(rules, colors, strict=False)):
+    for index, rule in enumerate(rules):
+        style = rule_style(rule)
         part = arms.filter(pl.col("rule") == rule).sort("retention_ratio")
         x = part["retention_ratio"].to_numpy() * (1 + 0.012 * (index - len(rules) / 2))
-        marker = _MARKS[index % len(_MARKS)]
-        axes.plot(x, part["accuracy"], marker=marker, ms=5.5, color=color, label=rule, lw=1.3)
+        axes.plot(x, part["accuracy"], ms=5.5, label=rule, lw=1.3, **style)
         known = part.with_columns(pl.Series("x", x)).drop_nulls(["low", "high"])
-        axes.vlines(known["x"], known["low"], known["high"], color=color, lw=1.1)
+        axes.vlines(known["x"], known["low"], known["high"], color=style["color"], lw=1.1)
 
 
 def difference_from_all(

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from tip_analysis.analysis.rules import keeps_all, known_rules
 from tip_analysis.core.result_tables import CompositionTable, CoverageTable, OverlapTable, checked
+from tip_analysis.figures.rule_styles import rule_style
 from tip_analysis.figures.style import (
     INK,
     MUTED,
@@ -24,9 +25,6 @@ from tip_analysis.figures.style import (
     percent_axis,
     quadrant_handles,
 )
-
-_LINES = ("-", "--", "-.", ":")
-_MARKS = "osD^vPX*<>hd"
 
 
 def composition(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
@@ -99,7 +97,8 @@ def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH
     chance keeps.
 
     Args:
-        table: a `CoverageTable` of one quantity.
+        table: a `CoverageTable` of one quantity; its `column`, where there is one, says which rules
+            are references for it.
         label: name of the quantity, for the axis.
     """
     table = checked(table, CoverageTable)
@@ -121,15 +120,11 @@ def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH
 def _coverage_lines(axes: Axes, table: pl.DataFrame) -> None:
     rules = table.filter(~keeps_all())["rule"].unique(maintain_order=True).to_list()
     known, measured = known_rules(rules), table.filter(pl.col("share").is_not_null())
-    colors = sns.color_palette("colorblind", n_colors=max(1, len(rules)))
-    for index, rule in enumerate(rules):
-        reference = known[rule].reference if rule in known else ""
-        style = {
-            "label": f"{rule} ({reference})" if reference else rule,
-            "color": INK if reference else colors[index],
-            "ls": _LINES[index % 4],
-            "marker": _MARKS[index % len(_MARKS)],
-        }
+    kept = table["column"].unique().to_list() if "column" in table.columns else []
+    for rule in rules:
+        reference = known[rule].reference_for(kept) if rule in known else ""
+        label = f"{rule} ({reference})" if reference else rule
+        style = {"label": label, **rule_style(rule)}
         _coverage_line(axes, measured.filter(pl.col("rule") == rule), style)
 
 

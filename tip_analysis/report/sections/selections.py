@@ -14,8 +14,11 @@ from tip_analysis.analysis.run_view import RunView
 from tip_analysis.analysis.shown_masks import (
     compared_masks,
     compared_tokens,
+    comparing_measurements,
     mean_composition,
+    num_compared,
     overlap_at_one_ratio,
+    taxonomy_of_compared,
     tokens_with_alignment,
 )
 from tip_analysis.core.errors import SchemaError
@@ -62,7 +65,7 @@ def _part(view: RunView, label: str) -> Part:
         masks,
         aligned,
         num_resamples=min(200, view.options.num_resamples),
-        taxonomy=view.options.taxonomy,
+        taxonomy=taxonomy_of_compared(view),
     )
     blocks += _coverage_pictures(view, masks, aligned)
     blocks.append(_missed_block(view, missed))
@@ -77,7 +80,20 @@ def _population(view: RunView, missed: pl.DataFrame, num_masks: int) -> str:
     return (
         f"Masks as recorded, on {plural(num_masks, 'mask')};"
         f" {plural(n['num_rollouts'], 'rollout')}, {plural(n['num_prompts'], 'prompt')}."
-        f" {view.interval_words()}{_oracle_words(view)}"
+        f" {view.interval_words()}{_compared_words(view)}{_oracle_words(view)}"
+    )
+
+
+def _compared_words(view: RunView) -> str:
+    """On how many tokens the rules are compared, where some rule could choose among a part only."""
+    total, compared = view.population.num_tokens, num_compared(view)
+    if not comparing_measurements(view) or compared == total:
+        return ""
+    return (
+        " Some rules select by gradients, which were measured for a part of the run: all rules are"
+        f" compared on the same {plural(compared, 'measured token')}"
+        f" ({percent(compared / total)} of the run), under the whole run’s cuts, which are held"
+        " here."
     )
 
 
@@ -126,7 +142,7 @@ def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
         key=f"composition-{slug_of(view)}",
         caption=(
             "What each rule selects, by quadrant; sampling rules are averaged over their seeds. The"
-            " pale bar is the whole run."
+            " pale bar is all tokens that the rules are compared on."
         ),
         alt=(
             "Stacked bars of the quadrants in each selection; the table below says how much of Q3"
