@@ -11,7 +11,8 @@ from small_tokenizers import make_tokenizer
 from tip_analysis.cli import main as cli
 from tip_analysis.core.errors import ImportFormatError, InputError, PromptFileError
 from tip_analysis.rollouts.importers.formats import import_rollouts
-from tip_analysis.rollouts.prompts import read_prompts, render
+from tip_analysis.rollouts.prompts import read_prompts
+from tip_analysis.rollouts.rendering import render
 
 SHORT, WHOLE = 250, 2000
 """Mutations in the gate, and in the marked target."""

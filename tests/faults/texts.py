@@ -14,7 +14,8 @@ from small_tokenizers import ALTERNATING_TEMPLATE, GENERATION_TEMPLATE, make_tok
 
 from tip_analysis.core.run_folder import create_run
 from tip_analysis.rollouts.importers.formats import FORMATS, import_rollouts
-from tip_analysis.rollouts.prompts import read_prompts, render, student_messages
+from tip_analysis.rollouts.prompts import read_prompts
+from tip_analysis.rollouts.rendering import render, student_messages
 from tip_analysis.rollouts.stage import store_imported
 
 USER, ASSISTANT = (

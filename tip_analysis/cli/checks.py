@@ -69,7 +69,7 @@ def _format(name: str) -> None:
 
 
 def _template(template: str) -> None:
-    from tip_analysis.rollouts.prompts import resolve_template
+    from tip_analysis.rollouts.rendering import resolve_template
 
     resolve_template(template)
 

@@ -14,7 +14,8 @@ from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.loading import load_tokenizer, tokenizer_fingerprint
 from tip_analysis.models.named import ModelLike, as_model
 from tip_analysis.rollouts.importers.formats import import_rollouts
-from tip_analysis.rollouts.prompts import Prompt, prompt_from_row, read_prompts, resolve_template
+from tip_analysis.rollouts.prompts import Prompt, prompt_from_row, read_prompts
+from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.row_files import Row
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import sample_rollouts, store_imported

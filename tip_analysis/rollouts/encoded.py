@@ -12,9 +12,8 @@ import polars as pl
 from tip_analysis.core.errors import OptionError, PromptFileError
 from tip_analysis.core.names import TeacherContext
 from tip_analysis.models.loading import LanguageModel
-from tip_analysis.rollouts.prompts import (
-    Message,
-    Prompt,
+from tip_analysis.rollouts.prompts import Message, Prompt
+from tip_analysis.rollouts.rendering import (
     RenderedPrompt,
     render,
     student_messages,
@@ -146,7 +145,7 @@ def encode_prompts(
         student: its chat template makes the student's prompt.
         teacher: its chat template makes the teacher's prompt where that differs; needed for
             `solution`.
-        template: the text around a problem: a name of `prompts.TEMPLATES`, or a text with
+        template: the text around a problem: a name of `rendering.TEMPLATES`, or a text with
             `{problem}`.
         teacher_context: `none`, or `solution`: the teacher is shown the reference solution.
         chat_template_kwargs: switches for the chat template.

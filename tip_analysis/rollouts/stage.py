@@ -28,7 +28,8 @@ from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
 from tip_analysis.rollouts.grading import default_grader, grade, resolve_grader
 from tip_analysis.rollouts.importers.formats import ImportReport
-from tip_analysis.rollouts.prompts import Prompt, resolve_template, unused_switches
+from tip_analysis.rollouts.prompts import Prompt
+from tip_analysis.rollouts.rendering import resolve_template, unused_switches
 from tip_analysis.rollouts.sampling import Generation, Sampling, sample
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def sample_rollouts(
         prompts: what it is asked.
         sampling: temperature, nucleus, length limit, seed.
         num_rollouts: k, the rollouts of each prompt.
-        template: the text around a problem: a name of `prompts.TEMPLATES`, or a text with
+        template: the text around a problem: a name of `rendering.TEMPLATES`, or a text with
             `{problem}`.
         chat_template_kwargs: switches for the chat template, such as `enable_thinking`.
         grader: a name of `grading.GRADERS`, `module:function` or `file.py:function`; None chooses

@@ -12,7 +12,7 @@ from tip_analysis.core.names import TeacherContext
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
-from tip_analysis.rollouts.prompts import render, teacher_messages, with_tools
+from tip_analysis.rollouts.rendering import render, teacher_messages, with_tools
 
 
 def prepare_rollouts(

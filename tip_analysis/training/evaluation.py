@@ -26,7 +26,8 @@ from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
 from tip_analysis.rollouts.grading import grade, resolve_grader
-from tip_analysis.rollouts.prompts import Prompt, resolve_template
+from tip_analysis.rollouts.prompts import Prompt
+from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Generation, Sampling, sample
 
 PROBLEMS_PER_SHARD = 32

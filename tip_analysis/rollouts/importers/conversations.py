@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.errors import ImportFormatError, PromptFileError
 from tip_analysis.rollouts.importers.drafts import TurnEnd
-from tip_analysis.rollouts.prompts import Message, encode, render_chat, roles_of
+from tip_analysis.rollouts.prompts import Message
+from tip_analysis.rollouts.rendering import encode, render_chat, roles_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,8 +28,8 @@ from tip_analysis.rollouts.prompts import (
     parse_messages,
     parse_tools,
     prompt_from_row,
-    student_messages,
 )
+from tip_analysis.rollouts.rendering import student_messages
 from tip_analysis.rollouts.row_files import Row, field_names, json_value, preview
 
 _OWN_COLUMNS = (

@@ -12,15 +12,8 @@ from tip_analysis.core.names import FinishReason
 from tip_analysis.rollouts.importers.conversations import render_conversation, special_tokens
 from tip_analysis.rollouts.importers.drafts import Draft, ImportReport
 from tip_analysis.rollouts.importers.restoring import PromptRestorer
-from tip_analysis.rollouts.prompts import (
-    Message,
-    Prompt,
-    encode,
-    render,
-    render_bare,
-    unused_switches,
-    with_tools,
-)
+from tip_analysis.rollouts.prompts import Message, Prompt
+from tip_analysis.rollouts.rendering import encode, render, render_bare, unused_switches, with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,14 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tip_analysis.core.errors import PromptFileError
-from tip_analysis.rollouts.prompts import (
-    Message,
-    Prompt,
-    RenderedPrompt,
-    render,
-    student_messages,
-    with_tools,
-)
+from tip_analysis.rollouts.prompts import Message, Prompt
+from tip_analysis.rollouts.rendering import RenderedPrompt, render, student_messages, with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -32,7 +32,8 @@ from tip_analysis.core.table_files import read
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, load_model
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
-from tip_analysis.rollouts.prompts import Prompt, resolve_template
+from tip_analysis.rollouts.prompts import Prompt
+from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from tip_analysis.training.data import (
