@@ -165,7 +165,7 @@ def test_a_failure_of_ours_says_where(capsys, monkeypatch):
     def broken(*_, **__):
         raise IndexError("tuple index out of range")
 
-    monkeypatch.setattr("tip_analysis.analysis.selection.rule_names", broken)
+    monkeypatch.setattr("tip_analysis.analysis.rules.rule_names", broken)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["select", "--list"])
     assert stopped.value.code == 1

@@ -23,6 +23,7 @@ NEEDED = {
     "score": ["run", "--teacher", "t"],
     "gradients": ["run"],
     "select": ["run", "--rules", "q3"],
+    "screen": ["run"],
     "ablate": ["run", "--dry-run"],
     "evaluate": ["run", "--model", "m", "--prompts", "p"],
     "compare": ["a", "b"],
