@@ -285,3 +285,24 @@ def test_reference_answers_and_solutions_are_graded_right(name):
         assert grade("math", f"thus $\\boxed{{{row['answer']}}}$.", row["answer"]) == 1.0, row
         if row.get("solution") and "\\boxed" in row["solution"]:
             assert grade("math", row["solution"], row["answer"]) == 1.0, row
+
+
+def test_a_registered_grader_keeps_its_name_in_errors_and_its_verdicts_are_checked(monkeypatch):
+    monkeypatch.setattr(grading, "GRADERS", dict(grading.GRADERS))
+
+    def broken(response, answer):
+        raise KeyError("no such unit")
+
+    register_grader("broken", broken)
+    with pytest.raises(InputError, match="grader broken raised KeyError"):
+        grade("broken", "1", "1")
+    register_grader("not a number", lambda response, answer: float("nan"))
+    with pytest.raises(InputError, match="finite number"):
+        grade("not a number", "1", "1")
+    with pytest.raises(OptionError, match="already"):
+        register_grader("math", broken)
+    register_grader("broken", lambda response, answer: 0.25, overwrite=True)
+    assert grade("broken", "1", "1") == 0.25
+    for name in ("", " x", "a:b"):
+        with pytest.raises(OptionError, match="needs a name"):
+            register_grader(name, broken)

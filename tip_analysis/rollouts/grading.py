@@ -169,8 +169,27 @@ GRADERS: dict[str, Grader] = {"math": _math_grader, "exact": grade_exact, "none"
 """The graders by name."""
 
 
-def register_grader(name: str, grader: Grader) -> None:
-    """Make a function usable by name."""
+_OWN = frozenset(GRADERS.values())
+"""Graders whose verdicts need no check."""
+
+
+def register_grader(name: str, grader: Grader, *, overwrite: bool = False) -> None:
+    """Make a function usable by name.
+
+    Args:
+        name: What users call it.
+        grader: From (response, answer or None) to a finite number, a bool, or None for no verdict.
+        overwrite: Replace a grader of that name.
+
+    Raises:
+        OptionError: the name is empty or taken, or could be read as a module's or a file's.
+    """
+    if not name or name != name.strip() or ":" in name:
+        raise OptionError(f"a grader needs a name without spaces around it or ':'; found {name!r}")
+    if name in GRADERS and not overwrite:
+        raise OptionError(
+            f"there is a grader {name!r} already; choose another name, or pass overwrite=True"
+        )
     GRADERS[name] = grader
 
 
@@ -201,7 +220,7 @@ def grade(grader: str, response: str, answer: str | None, *, prompt_text: str = 
     function = resolve_grader(grader)
     if function is _math_grader:
         response = opened_thought(prompt_text) + response
-    if grader in GRADERS:
+    if function in _OWN:
         return function(response, answer)
     try:
         verdict: Any = function(response, answer)
