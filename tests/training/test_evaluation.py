@@ -1,16 +1,21 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
 from tiny_models import tiny_language_model
 
 from tip_analysis.analysis.accuracy import compare_models
+from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
 from tip_analysis.core.errors import ContextLengthError, OptionError, PromptFileError
-from tip_analysis.core.run_folder import create_run
+from tip_analysis.core.run_folder import create_run, open_run
 from tip_analysis.core.schema import EvaluationTable, validate
 from tip_analysis.demo.arithmetic.language import extract_answer, problems
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
+from tip_analysis.training.door import evaluate
 from tip_analysis.training.evaluation import (
     encode_problems,
     evaluate_model,
@@ -107,3 +112,36 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path):
 def test_a_hand_made_table_is_read_like_the_stages_own():
     rows = evaluation_rows(samples_of(), model="m", seed=3)
     assert rows.group_by("problem_id").agg(pl.len())["len"].to_list() == [3] * 5
+
+
+def test_several_benchmarks_are_evaluated_each_by_itself(tmp_path):
+    from tip_analysis.cli.main import main
+
+    for name, count in (("easy", 1), ("hard", 3)):
+        rows = problems(count, split="held_out")
+        lines = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("easy", "hard")]
+    student = model()
+    how = {"num_samples": 2, "max_new_tokens": 12, "grader": f"{__name__}:length_parity"}
+    both = evaluate(tmp_path / "both", model=student, prompts=files, **how)
+    table = open_run(tmp_path / "both").evaluations().collect()
+    assert dict(table.group_by("benchmark").len().iter_rows()) == {"easy": 2, "hard": 6}
+    means = dict(table.group_by("benchmark").agg(pl.col("reward").mean()).iter_rows())
+    expected = means | {MEAN_OVER_BENCHMARKS: (means["easy"] + means["hard"]) / 2}
+    assert both["accuracy"] == pytest.approx(expected)
+    alone = evaluate(tmp_path / "alone", model=student, prompts=files[1], **how)
+    assert (alone["benchmark"], alone["accuracy"]) == ("hard", both["accuracy"]["hard"])
+    with pytest.raises(OptionError, match="named twice"):
+        evaluate(tmp_path / "twice", model=student, prompts=[files[0], files[0]], **how)
+    with pytest.raises(OptionError, match="problems of one benchmark"):
+        evaluate_model(
+            create_run(tmp_path / "mixed"),
+            model=student,
+            prompts=[PROMPTS[0], replace(PROMPTS[1], benchmark="other")],
+            sampling=SAMPLING,
+        )
+    missing = str(tmp_path / "missing.jsonl")
+    arguments = ["evaluate", str(tmp_path / "cli"), "--model", "arithmetic-student"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--prompts", files[0], missing])

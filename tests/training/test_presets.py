@@ -27,11 +27,10 @@ from tip_analysis.training.ablation.plans import (
     sampling_seconds,
     training_seconds,
 )
-from tip_analysis.training.ablation.presets import (
-    PRESETS,
+from tip_analysis.training.ablation.presets import PRESETS, deviations_from_paper, resolve_preset
+from tip_analysis.training.ablation.problem_sets import (
     load_evaluation_sets,
     load_prompts,
-    resolve_preset,
     short_name,
 )
 from tip_analysis.training.ablation.study import run_ablation, study_from_preset
@@ -75,8 +74,55 @@ def test_hyperparameters_of_table_9():
             training.schedule,
             PRESETS[name].max_prompt_tokens,
             PRESETS[name].max_new_tokens,
-        ) == ("cosine", 2048, 8192)
+        ) == ("cosine", *((4096, 24_576) if name in AGENTIC else (2048, 8192)))
         assert PRESETS[name].num_samples == 16
+
+
+@pytest.mark.parametrize("name", [*MATH, *AGENTIC])
+def test_a_plan_names_benchmarks_thinking_epoch_and_deviations(name):
+    table = plan_ablation(resolved(name)).table()
+    rows = dict(table.iter_rows())
+    deviations = table.filter(item="deviation")["value"].to_list()
+    if name in MATH:
+        assert [short_name(s) for s in rows["benchmarks"].split(", ")] == [
+            "MATH-500",
+            "aime_2024",
+            "aime25",
+        ]
+        assert rows["steps per epoch"] == "1,739 (13,918 prompts)"
+        assert resolved(name).training.num_steps == 1739
+    assert rows["thinking"].startswith("on" if name in AGENTIC else "off")
+    assert any("teacher: " in line for line in deviations) == (
+        name in ("qwen3-8b-4b", "qwen2.5-14b-1.5b")
+    )
+    assert {"on 1 × H100 80 GB", "on 8 × H100 80 GB", "on 64 × H100 80 GB", "disk"} <= rows.keys()
+    changed = resolved(name, learning_rate=1e-5, num_samples=4, epochs=2)
+    lines = deviations_from_paper(changed)
+    assert set(deviations) < set(lines)
+    assert any(line.startswith("learning rate: ") and "here 1e-05" in line for line in lines)
+    assert any(line.startswith("num samples: 16") for line in lines)
+    assert any(line.startswith("epochs: ") and "2" in line for line in lines)
+
+
+def test_the_switch_for_thinking_reaches_the_study():
+    for name, switch in (("qwen3-8b-4b", False), (AGENTIC[0], True)):
+        study = study_from_preset(resolved(name), prompts=(), evaluation_prompts=())
+        assert study.chat_template_kwargs == {"enable_thinking": switch}
+        assert study.identity()["chat_template_kwargs"] == {"enable_thinking": switch}
+
+
+def test_epochs_become_steps():
+    preset = resolve_preset("arithmetic", epochs=3)
+    assert preset.with_steps(35).training.num_steps == 3 * (35 // 8)
+    assert resolve_preset("arithmetic").with_steps(35).training.num_steps == 60
+
+
+def test_hours_on_several_devices_by_hand():
+    plan = plan_ablation(resolved("qwen3-8b-4b"))
+    one = replace(plan, num_devices=4, device_hours=60.0, num_trainings=6)
+    assert one.wall_time(1) == "does not fit: a training needs 4"
+    assert one.wall_time(8) == "30.0 hours"
+    assert one.wall_time(64) == "10.0 hours"
 
 
 def test_what_is_missing_is_asked_for():

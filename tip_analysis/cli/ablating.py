@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from tip_analysis.cli import options
 from tip_analysis.cli.console import show_claims, show_table
+from tip_analysis.cli.option_values import parse_switches
+from tip_analysis.core.errors import OptionError
 
 if TYPE_CHECKING:
     from tip_analysis.training.ablation.presets import Preset
@@ -18,8 +20,11 @@ def ablate(command: options.Ablate) -> None:
     parse_arms(preset.arms, command.ratios)
     if command.dry_run:
         from tip_analysis.training.ablation.plans import plan_ablation
+        from tip_analysis.training.ablation.problem_sets import num_prompts_of
 
-        show_table(f"plan of {preset.name}", plan_ablation(preset).table())
+        num_prompts = preset.num_prompts or num_prompts_of(command.run)
+        planned = preset.with_steps(num_prompts) if num_prompts else preset
+        show_table(f"plan of {preset.name}", plan_ablation(planned).table())
         return
     from tip_analysis.training.door import ablate
 
@@ -54,7 +59,7 @@ def ablate(command: options.Ablate) -> None:
 def _experiment(command: options.Ablate) -> "Preset":
     """The preset that is named, or else the run's own pair, with the user's options in place of its
     own."""
-    from tip_analysis.training.ablation.presets import experiment
+    from tip_analysis.training.ablation.presets import PRESETS, experiment
 
     renamed = {
         "evaluation_sets": command.evaluation_prompts,
@@ -65,6 +70,13 @@ def _experiment(command: options.Ablate) -> "Preset":
         "num_steps": command.steps
     }
     changes |= {name: getattr(command, name) for name in _PRESET_OPTIONS}
+    if command.steps is not None and command.epochs is not None:
+        raise OptionError("--steps and --epochs both say how long to train: give one of them")
+    if command.chat_template_kwargs:
+        changes["chat_template_kwargs"] = parse_switches(command.chat_template_kwargs)
+    if command.dry_run and command.preset in PRESETS:
+        planned_as = PRESETS[command.preset].planned_as
+        changes |= {name: changes.get(name) or value for name, value in planned_as.items()}
     return experiment(command.run, command.preset, **changes)
 
 
@@ -93,5 +105,6 @@ _PRESET_OPTIONS = (
     "num_samples",
     "template",
     "grader",
+    "epochs",
 )
 """Options of `ablate` that are fields of a preset, or of its training, under the same name."""

@@ -22,7 +22,10 @@ def check_command(command: Any) -> None:
         InputError: the first thing that is wrong.
     """
     check_options(command)
+    plans_only = getattr(command, "dry_run", False)
     for name, value in _given(command):
+        if plans_only and name in ("student", "teacher"):
+            continue  # no model is loaded
         if value is not None and name in CHECKS:
             CHECKS[name](value)
 
@@ -41,15 +44,11 @@ def _model(name: str) -> None:
     check_model(name)
 
 
-def _prompts(source: str) -> None:
-    from tip_analysis.training.ablation.presets import check_prompts
+def _prompts(source: str | Sequence[str]) -> None:
+    from tip_analysis.training.ablation.problem_sets import check_prompts
 
-    check_prompts(source)
-
-
-def _all_prompts(sources: Sequence[str]) -> None:
-    for source in sources:
-        _prompts(source)
+    for one in [source] if isinstance(source, str) else source:
+        check_prompts(one)
 
 
 def _files(paths: Sequence[Path]) -> None:
@@ -133,7 +132,7 @@ def _runs(paths: Sequence[Path]) -> None:
 CHECKS: dict[str, Callable[[Any], None]] = {
     "device": _device,
     "dtype": _dtype,
-    "evaluation_prompts": _all_prompts,
+    "evaluation_prompts": _prompts,
     "files": _files,
     "from_": _format,
     "grader": _grader,

@@ -463,6 +463,8 @@ class Ablate:
     """Held-out problems with answers."""
     steps: SomeCountOrNone = None
     """Optimizer steps."""
+    epochs: SomeCount = None
+    """Passes over the prompts, in place of --steps."""
     prompts_per_step: SomeCount = None
     """Prompts per step."""
     rollouts_per_prompt: SomeFew = None
@@ -509,6 +511,8 @@ class Ablate:
     """The text around a problem: plain, boxed, or a text of your own that contains {problem}."""
     grader: str | None = None
     """math, exact, module:function or file.py:function."""
+    chat_template_kwargs: Pairs = ()
+    """Switches for the chat template, such as enable_thinking=false; by default the preset's."""
     teacher_context: TeacherContext = TeacherContext.NONE
     """What the teacher sees besides the prompt."""
     jobs: Processes = 1

@@ -30,11 +30,8 @@ from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import sample_rollouts
 from tip_analysis.scoring.stage import Scorer, score_rollouts
-from tip_analysis.training.ablation.presets import (
-    load_evaluation_sets,
-    load_prompts,
-    resolve_preset,
-)
+from tip_analysis.training.ablation.presets import resolve_preset
+from tip_analysis.training.ablation.problem_sets import load_evaluation_sets, load_prompts
 from tip_analysis.training.ablation.study import run_ablation, study_from_preset
 
 ENTROPY_CUT, DIVERGENCE_CUT = "0.3", "0.5"

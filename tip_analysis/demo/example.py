@@ -101,11 +101,8 @@ def make_small_run(
 
 def _train_arms(run: Run, seed: int) -> None:
     """An ablation of a few steps, on a few problems."""
-    from tip_analysis.training.ablation.presets import (
-        load_evaluation_sets,
-        load_prompts,
-        resolve_preset,
-    )
+    from tip_analysis.training.ablation.presets import resolve_preset
+    from tip_analysis.training.ablation.problem_sets import load_evaluation_sets, load_prompts
     from tip_analysis.training.ablation.study import run_ablation, study_from_preset
 
     preset = resolve_preset("arithmetic", num_steps=4, num_samples=2, arms=ARMS)

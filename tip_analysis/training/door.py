@@ -23,12 +23,12 @@ from tip_analysis.rollouts.grading import default_grader
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import toy_pair_of
-from tip_analysis.training.ablation.presets import (
-    Preset,
+from tip_analysis.training.ablation.presets import Preset, experiment
+from tip_analysis.training.ablation.problem_sets import (
     benchmark_names,
-    experiment,
     load_evaluation_sets,
     load_prompts,
+    num_prompts_of,
 )
 from tip_analysis.training.ablation.study import run_ablation, study_from_preset
 from tip_analysis.training.evaluation import evaluate_model
@@ -185,9 +185,11 @@ def ablate(
         tip.claims_table(rows)
     """
     planned = experiment(run, preset, **changes)
+    prompts = _training_prompts(planned, limit)
+    planned = planned.with_steps(len(prompts) or num_prompts_of(run))
     study = study_from_preset(
         planned,
-        prompts=load_prompts(planned.prompts, limit=limit) if planned.prompts else [],
+        prompts=prompts,
         evaluation_prompts=load_evaluation_sets(planned.evaluation_sets, limit=limit),
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
@@ -200,3 +202,11 @@ def ablate(
     return run_ablation(
         create_run(run), study, arms=arms, seeds=planned.seeds, jobs=jobs, threads=threads
     )
+
+
+def _training_prompts(planned: Preset, limit: int | None) -> list[Prompt]:
+    """What is trained on: the preset's number of prompts at most."""
+    if not planned.prompts:
+        return []
+    counts = [count for count in (limit, planned.num_prompts) if count is not None]
+    return load_prompts(planned.prompts, limit=min(counts, default=None))

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.training.ablation.presets import Preset
+from tip_analysis.training.ablation.presets import Preset, deviations_from_paper
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,24 @@ class Plan:
     num_devices: int
     """Devices that the peak needs at nine tenths of each."""
     device_hours: float
+    disk_bytes: int
+    """Of an arm's checkpoints: trainable weights and two moments, twice while one replaces the
+    other."""
+
+    def _epoch(self) -> str:
+        if self.preset.num_prompts is None:
+            return "as many as the prompts fill"
+        steps = self.preset.steps_per_epoch(self.preset.num_prompts)
+        return f"{steps:,} ({self.preset.num_prompts:,} prompts)"
+
+    def wall_time(self, num_devices: int) -> str:
+        """Hours of the whole study on so many devices: as many trainings at once as fit, each on
+        the devices that its memory needs, which do not make it faster."""
+        at_once = min(num_devices // self.num_devices, self.num_trainings)
+        if not at_once:
+            return f"does not fit: a training needs {self.num_devices}"
+        rounds = -(-self.num_trainings // at_once)
+        return f"{rounds * self.device_hours / self.num_trainings:,.1f} hours"
 
     def table(self) -> pl.DataFrame:
         """The plan as rows of (item, value), for printing."""
@@ -165,7 +183,9 @@ class Plan:
             ("student", str(preset.student)),
             ("teacher", str(preset.teacher)),
             ("prompts", preset.prompts or "the run's own rollouts"),
-            ("evaluation", ", ".join(preset.evaluation_sets)),
+            ("benchmarks", ", ".join(preset.evaluation_sets)),
+            ("thinking", preset.thinking()),
+            ("steps per epoch", self._epoch()),
             ("mode", preset.mode),
             ("arms", ", ".join(str(arm) for arm in preset.parsed_arms())),
             ("seeds", ", ".join(map(str, preset.seeds))),
@@ -188,7 +208,10 @@ class Plan:
             ("full logits instead", f"{self.full_logits_bytes / 1e9:,.1f} GB"),
             ("devices", f"{self.num_devices} × {self.device.name}"),
             ("device hours", f"{self.device_hours:,.1f}"),
+            *((f"on {n} × {self.device.name}", self.wall_time(n)) for n in (1, 8, 64)),
+            ("disk", f"{self.disk_bytes / 1e9:,.1f} GB for the checkpoint of each arm in training"),
             ("note", preset.note),
+            *(("deviation", line) for line in deviations_from_paper(preset)),
         ]
         return pl.DataFrame(rows, schema={"item": pl.String, "value": pl.String}, orient="row")
 
@@ -262,6 +285,7 @@ def plan_ablation(
         device=device,
         num_devices=max(1, -int(-memory.peak // (0.9 * device.memory_bytes))),
         device_hours=seconds / 3600,
+        disk_bytes=2 * (memory.gradients + memory.optimizer),
     )
 
 

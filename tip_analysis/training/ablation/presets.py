@@ -5,8 +5,8 @@ arms (Tables 3 to 8). What the paper does not state is marked as ours in the fie
 torch here.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from tip_analysis.analysis.arms import PAPER_ARMS, Arm, parse_arms
 from tip_analysis.core.errors import OptionError, UnknownNameError
 from tip_analysis.core.record import model_name
 from tip_analysis.core.run_folder import RunLike, open_run
-from tip_analysis.core.toy_pairs import toy_pairs
 from tip_analysis.models.locating import ARITHMETIC_PAIR
-from tip_analysis.rollouts.prompts import Prompt, is_file, read_prompts
 from tip_analysis.training.options import TrainingOptions
 
 
@@ -38,7 +36,7 @@ class Preset:
     arms: tuple[str, ...]
     """Rules with their retention ratios, as `parse_arms` reads them."""
     training: TrainingOptions
-    """Hyperparameters. The number of steps is ours: the paper does not state it."""
+    """Hyperparameters. The number of steps is one epoch: the paper does not state it."""
     max_prompt_tokens: int
     """Longest prompt; longer ones are left out."""
     max_new_tokens: int
@@ -57,6 +55,16 @@ class Preset:
     """Name of the pair in the paper's result tables."""
     note: str = ""
     """What a user must know."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Switches for the chat template, in training and evaluation."""
+    num_prompts: int | None = None
+    """How many of the prompts are trained on, the first ones; None for all."""
+    epochs: int | None = None
+    """Passes over the prompts, in place of the number of steps."""
+    planned_as: Mapping[str, Any] = field(default_factory=dict)
+    """What a plan takes for an argument that the user must give and has not given."""
+    deviations: tuple[str, ...] = ()
+    """Where it is not, or may not be, what the paper did."""
 
     def missing(self) -> list[str]:
         """Arguments that the user must give."""
@@ -64,6 +72,25 @@ class Preset:
         if self.prompts is None and self.mode == "on_policy":
             needed.append("prompts")
         return needed if self.evaluation_sets else [*needed, "evaluation_prompts"]
+
+    def thinking(self) -> str:
+        """Whether the models think before they answer, in words."""
+        switch = self.chat_template_kwargs.get("enable_thinking")
+        if switch is None:
+            return "off (the chat template has no switch for it, or its default is left)"
+        return "on" if switch else "off"
+
+    def steps_per_epoch(self, num_prompts: int) -> int:
+        """Optimizer steps that show each prompt once; a remainder that fills no step is left
+        out."""
+        return max(1, num_prompts // self.training.prompts_per_step)
+
+    def with_steps(self, num_prompts: int) -> "Preset":
+        """The preset with its epochs over so many prompts as a number of steps."""
+        if self.epochs is None:
+            return self
+        steps = self.epochs * self.steps_per_epoch(num_prompts)
+        return replace(self, training=replace(self.training, num_steps=steps))
 
     def parsed_arms(self) -> list[Arm]:
         """Its arms."""
@@ -80,8 +107,10 @@ _MATH_ARMS = (
     "soft_or_bottom:0.5",
 )
 _AGENTIC_ARMS = ("all", "entropy:0.5:0.2", "q3:0.2", "soft_or:0.5:0.2")
+_PROMPTS = 13_918
+"""80 % of DAPO-Math-17k, as the paper's base script takes it."""
 _TABLE_9 = TrainingOptions(
-    num_steps=100,
+    num_steps=_PROMPTS // 8,
     prompts_per_step=8,
     rollouts_per_prompt=16,
     learning_rate=1e-6,
@@ -97,9 +126,38 @@ _AGENTIC_NOTE = (
 )
 
 
+_DEVIATIONS = (
+    "a step is 8 prompts × 16 rollouts: our reading of Table 9",
+    "seeds: ours; over what the paper's ± is taken is not stated",
+    "cosine schedule to 0, no weight decay: not stated in the paper",
+)
+_MATH_DEVIATIONS = (
+    *_DEVIATIONS,
+    f"prompts: the first {_PROMPTS:,}; which 80 % of DAPO-Math-17k the paper takes is not stated",
+    "one epoch: the paper does not state the number of steps",
+)
+_AGENTIC_DEVIATIONS = (
+    *_DEVIATIONS,
+    "rollouts are fixed and given: the paper's environment is not part of this package's preset",
+    f"a plan without the run's rollouts counts {_TABLE_9.num_steps:,} steps for 15 epochs of them",
+    "evaluation: the problems that you give; the paper's benchmark is DeepPlanning travel",
+)
+
+
 def _math_preset(name: str, student: str, teacher: str | None, pair: str, **changes: Any) -> Preset:
     preset = Preset(
-        name, student, teacher, _DAPO, _MATH, _MATH_ARMS, _TABLE_9, 2048, 8192, paper_pair=pair
+        name,
+        student,
+        teacher,
+        _DAPO,
+        _MATH,
+        _MATH_ARMS,
+        _TABLE_9,
+        2048,
+        8192,
+        paper_pair=pair,
+        num_prompts=_PROMPTS,
+        deviations=_MATH_DEVIATIONS,
     )
     return replace(preset, **changes)
 
@@ -114,11 +172,15 @@ def _agentic_preset(name: str, teacher: str, pair: str) -> Preset:
         (),
         arms,
         training,
-        2048,
-        8192,
+        4096,
+        24_576,
         mode="offline",
         paper_pair=pair,
         note=_AGENTIC_NOTE,
+        chat_template_kwargs={"enable_thinking": True},
+        epochs=15,
+        planned_as={"evaluation_sets": ("DeepPlanning travel",)},
+        deviations=_AGENTIC_DEVIATIONS,
     )
 
 
@@ -149,6 +211,12 @@ PRESETS: dict[str, Preset] = {
                 "the paper's teacher is a Qwen3-8B after GRPO, which is not public: give your own"
                 " with --teacher"
             ),
+            chat_template_kwargs={"enable_thinking": False},
+            planned_as={"teacher": "Qwen/Qwen3-8B"},
+            deviations=(
+                *_MATH_DEVIATIONS,
+                "teacher: the one that you give; the paper's Qwen3-8B after GRPO is not public",
+            ),
         ),
         _math_preset(
             "llama-70b-8b",
@@ -162,6 +230,14 @@ PRESETS: dict[str, Preset] = {
             "Qwen/Qwen2.5-1.5B-Instruct",
             "Qwen/Qwen2.5-14B-Instruct",
             "Qwen2.5-14B-Instruct->Qwen2.5-1.5B-Instruct",
+            note=(
+                "the paper's teacher is a Qwen2.5-14B-Instruct-thinking, a reasoning model that is"
+                " not public under that name; Qwen2.5-14B-Instruct stands in for it"
+            ),
+            deviations=(
+                *_MATH_DEVIATIONS,
+                "teacher: Qwen2.5-14B-Instruct for the Qwen2.5-14B-Instruct-thinking of the paper",
+            ),
         ),
         _agentic_preset("qwen3-14b-1.7b-agentic", "Qwen/Qwen3-14B", "Qwen3-14B->Qwen3-1.7B"),
         _agentic_preset("qwen3-32b-1.7b-agentic", "Qwen/Qwen3-32B", "Qwen3-32B->Qwen3-1.7B"),
@@ -191,7 +267,11 @@ def pair_preset(student: str | None, teacher: str | None, template: str = "boxed
     """An experiment on a pair of the user's own, with the hyperparameters of Table 9 and the arms
     that the claims need."""
     training = replace(
-        _TABLE_9, micro_batch_size=None, gradient_checkpointing=False, precision="float32"
+        _TABLE_9,
+        num_steps=100,
+        micro_batch_size=None,
+        gradient_checkpointing=False,
+        precision="float32",
     )
     return Preset(
         "your own pair",
@@ -242,10 +322,12 @@ def change_preset(preset: Preset, **overrides: Any) -> Preset:
         OptionError: an argument that the preset needs is missing.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
-    own = {field.name for field in fields(Preset)}
-    ours = {field.name for field in fields(TrainingOptions)}
+    own = {entry.name for entry in fields(Preset)}
+    ours = {entry.name for entry in fields(TrainingOptions)}
     if unknown := sorted(given.keys() - own - ours):
         raise UnknownNameError("option of a preset", unknown[0], sorted(own | ours))
+    if "num_steps" in given and "epochs" not in given:
+        preset = replace(preset, epochs=None)
     training = replace(
         given.pop("training", preset.training),
         **{key: given.pop(key) for key in sorted(given.keys() & ours)},
@@ -260,71 +342,18 @@ def change_preset(preset: Preset, **overrides: Any) -> Preset:
     return preset
 
 
-def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a source: `arithmetic:SPLIT:NUMBER`, a file, or a hub dataset.
-
-    Args:
-        source: where they are.
-        limit: the first so many only.
-
-    Raises:
-        PromptFileError: they cannot be read.
-        OptionError: a malformed arithmetic source.
-    """
-    if (pair := toy_pairs().get(source.split(":", maxsplit=1)[0])) is not None:
-        return [
-            Prompt(row["id"], problem=row["problem"], answer=row["answer"])
-            for row in pair.prompts(source)
-        ][:limit]
-    return read_prompts(source, limit=limit)
-
-
-def check_prompts(source: str) -> None:
-    """Refuse a source of prompts that cannot be read: an arithmetic source or a file by its first
-    prompt, a hub dataset by its name only.
-
-    Raises:
-        PromptFileError: there is no such file, or its first row is no prompt.
-        OptionError: a malformed arithmetic source.
-    """
-    if source.split(":", maxsplit=1)[0] in toy_pairs() or is_file(source):
-        load_prompts(source, limit=1)
-
-
-def load_evaluation_sets(sources: Sequence[str], *, limit: int | None = None) -> list[Prompt]:
-    """The problems of several sets, each with the name of its benchmark; with more than one set,
-    ids have the name in front.
-
-    Raises:
-        OptionError: a set is named twice.
-    """
-    names = benchmark_names(sources)
-    prefix = "{}/" if len(names) > 1 else ""
-    return [
-        replace(prompt, id=prefix.format(name) + prompt.id, benchmark=name)
-        for source, name in zip(sources, names, strict=True)
-        for prompt in load_prompts(source, limit=limit)
+def deviations_from_paper(preset: Preset) -> list[str]:
+    """Where an experiment is not, or may not be, what the paper did, one line each."""
+    if preset.name not in PRESETS or preset.paper_pair is None:
+        return ["the pair is none of the paper's"]
+    original = PRESETS[preset.name]
+    changed = [
+        f"{name.replace('_', ' ')}: {getattr(theirs, name)} in the preset, here"
+        f" {getattr(ours, name)}"
+        for theirs, ours in ((original, preset), (original.training, preset.training))
+        for name in (entry.name for entry in fields(theirs) if entry.name != "training")
+        if getattr(theirs, name) not in (None, (), getattr(ours, name))
     ]
-
-
-def benchmark_names(sources: Sequence[str]) -> list[str]:
-    """What the benchmark of each source is called: its short name, or, where two would have the
-    same, the whole source.
-
-    Raises:
-        OptionError: a source is named twice.
-    """
-    if twice := [source for source in sources if list(sources).count(source) > 1]:
-        raise OptionError(f"the evaluation set {twice[0]!r} is named twice")
-    short = [short_name(source) for source in sources]
-    return [
-        source if short.count(name) > 1 else name
-        for source, name in zip(sources, short, strict=True)
-    ]
-
-
-def short_name(source: str) -> str:
-    """The name of a set of prompts as it stands before ids: `MATH-500` of
-    `HuggingFaceH4/MATH-500:test`."""
-    stem = source.split(":", maxsplit=1)[0].rstrip("/").rsplit("/", maxsplit=1)[-1]
-    return stem.removesuffix(".jsonl").removesuffix(".parquet")
+    if preset.epochs is not None and original.epochs is None:
+        changed.append(f"epochs: {preset.epochs} instead of the preset's number of steps")
+    return [*preset.deviations, *changed]

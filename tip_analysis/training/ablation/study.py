@@ -116,6 +116,7 @@ def study_from_preset(
         "grader": preset.grader,
         "template": preset.template,
         "max_prompt_tokens": preset.max_prompt_tokens,
+        "chat_template_kwargs": preset.chat_template_kwargs,
     }
     given: dict[str, Any] = {
         "prompts": tuple(prompts),
