@@ -10,7 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tip_analysis.core.schema import RolloutTable, polars_schema
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
-from tip_analysis.models.loading import LanguageModel, OutputHead, load_model
+from tip_analysis.models.loading import LanguageModel, load_model
+from tip_analysis.models.output_head import OutputHead
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -27,7 +27,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
 from tip_analysis.models.batching import TokenBudget
-from tip_analysis.models.loading import LanguageModel, OutputHead, resolve_device
+from tip_analysis.models.loading import LanguageModel, resolve_device
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.data import OnPolicyRollouts

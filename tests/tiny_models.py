@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
-from tip_analysis.models.loading import LanguageModel, OutputHead
+from tip_analysis.models.loading import LanguageModel
+from tip_analysis.models.output_head import OutputHead
 
 ARCHITECTURES = ("qwen3", "llama", "qwen2", "gpt2", "gemma2")
 

@@ -9,7 +9,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
-from tip_analysis.models.loading import LanguageModel, OutputHead, avoid_grouped_kernels
+from tip_analysis.models.loading import LanguageModel, avoid_grouped_kernels
+from tip_analysis.models.output_head import OutputHead
 
 TOKENIZER = build_tokenizer()
 VOCAB_SIZE = len(TOKENIZER)

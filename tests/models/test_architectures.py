@@ -10,7 +10,7 @@ from zoo import SHORT, SWITCH, ZOO, zoo_language_model, zoo_model
 
 from tip_analysis.models.abilities import abilities
 from tip_analysis.models.hidden_states import response_hidden_states
-from tip_analysis.models.loading import OutputHead
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.sampling import Sampling, generate
 
 PROMPTS = [[5, 9, 14, 3], [5, 9, 14, 3], [7, 8], [11, 4, 22, 30, 6, 9, 1]]

@@ -8,7 +8,7 @@ from tip_analysis.models.hidden_states import (
     predicting_positions,
     response_hidden_states,
 )
-from tip_analysis.models.loading import OutputHead
+from tip_analysis.models.output_head import OutputHead
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [5], [7, 8, 9, 10, 11], [1, 2, 3]]
 RESPONSES = [[4, 5, 6], [7], [], [1, 2, 3, 4, 5, 6, 7], [4, 5]]

@@ -15,7 +15,8 @@ from zoo import TOKENIZER, zoo_model
 from tip_analysis.core.errors import ModelError
 from tip_analysis.models.head_alone import head_rows, load_head
 from tip_analysis.models.hidden_states import last_hidden_states
-from tip_analysis.models.loading import load_model, load_tokenizer, model_body
+from tip_analysis.models.loading import load_model, load_tokenizer
+from tip_analysis.models.output_head import model_body
 from tip_analysis.rollouts.sampling import Sampling, generate
 
 TOKENS = torch.tensor([[1, 4, 5, 6, 9]])

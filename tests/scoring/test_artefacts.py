@@ -16,7 +16,8 @@ from tip_analysis.core.run_folder import create_run
 from tip_analysis.gradients.rollout_gradients import GradientSettings
 from tip_analysis.gradients.stage import measure_run
 from tip_analysis.models.hidden_states import last_hidden_states
-from tip_analysis.models.loading import LanguageModel, OutputHead
+from tip_analysis.models.loading import LanguageModel
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import sample_rollouts

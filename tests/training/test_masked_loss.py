@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import Loss
-from tip_analysis.models.loading import OutputHead
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.training.masked_loss import token_weights, weighted_divergence
 
 

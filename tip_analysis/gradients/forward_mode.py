@@ -39,7 +39,7 @@ from tip_analysis.gradients.directions import Direction
 from tip_analysis.gradients.forward_rules import custom_functions, experts, set_experts
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.models.hidden_states import last_hidden_states
-from tip_analysis.models.loading import causal_model, model_body
+from tip_analysis.models.output_head import causal_model, model_body
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import torch
 import torch.autograd.forward_ad as dual
 from torch import Tensor
 
-from tip_analysis.models.loading import causal_model, has_experts
+from tip_analysis.models.loading import has_experts
+from tip_analysis.models.output_head import causal_model
 
 
 @contextmanager

@@ -46,7 +46,8 @@ from tip_analysis.gradients.rollout_gradients import (
     stratified_positions,
 )
 from tip_analysis.gradients.scopes import ParameterScope, parameter_scope, transformer_blocks
-from tip_analysis.models.loading import LanguageModel, OutputHead, avoid_grouped_kernels
+from tip_analysis.models.loading import LanguageModel, avoid_grouped_kernels
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.encoded import Rollout
 
 __all__ = [

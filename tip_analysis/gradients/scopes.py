@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
-from tip_analysis.models.loading import OutputHead, causal_model, model_body
+from tip_analysis.models.output_head import OutputHead, causal_model, model_body
 
 Parameters = dict[str, nn.Parameter]
 

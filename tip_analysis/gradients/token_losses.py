@@ -22,7 +22,7 @@ from tip_analysis.gradients.directions import Direction
 from tip_analysis.gradients.scopes import ParameterScope
 from tip_analysis.logits.blocks import row_blocks
 from tip_analysis.logits.row_statistics import LOSSES
-from tip_analysis.models.loading import OutputHead
+from tip_analysis.models.output_head import OutputHead
 
 BLOCK_ELEMENTS = 1 << 21
 """Tokens × |V| of the logits in a block, at most: in larger ones the C library keeps what a block

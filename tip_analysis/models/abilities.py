@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import cache_utils as caches
 
-from tip_analysis.models.loading import causal_model, model_body
+from tip_analysis.models.output_head import causal_model, model_body
 
 logger = logging.getLogger(__name__)
 

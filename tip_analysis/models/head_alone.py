@@ -20,15 +20,8 @@ from transformers.utils.hub import cached_file
 
 from tip_analysis.core.errors import ModelError
 from tip_analysis.core.text import first_line
-from tip_analysis.models.loading import (
-    DTYPES,
-    LanguageModel,
-    OutputHead,
-    load_model,
-    locate,
-    model_body,
-    resolve_device,
-)
+from tip_analysis.models.loading import DTYPES, LanguageModel, load_model, locate, resolve_device
+from tip_analysis.models.output_head import OutputHead, model_body
 from tip_analysis.models.weights import (
     LOADING_ERRORS,
     adapted_rows,

@@ -27,13 +27,8 @@ from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import rows_per_block, token_statistics, worth_compiling
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import chosen_hidden_states
-from tip_analysis.models.loading import (
-    LanguageModel,
-    OutputHead,
-    overflow_hint,
-    shared_vocabulary,
-    token_texts,
-)
+from tip_analysis.models.loading import LanguageModel, overflow_hint, shared_vocabulary, token_texts
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
 from tip_analysis.scoring.artefacts import PADDED_MASS, label_artefacts, mass_outside
 

@@ -41,12 +41,8 @@ from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import rows_per_block, token_statistics
 from tip_analysis.models.batching import TokenBudget
-from tip_analysis.models.loading import (
-    HEAD_TOLERANCE,
-    LanguageModel,
-    OutputHead,
-    weights_fingerprint,
-)
+from tip_analysis.models.loading import LanguageModel, weights_fingerprint
+from tip_analysis.models.output_head import HEAD_TOLERANCE, OutputHead
 from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part
 from tip_analysis.scoring.scorer import (

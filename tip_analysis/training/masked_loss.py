@@ -22,7 +22,7 @@ from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import Loss
 from tip_analysis.logits.blocks import row_blocks
 from tip_analysis.logits.row_statistics import LOSSES
-from tip_analysis.models.loading import OutputHead
+from tip_analysis.models.output_head import OutputHead
 
 LossNormalizer = Literal["selected", "all"]
 """Whether the loss is divided by the number of selected tokens, or of all that the student

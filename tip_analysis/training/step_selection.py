@@ -29,7 +29,7 @@ from tip_analysis.logits.row_statistics import (
     rows_per_block,
     token_statistics,
 )
-from tip_analysis.models.loading import OutputHead
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.encoded import Rollout
 
 KEY_COLUMNS = ("rollout_id", "prompt_id", "position", "batch_id", "token_id", "loss_mask")

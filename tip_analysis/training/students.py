@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tip_analysis.core.optional import require
-from tip_analysis.models.loading import LanguageModel, OutputHead
+from tip_analysis.models.loading import LanguageModel
+from tip_analysis.models.output_head import OutputHead
 from tip_analysis.training.options import TrainingOptions
 
 
