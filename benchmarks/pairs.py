@@ -8,7 +8,8 @@ import polars as pl
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tip_analysis.core.schema import RolloutTable, polars_schema
+from tip_analysis.core.contract_checks import polars_schema
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
 from tip_analysis.models.loading import LanguageModel, load_model
 from tip_analysis.models.output_head import OutputHead

@@ -5,8 +5,9 @@ import json
 import pytest
 from small_tokenizers import make_tokenizer
 
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import ImportFormatError
-from tip_analysis.core.schema import RolloutTable, validate
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.rollouts.importers.formats import import_rollouts
 
 CHAT = make_tokenizer()

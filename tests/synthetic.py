@@ -14,6 +14,7 @@ import dataframely as dy
 import numpy as np
 import polars as pl
 
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.run_folder import create_run
 from tip_analysis.core.schema import (
     AblationTable,
@@ -21,7 +22,6 @@ from tip_analysis.core.schema import (
     MaskTable,
     RolloutTable,
     TokenTable,
-    validate,
 )
 
 _WORDS = (

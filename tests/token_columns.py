@@ -2,7 +2,8 @@
 
 import polars as pl
 
-from tip_analysis.core.schema import TokenTable, polars_schema
+from tip_analysis.core.contract_checks import polars_schema
+from tip_analysis.core.schema import TokenTable
 
 FLOATS = [name for name, dtype in polars_schema(TokenTable).items() if dtype == pl.Float32]
 EXACT = [

@@ -15,9 +15,10 @@ from tip_analysis.analysis.screening import (
 )
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.analysis.taxonomy import Taxonomy
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.names import Artefact, Scope
 from tip_analysis.core.run_folder import create_run
-from tip_analysis.core.schema import TokenTable, polars_schema
+from tip_analysis.core.schema import TokenTable
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from tip_analysis.analysis.shown_masks import (
     overlap_at_one_ratio,
 )
 from tip_analysis.core import result_tables as contracts
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.result_tables import checked
-from tip_analysis.core.schema import polars_schema
 
 SCHEMAS = {
     name: value

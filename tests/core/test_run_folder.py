@@ -9,10 +9,11 @@ import psutil
 import pytest
 
 from tip_analysis.core.atomic_files import file_hash
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError, SchemaError, StorageError
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import create_run, open_run
-from tip_analysis.core.schema import MaskTable, TokenTable, polars_schema
+from tip_analysis.core.schema import MaskTable, TokenTable
 
 
 def mask_rows(position: int = 0) -> pl.DataFrame:
@@ -211,7 +212,8 @@ def test_two_processes_may_fill_one_run(run):
     script = """
         import sys, polars as pl
         from tip_analysis.core.run_folder import open_run
-        from tip_analysis.core.schema import MaskTable, TokenTable, polars_schema
+        from tip_analysis.core.schema import MaskTable, TokenTable
+        from tip_analysis.core.contract_checks import polars_schema
         run, first = open_run(sys.argv[1]), int(sys.argv[2])
         stage = run.begin("select", config={}, additive=True)
         for index in range(first, 20, 2):

@@ -15,9 +15,10 @@ from tiny_models import ARCHITECTURES, tiny_model
 from transformers import PreTrainedModel
 
 from tip_analysis.analysis.quadrant_tables import quadrant_statistics
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import ModelError, OptionError, UnknownNameError
 from tip_analysis.core.names import Loss, Method
-from tip_analysis.core.schema import GradientTable, validate
+from tip_analysis.core.schema import GradientTable
 from tip_analysis.gradients import forward_mode
 from tip_analysis.gradients.directions import BLOCK, GaussianDirection, StoredDirection
 from tip_analysis.gradients.forward_mode import ForwardMode

@@ -29,8 +29,9 @@ from synthetic import (
 from tip_analysis.analysis import densities
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.analysis.taxonomy import Taxonomy, resolve_cuts
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import OptionError, RunError
-from tip_analysis.core.schema import RolloutTable, TokenTable, validate
+from tip_analysis.core.schema import RolloutTable, TokenTable
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import number
 from tip_analysis.report import paper

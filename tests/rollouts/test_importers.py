@@ -29,8 +29,9 @@ from small_tokenizers import (
     make_tokenizer,
 )
 
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ImportFormatError, OptionError, UnknownNameError
-from tip_analysis.core.schema import RolloutTable, polars_schema
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.rollouts.importers.formats import FORMATS, VERL_CONVERTER, import_rollouts
 from tip_analysis.rollouts.prompts import read_prompts
 

@@ -5,9 +5,10 @@ import pytest
 from small_tokenizers import make_tokenizer
 from tiny_models import tiny_language_model
 
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import ConfigurationMismatchError, ContextLengthError, OptionError
 from tip_analysis.core.run_folder import create_run
-from tip_analysis.core.schema import RolloutTable, validate
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.demo.arithmetic.language import label_tokens, problems
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling

@@ -7,7 +7,8 @@ import polars as pl
 from importing import assistant, imported, user, write_lines
 from small_tokenizers import CHAT_TEMPLATE, make_tokenizer
 
-from tip_analysis.core.schema import RolloutTable, polars_schema
+from tip_analysis.core.contract_checks import polars_schema
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.rollouts.encoded import encode_prompts
 from tip_analysis.rollouts.prompts import read_prompts
 from tip_analysis.rollouts.teacher_prompts import with_teacher_prompts

@@ -15,6 +15,7 @@ from small_tokenizers import make_tokenizer
 from tiny_models import tiny_language_model
 from token_columns import EXACT, FLOATS
 
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import (
     ConfigurationMismatchError,
     ContextLengthError,
@@ -25,7 +26,7 @@ from tip_analysis.core.errors import (
     VocabularyMismatchError,
 )
 from tip_analysis.core.run_folder import create_run, open_run
-from tip_analysis.core.schema import RolloutTable, TokenTable, validate
+from tip_analysis.core.schema import RolloutTable, TokenTable
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.logits.row_statistics import token_statistics
 from tip_analysis.models.batching import TokenBudget

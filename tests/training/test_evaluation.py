@@ -8,9 +8,10 @@ from tiny_models import tiny_language_model
 
 from tip_analysis.analysis.accuracy import compare_models
 from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import ContextLengthError, OptionError, PromptFileError
 from tip_analysis.core.run_folder import create_run, open_run
-from tip_analysis.core.schema import EvaluationTable, validate
+from tip_analysis.core.schema import EvaluationTable
 from tip_analysis.demo.arithmetic.language import extract_answer, problems
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.rollouts.prompts import Prompt

@@ -8,9 +8,10 @@ from tiny_models import tiny_language_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tip_analysis.analysis.paper_claims import paper_results
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import OptionError, UnknownNameError
 from tip_analysis.core.run_folder import create_run
-from tip_analysis.core.schema import RolloutTable, validate
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.rollouts.prompts import Prompt

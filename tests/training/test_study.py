@@ -18,9 +18,10 @@ from tiny_models import tiny_language_model
 from tip_analysis.analysis.arms import Arm, arm_results, parse_arms
 from tip_analysis.analysis.claims import claims_table
 from tip_analysis.analysis.masks import write_masks
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import ModelError, OptionError, PromptFileError, RunError
 from tip_analysis.core.run_folder import create_run, open_run
-from tip_analysis.core.schema import AblationTable, validate
+from tip_analysis.core.schema import AblationTable
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.rollouts.prompts import Prompt

@@ -13,8 +13,8 @@ from tip_analysis.analysis.benchmarks import (
 )
 from tip_analysis.analysis.claims import arm_summary, paired_difference
 from tip_analysis.analysis.paper_claims import paper_differences_beside, paper_results
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.result_tables import PaperDifferenceTable
-from tip_analysis.core.schema import polars_schema
 
 CONFIGURATION = (
     "mode",

@@ -26,8 +26,8 @@ from tip_analysis.analysis.benchmarks import (
     with_benchmark,
     with_mean_over_benchmarks,
 )
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import SchemaError
-from tip_analysis.core.schema import require_columns
 
 CONFIDENCE = 0.95
 

@@ -12,9 +12,10 @@ import polars as pl
 from tip_analysis.analysis import selection
 from tip_analysis.analysis.densities import STRENGTH, strongest_tokens
 from tip_analysis.analysis.run_view import GRADIENT_SCORES, RunView
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import RunError, SchemaError, UnknownNameError
 from tip_analysis.core.names import Quadrant, SelectionScope
-from tip_analysis.core.schema import MaskTable, polars_schema
+from tip_analysis.core.schema import MaskTable
 
 DEFAULT_RULES = ("entropy", "soft_or", "q3", "divergence", "teachability")
 """Rules shown where a run has no masks: all without randomness and gradients."""

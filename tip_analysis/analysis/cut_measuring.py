@@ -14,8 +14,8 @@ import polars as pl
 from tip_analysis.analysis.cuts import AXIS_COLUMNS, Cut, Cuts, CutSpec
 from tip_analysis.analysis.grids import ColumnGrid, exact_quantiles, is_large, measure_grids
 from tip_analysis.analysis.paper_preset import Floats, paper_cuts
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.names import Axis, CutKind, Scope
-from tip_analysis.core.schema import require_columns
 
 CutPair = tuple[CutSpec, CutSpec]
 """On entropy and on divergence."""

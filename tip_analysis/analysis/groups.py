@@ -17,9 +17,9 @@ from tip_analysis.analysis.correlations import RankedColumn, correlation_matrix
 from tip_analysis.analysis.quadrant_rule import QUADRANTS, Codes
 from tip_analysis.analysis.resampling import Resampler, written_tokens
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import SchemaError, UnknownNameError
 from tip_analysis.core.names import Quadrant
-from tip_analysis.core.schema import require_columns
 
 POSITION_EDGES = (0, 1, 4, 16, 64, 256, 1024)
 """First position of each group of positions."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Quadrant
-from tip_analysis.core.schema import require_columns
 
 MASK_KEYS = ["rule", "retention_ratio", "selection_scope", "seed"]
 """What tells one mask from another."""

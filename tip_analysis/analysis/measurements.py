@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import polars as pl
 
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import OptionError, RunError, SchemaError, UnknownNameError
 from tip_analysis.core.names import Loss, Method
 from tip_analysis.core.run_folder import Run, config_hash
-from tip_analysis.core.schema import require_columns
 
 GRADIENT_COLUMNS = (
     "grad_norm_sq",

@@ -8,8 +8,8 @@ Q3.
 import polars as pl
 
 from tip_analysis.analysis.correlations import auc
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.names import Quadrant
-from tip_analysis.core.schema import require_columns
 
 CONFIDENT = 0.9
 """A planted error counts as confident where the student's top-1 probability is at least this."""

@@ -17,9 +17,9 @@ from tip_analysis.analysis.cuts import DEFAULT_CUTS, Cuts, parse_cut
 from tip_analysis.analysis.paper_preset import PAPER_RANGES, Floats
 from tip_analysis.analysis.quadrant_rule import shares_by_cut
 from tip_analysis.analysis.taxonomy import Taxonomy
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.names import Axis, CutKind, Quadrant, Scope
-from tip_analysis.core.schema import require_columns
 
 CONFIDENT_TOP1 = 0.95
 """A token whose likeliest continuation has more than this is not uncertain by any reading."""

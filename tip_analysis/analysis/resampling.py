@@ -29,9 +29,9 @@ from tip_analysis.analysis.paper_preset import paper_cuts
 from tip_analysis.analysis.quadrant_rule import Codes, quadrant_codes
 from tip_analysis.analysis.scores import ENTROPY_CLIP
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.names import CutKind, Scope
-from tip_analysis.core.schema import require_columns
 
 _LARGEST_HISTOGRAM = 8_000_000
 """Prompts times bins of the histograms from which weighted quantiles start."""

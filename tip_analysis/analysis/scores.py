@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from tip_analysis.analysis.grids import exact_quantiles, is_large, measure_grids
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import OptionError, SchemaError, UnknownNameError
 from tip_analysis.core.names import Scope
-from tip_analysis.core.schema import require_columns
 
 ENTROPY_CLIP = 0.98
 """Quantile of h at which it is clipped before its min-max (Section 5)."""

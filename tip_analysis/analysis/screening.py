@@ -18,9 +18,10 @@ from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
+from tip_analysis.core.contract_checks import polars_schema, require_columns, validate
 from tip_analysis.core.names import Artefact, Quadrant, Scope, ScreenedPart
 from tip_analysis.core.run_folder import Run, RunLike, open_run
-from tip_analysis.core.schema import ScreenTable, polars_schema, require_columns, validate
+from tip_analysis.core.schema import ScreenTable
 
 ANY = "any"
 """All classes of artefact together."""

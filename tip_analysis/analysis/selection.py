@@ -21,9 +21,10 @@ from tip_analysis.analysis.retention import exact_ratio, within
 from tip_analysis.analysis.rule_scores import score_tokens
 from tip_analysis.analysis.rules import Rule
 from tip_analysis.analysis.rules import rule as rule_of
+from tip_analysis.core.contract_checks import require_columns, validate
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import SelectionScope
-from tip_analysis.core.schema import MaskTable, require_columns, validate
+from tip_analysis.core.schema import MaskTable
 
 SCOPE_COLUMNS: dict[SelectionScope, str | None] = {
     SelectionScope.ROLLOUT: "rollout_id",

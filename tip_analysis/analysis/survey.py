@@ -27,9 +27,9 @@ from tip_analysis.analysis.cuts import Cuts
 from tip_analysis.analysis.grids import ColumnGrid, bins_of, is_large, measure_grids, stream_batches
 from tip_analysis.analysis.quadrant_rule import QUADRANTS, float32_threshold, quadrant_codes_float32
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.names import Quadrant, Scope
-from tip_analysis.core.schema import require_columns
 
 AXES = ("student_entropy", "reverse_kl")
 DEFAULT_COLUMNS = ("student_entropy", "reverse_kl", "forward_kl")

@@ -10,9 +10,9 @@ an interval may reach beyond it.
 import dataframely as dy
 import polars as pl
 
+from tip_analysis.core.contract_checks import first_fault, polars_schema, require_columns
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Quadrant
-from tip_analysis.core.schema import first_fault, polars_schema, require_columns
 from tip_analysis.core.text import one_line
 
 VERDICTS = ("supported", "contradicted", "not resolved", "not run")

@@ -30,6 +30,7 @@ from tip_analysis.core.atomic_files import (
     storage_errors,
     sync,
 )
+from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.provenance import environment, now
 from tip_analysis.core.record import (
@@ -42,7 +43,7 @@ from tip_analysis.core.record import (
     jsonable,
     stage_of,
 )
-from tip_analysis.core.schema import TABLES, validate
+from tip_analysis.core.schema import TABLES
 
 if TYPE_CHECKING:
     from tip_analysis.core.run_folder import Run

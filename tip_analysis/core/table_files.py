@@ -21,9 +21,10 @@ from pathlib import Path
 import polars as pl
 
 from tip_analysis.core.atomic_files import file_hash
+from tip_analysis.core.contract_checks import first_fault
 from tip_analysis.core.errors import RunError, SchemaError
 from tip_analysis.core.record import COMMAND_OF_STAGE, SHARD_SUFFIX, Record, stage_of
-from tip_analysis.core.schema import TABLES, first_fault
+from tip_analysis.core.schema import TABLES
 from tip_analysis.core.text import first_line
 
 logger = logging.getLogger(__name__)

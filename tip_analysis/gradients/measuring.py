@@ -35,9 +35,10 @@ from scipy.stats import chi2
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ModelError, OptionError
 from tip_analysis.core.names import Loss, LossAggregation, Method
-from tip_analysis.core.schema import GradientTable, polars_schema
+from tip_analysis.core.schema import GradientTable
 from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions
 from tip_analysis.gradients.rollout_gradients import (
     GradientSettings,

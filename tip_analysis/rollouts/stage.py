@@ -16,11 +16,12 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.core.atomic_files import file_hash
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
-from tip_analysis.core.schema import RolloutTable, polars_schema
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.core.toy_pairs import ToyPair, pair_with_vocabulary
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import check_context

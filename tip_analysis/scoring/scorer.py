@@ -19,10 +19,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.names import StopTokens
 from tip_analysis.core.progress import Advance
-from tip_analysis.core.schema import TokenTable, polars_schema
+from tip_analysis.core.schema import TokenTable
 from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import rows_per_block, token_statistics, worth_compiling
 from tip_analysis.models.batching import TokenBudget

@@ -14,11 +14,12 @@ from typing import Any
 
 import polars as pl
 
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError
 from tip_analysis.core.names import TeacherContext
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.run_folder import Run, Stage
-from tip_analysis.core.schema import VocabularyTable, polars_schema
+from tip_analysis.core.schema import VocabularyTable
 from tip_analysis.models.batching import padding_waste, plan_batches
 from tip_analysis.models.loading import tokenizer_fingerprint
 from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part

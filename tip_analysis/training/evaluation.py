@@ -14,12 +14,13 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import OptionError, PromptFileError
 from tip_analysis.core.names import UNNAMED_BENCHMARK
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
-from tip_analysis.core.schema import EvaluationTable, polars_schema
+from tip_analysis.core.schema import EvaluationTable
 from tip_analysis.core.table_files import scan
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import check_context

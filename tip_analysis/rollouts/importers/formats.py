@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
+from tip_analysis.core.contract_checks import polars_schema, validate
 from tip_analysis.core.errors import ImportFormatError, InputError, OptionError, UnknownNameError
 from tip_analysis.core.names import OnBadRow
-from tip_analysis.core.schema import RolloutTable, polars_schema, validate
+from tip_analysis.core.schema import RolloutTable
 from tip_analysis.rollouts.importers.drafts import (
     Draft,
     ImportOptions,

@@ -22,11 +22,12 @@ import torch
 
 from tip_analysis.analysis.accuracy import accuracy
 from tip_analysis.analysis.arms import ALL, Arm
+from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.locks import locked
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run, Stage
-from tip_analysis.core.schema import AblationTable, polars_schema
+from tip_analysis.core.schema import AblationTable
 from tip_analysis.core.stages import own_folder
 from tip_analysis.core.table_files import read
 from tip_analysis.models.batching import TokenBudget
