@@ -80,18 +80,7 @@ def sample_rollouts(
         raise OptionError("--num-rollouts and --prompts-per-batch must be at least 1")
     budget = TokenBudget(token_budget)
     switches = dict(chat_template_kwargs or {})
-    if unused := unused_switches(student.tokenizer, switches):
-        logger.warning(
-            "the chat template of %s does not use %s: nothing changes",
-            student.name,
-            ", ".join(unused),
-        )
-    if any(prompt.tools for prompt in prompts) and unused_switches(student.tokenizer, ["tools"]):
-        logger.warning(
-            "the chat template of %s does not show tools: the student is not told of those that the"
-            " prompts name",
-            student.name,
-        )
+    _warn_of_what_the_template_ignores(student, prompts, switches)
     tasks = encode_prompts(
         prompts, student=student, template=template, chat_template_kwargs=switches
     )
@@ -113,21 +102,7 @@ def sample_rollouts(
             "grader": grader,
             "prompts_per_batch": prompts_per_batch,
         },
-        inputs={
-            "prompts": config_hash(
-                [
-                    [
-                        p.id,
-                        p.problem,
-                        p.messages,
-                        p.answer,
-                        p.solution,
-                        *([p.tools] * bool(p.tools)),
-                    ]
-                    for p in prompts
-                ]
-            )
-        },
+        inputs={"prompts": _hash_of(prompts)},
         settings={
             "device": str(student.device),
             "token_budget": token_budget,
@@ -135,19 +110,42 @@ def sample_rollouts(
         },
         overwrite=overwrite,
     )
-    per_shard = max(1, ROLLOUTS_PER_SHARD // num_rollouts)
-    shards = [tasks[start : start + per_shard] for start in range(0, len(tasks), per_shard)]
+    shards = _jobs_by_shard(tasks, num_rollouts, prompts_per_batch)
     missing = stage.missing(len(shards))
-    done = num_rollouts * (len(tasks) - sum(len(shards[index]) for index in missing))
+    done = sum(map(len, shards)) - sum(len(shards[index]) for index in missing)
     with track("sampling", num_rollouts * len(tasks), done=done) as advance:
         for index in missing:
-            jobs = [
-                _Job(task, (index * per_shard + place) // prompts_per_batch, sample)
-                for place, task in enumerate(shards[index])
-                for sample in range(num_rollouts)
-            ]
-            stage.write(index, _sample_shard(student, jobs, sampling, grader, budget, advance))
+            rows = _sample_shard(student, shards[index], sampling, grader, budget, advance)
+            stage.write(index, rows)
     return stage.finish(**summarize(run))
+
+
+def _warn_of_what_the_template_ignores(
+    student: LanguageModel, prompts: Sequence[Prompt], switches: Mapping[str, Any]
+) -> None:
+    if unused := unused_switches(student.tokenizer, switches):
+        logger.warning(
+            "the chat template of %s does not use %s: nothing changes",
+            student.name,
+            ", ".join(unused),
+        )
+    if any(prompt.tools for prompt in prompts) and unused_switches(student.tokenizer, ["tools"]):
+        logger.warning(
+            "the chat template of %s does not show tools: the student is not told of those that the"
+            " prompts name",
+            student.name,
+        )
+
+
+def _hash_of(prompts: Sequence[Prompt]) -> str:
+    """Hash of all that decides what is shown and how it is graded; tools count where there are
+    any."""
+    return config_hash(
+        [
+            [p.id, p.problem, p.messages, p.answer, p.solution, *([p.tools] * bool(p.tools))]
+            for p in prompts
+        ]
+    )
 
 
 def _suitable_grader(student: LanguageModel, prompts: Sequence[Prompt]) -> str:
@@ -166,6 +164,21 @@ class _Job:
     @property
     def rollout_id(self) -> str:
         return f"{self.task.id}/{self.sample}"
+
+
+def _jobs_by_shard(
+    tasks: Sequence[EncodedPrompt], num_rollouts: int, prompts_per_batch: int
+) -> list[list[_Job]]:
+    """The rollouts to sample, whole prompts to a shard, in the order of prompts and samples."""
+    per_shard = max(1, ROLLOUTS_PER_SHARD // num_rollouts)
+    return [
+        [
+            _Job(task, (start + place) // prompts_per_batch, sample)
+            for place, task in enumerate(tasks[start : start + per_shard])
+            for sample in range(num_rollouts)
+        ]
+        for start in range(0, len(tasks), per_shard)
+    ]
 
 
 def _sample_shard(
