@@ -13,7 +13,7 @@ from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import Artefact, StopTokens
 from tip_analysis.core.run_folder import create_run
-from tip_analysis.gradients.rollout_gradients import GradientSettings
+from tip_analysis.gradients.settings import GradientSettings
 from tip_analysis.gradients.stage import measure_run
 from tip_analysis.models.hidden_states import last_hidden_states
 from tip_analysis.models.loading import LanguageModel

@@ -22,7 +22,7 @@ from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.run_folder import Run, create_run
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.demo.arithmetic.tokenizer import MAX_LENGTH
-from tip_analysis.gradients.rollout_gradients import GradientSettings
+from tip_analysis.gradients.settings import GradientSettings
 from tip_analysis.gradients.stage import measure_run
 from tip_analysis.models.loading import LanguageModel, load_model
 from tip_analysis.report.build import ReportOptions, write_report

@@ -60,7 +60,7 @@ def make_small_run(
     from tip_analysis.analysis.masks import write_masks
     from tip_analysis.demo.arithmetic.language import problems
     from tip_analysis.demo.arithmetic.tokenizer import MAX_LENGTH
-    from tip_analysis.gradients.rollout_gradients import GradientSettings
+    from tip_analysis.gradients.settings import GradientSettings
     from tip_analysis.gradients.stage import measure_run
     from tip_analysis.models.loading import load_model
     from tip_analysis.rollouts.prompts import Prompt

@@ -11,7 +11,7 @@ from tip_analysis.core.names import Loss, LossAggregation, Method, TeacherContex
 from tip_analysis.core.record import model_name
 from tip_analysis.core.run_folder import RunLike, open_run
 from tip_analysis.core.stage_summary import StageSummary
-from tip_analysis.gradients.rollout_gradients import GradientSettings
+from tip_analysis.gradients.settings import GradientSettings
 from tip_analysis.gradients.stage import measure_run, setting_of
 from tip_analysis.models.named import ModelLike, as_pair, name_of
 

@@ -41,12 +41,12 @@ from tip_analysis.core.names import Loss, LossAggregation, Method
 from tip_analysis.core.schema import GradientTable
 from tip_analysis.gradients.loss_gradients import LossDirections, Pair, loss_directions
 from tip_analysis.gradients.rollout_gradients import (
-    GradientSettings,
     RolloutMeter,
     TokenGradients,
     stratified_positions,
 )
 from tip_analysis.gradients.scopes import ParameterScope, parameter_scope, transformer_blocks
+from tip_analysis.gradients.settings import GradientSettings
 from tip_analysis.models.loading import LanguageModel, avoid_grouped_kernels
 from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.encoded import Rollout

@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from tip_analysis.core.errors import ModelError, OptionError
-from tip_analysis.core.names import Loss, LossAggregation, Method
+from tip_analysis.core.errors import ModelError
+from tip_analysis.core.names import Loss, Method
 from tip_analysis.core.text import first_line
 from tip_analysis.gradients.directions import (
     Direction,
@@ -33,6 +33,7 @@ from tip_analysis.gradients.loss_gradients import (
     weighted_gradient,
 )
 from tip_analysis.gradients.scopes import ParameterScope
+from tip_analysis.gradients.settings import GradientSettings
 from tip_analysis.gradients.token_losses import TokenLosses, token_losses
 from tip_analysis.models.batching import is_out_of_memory
 from tip_analysis.models.hidden_states import last_hidden_states, read_tokens
@@ -50,52 +51,6 @@ FORWARD_MODE_TOLERANCE = {
 }
 """How far forward and backward mode may be apart, relative to the gradient's norm; a parameter
 forgotten shows as its share."""
-
-
-@dataclass(frozen=True)
-class GradientSettings:
-    """What is measured, and how."""
-
-    losses: tuple[Loss | str, ...] = (Loss.REVERSE_KL, Loss.FORWARD_KL)
-    """Per-token losses."""
-    param_scope: str = "all"
-    """What θ stands for: all, body, head, last:N, lora."""
-    method: Method | str = Method.PROBE
-    """`probe` (K forward-mode passes a rollout) or `exact` (a backward pass a token)."""
-    num_probes: int = 32
-    """K, the probes of each rollout."""
-    seed: int = 0
-    """Of probes, folds and the sample of tokens."""
-    loss_aggregation: LossAggregation | str = LossAggregation.ROLLOUT
-    """L over rollouts: `rollout` (mean of rollout means) or `token`."""
-    tokens_per_rollout: int | None = None
-    """Measure only so many tokens of each rollout, one from each of as many equal stretches; all by
-    default."""
-    probes_together: int | None = None
-    """Probes evaluated as one batch; by default what memory allows and short sequences gain
-    from."""
-
-    def __post_init__(self) -> None:
-        names = {
-            "losses": tuple(map(Loss, self.losses)),
-            "method": Method(self.method),
-            "loss_aggregation": LossAggregation(self.loss_aggregation),
-        }
-        for name, value in names.items():
-            object.__setattr__(self, name, value)
-        if (
-            self.num_probes < 1
-            or (self.tokens_per_rollout or 1) < 1
-            or (self.probes_together or 1) < 1
-        ):
-            raise OptionError(
-                "num_probes, tokens_per_rollout and probes_together must be at least 1"
-            )
-        if not self.losses or len(set(self.losses)) < len(self.losses):
-            raise OptionError(
-                "losses: expected one or more different names, found"
-                f" {', '.join(self.losses) or 'none'}"
-            )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.table_files import scan
 from tip_analysis.gradients.measuring import model_pair, stream_gradients
-from tip_analysis.gradients.rollout_gradients import GradientSettings
+from tip_analysis.gradients.settings import GradientSettings
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
 from tip_analysis.rollouts.teacher_prompts import prepare_rollouts
