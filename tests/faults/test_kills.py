@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,12 @@ from faults.kills import SCENARIOS
 HERE = Path(__file__).parent
 SHORT = ("score again", "select", "export")
 """Scenarios of the gate, at a few events."""
+
+KINDS = {
+    "kill": "killed before and after file events",
+    "fail": "disk full at file events",
+    "write": "killed in the middle of a write",
+}
 
 
 def verdicts(folder: Path, kind: str, spacing: int, names) -> list[dict]:
@@ -32,18 +37,19 @@ def check(found: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["kill"])
-def test_some_events(tmp_path, kind):
+def test_some_events(tmp_path, kind, count_check):
     found = verdicts(tmp_path, kind, 40, SHORT)
     assert {verdict["scenario"] for verdict in found} == set(SHORT)
     check(found)
+    count_check(KINDS[kind], len(found))
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", ["kill", "fail", "write"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_event(tmp_path, name, kind):
+def test_every_event(tmp_path, name, kind, count_check):
     found = verdicts(tmp_path, kind, 1, [name])
-    print(dict(Counter((verdict["scenario"], verdict["kind"]) for verdict in found)))
     assert len(found) >= 5
     check(found)
+    count_check(KINDS[kind], len(found))

@@ -6,7 +6,7 @@ import pytest
 from faults.run_folders import record_cases, run_case, shard_cases
 from synthetic import make_tables, write_run
 
-SHORT, WHOLE = 60, 2000
+SHORT, WHOLE = 40, 2000
 """Mutations in the gate, and in the marked target."""
 
 
@@ -21,7 +21,7 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def run_all(cases, good: Path, capfd, tmp_path: Path) -> None:
+def run_all(cases, good: Path, capfd, tmp_path: Path, count_check) -> None:
     """Each case ends with 0 or 2, says one line at most, and leaves all else alone."""
     outside = tmp_path / "x.parquet"
     outside.write_text("mine")
@@ -36,21 +36,22 @@ def run_all(cases, good: Path, capfd, tmp_path: Path) -> None:
         assert len([line for line in said if not line.startswith("warning")]) <= 1, case
         assert status == 0 or said, case
         statuses.append(status)
+        count_check("run.json: mutations" if name.startswith("record") else "shards: mutations")
     assert outside.read_text() == "mine"
     assert listing(good) == before
     assert {0, 2} == set(statuses)
 
 
-def test_spoiled_records(good, capfd, tmp_path):
-    run_all(record_cases(0, SHORT, good, tmp_path / "a" / "b"), good, capfd, tmp_path)
+def test_spoiled_records(good, capfd, tmp_path, count_check):
+    run_all(record_cases(0, SHORT, good, tmp_path / "a" / "b"), good, capfd, tmp_path, count_check)
 
 
-def test_spoiled_shards(good, capfd, tmp_path):
-    run_all(shard_cases(0, SHORT, good, tmp_path / "a" / "b"), good, capfd, tmp_path)
+def test_spoiled_shards(good, capfd, tmp_path, count_check):
+    run_all(shard_cases(0, SHORT, good, tmp_path / "a" / "b"), good, capfd, tmp_path, count_check)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("cases", [record_cases, shard_cases])
-def test_many_spoiled_run_folders(good, capfd, tmp_path, cases):
-    run_all(cases(1, WHOLE, good, tmp_path / "a" / "b"), good, capfd, tmp_path)
+def test_many_spoiled_run_folders(good, capfd, tmp_path, count_check, cases):
+    run_all(cases(1, WHOLE, good, tmp_path / "a" / "b"), good, capfd, tmp_path, count_check)

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from polars.testing import assert_frame_equal
 from tiny_models import tiny_language_model
 
 from tip_analysis.core.errors import ConfigurationMismatchError, InputError, OptionError, RunError
@@ -217,8 +216,13 @@ class TestLostDriver:
         score_rollouts(whole, Scorer(student, teacher), shard_size=1)
         command = [sys.executable, "-m", "tip_analysis", "score", str(run.path)]
         command += ["--teacher", names[1], "--shard-size", "1", "--dtype", "float32"]
+        # Two workers on two CPUs have one thread each, as this process has (see conftest.py), and
+        # sums of floats depend on the number of threads.
         driver = subprocess.Popen(
-            [*command, "--engine", "ray"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [*command, "--engine", "ray", "--ray-workers", "2"],
+            env=os.environ | {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         while not (done := len(list(run.path.glob("tokens/*.parquet")))):
             assert driver.poll() is None, "the driver ended before its first shard"
@@ -228,8 +232,8 @@ class TestLostDriver:
         driver.wait()
         assert done < 40
         subprocess.run(command, check=True, capture_output=True)
-        found, expected = (one.tokens().collect() for one in (run, whole))
-        assert_frame_equal(found, expected, rel_tol=1e-4, abs_tol=1e-5)  # other numbers of threads
+        assert torch.get_num_threads() == 1
+        assert run.tokens().collect().equals(whole.tokens().collect())
         assert open_run(run.path).stages()["score"]["finished"]
         assert not list(run.path.rglob("*.part"))
         _, alive = psutil.wait_procs(left, timeout=300)

@@ -6,7 +6,6 @@ Where that cannot be done (GGUF, LoRA adapters, checkpoints with names or shapes
 whole model is loaded and its body let go at once.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils.hub import cached_file
 
 from tip_analysis.core.errors import ModelError
 from tip_analysis.core.text import first_line
+from tip_analysis.models.file_checks import model_file, weight_files
 from tip_analysis.models.loading import DTYPES, LanguageModel, load_model, locate, resolve_device
 from tip_analysis.models.output_head import OutputHead, model_body
 from tip_analysis.models.weights import (
@@ -28,6 +27,7 @@ from tip_analysis.models.weights import (
     base_of,
     is_adapter,
     load_tokenizer_files,
+    read_config,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,7 @@ def head_rows(name: str) -> int:
     try:
         if is_adapter(folder):
             return adapted_rows(Path(folder)) or head_rows(base_of(Path(folder)))
-        return int(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-            .get_text_config()
-            .vocab_size
-        )
+        return int(read_config(folder, options).get_text_config().vocab_size)
     except LOADING_ERRORS as error:
         raise ModelError(f"cannot read the config of {name!r}: {first_line(error)}") from error
 
@@ -88,7 +84,7 @@ def head_rows(name: str) -> int:
 def _head_alone(folder: str, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel | None:
     """The model on the meta device but for its head; None where the head's weights are not found
     under a known name."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    config = read_config(folder, options)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None  # of two parts, or of another kind: the whole model's loader knows
     with torch.device("meta"):
@@ -103,7 +99,7 @@ def _head_alone(folder: str, options: dict[str, Any], dtype: torch.dtype) -> Pre
         name = next((name for name in _names(model, parameter) if name in file_of), None)
         if name is None:
             return None
-        with safe_open(_file(folder, file_of[name], options), framework="pt") as file:
+        with safe_open(model_file(folder, file_of[name], options), framework="pt") as file:
             tensor = file.get_tensor(name)
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             return None
@@ -136,14 +132,9 @@ def _names(model: PreTrainedModel, wanted: nn.Parameter) -> list[str]:
 def _weight_files(folder: str, options: dict[str, Any]) -> dict[str, str]:
     """The safetensors file that each weight of a checkpoint lies in, by its name in the
     checkpoint's folder."""
-    if index := _file(folder, "model.safetensors.index.json", options):
-        return json.loads(Path(index).read_text("utf-8"))["weight_map"]
-    if single := _file(folder, "model.safetensors", options):
+    if index := model_file(folder, "model.safetensors.index.json", options):
+        return weight_files(Path(index))
+    if single := model_file(folder, "model.safetensors", options):
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), "model.safetensors")
     return {}
-
-
-def _file(folder: str, name: str, options: dict[str, Any]) -> str | None:
-    """Where a file of a checkpoint lies, fetched if need be; None where there is none."""
-    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **options)

@@ -8,9 +8,10 @@ A model is used in two halves, body and head: `output_head`.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -133,7 +134,7 @@ def load_model(
     if placement == "several":
         kwargs["device_map"] = "auto"
     try:
-        with _without_bars():
+        with _without_bars(gguf="gguf_file" in options):
             model = load_weights(folder, options, kwargs)
         tokenizer = load_tokenizer_files(folder, options)
         if placement != "several":
@@ -280,13 +281,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """No progress bars of transformers: a line of ours says what is loaded."""
+def _without_bars(*, gguf: bool) -> Iterator[None]:
+    """No progress bars of transformers: a line of ours says what is loaded. That of GGUF files
+    knows no switch, and writes to stderr."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
-    if shown:
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()) if gguf else nullcontext():
+            yield
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()

@@ -6,7 +6,6 @@ do not fit their base, pickles, and configs of other kinds of model. Excepted ar
 buffers, which need not be stored.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,7 +31,19 @@ from transformers.models.auto.modeling_auto import (
 from tip_analysis.core.errors import ModelError
 from tip_analysis.core.optional import require
 from tip_analysis.core.text import first_line
+from tip_analysis.models.file_checks import (
+    check_adapter_config,
+    check_config,
+    check_config_file,
+    check_index,
+    check_sizes,
+    check_stops,
+    read_object,
+    stored_elements,
+)
+from tip_analysis.models.gguf_files import check_gguf
 from tip_analysis.models.locating import locate
+from tip_analysis.models.panics import panics_named
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +76,8 @@ def load_weights(
         if hasattr(transformers, "GgufConfig"):  # releases before it always dequantize
             kwargs = kwargs | {"quantization_config": transformers.GgufConfig(dequantize=True)}
         loader: Any = AutoModelForCausalLM
+        stored = check_gguf(Path(folder) / options["gguf_file"])
+        check_sizes(loader, read_config(folder, options), stored)
     else:
         kwargs = kwargs | {"use_safetensors": True}
         loader = _loader(folder, options)
@@ -71,14 +85,29 @@ def load_weights(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options, **kwargs
     )
     _check(model, report)
+    check_stops(model.generation_config)
     return model
+
+
+def read_config(folder: str, options: Mapping[str, Any]) -> PreTrainedConfig:
+    """A model's config, its counts and sizes checked.
+
+    Raises:
+        ModelError: no model has them.
+    """
+    if "gguf_file" not in options:
+        check_config_file(folder, options)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    check_config(config)
+    return config
 
 
 def load_tokenizer_files(folder: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; an adapter without one of its own has its base's."""
     if is_adapter(folder) and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer_files(*locate(base_of(Path(folder))))
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    with panics_named():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def is_adapter(folder: str) -> bool:
@@ -92,23 +121,28 @@ def base_of(folder: Path) -> str:
     Raises:
         ModelError: the adapter's config names none.
     """
-    name = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    name = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelError(
             f"{folder / ADAPTER_CONFIG} names no base model: expected a hub id or a folder as"
             f" base_model_name_or_path, found {name!r}"
         )
+    if Path(name).is_dir() and is_adapter(name):
+        raise ModelError(f"{folder / ADAPTER_CONFIG} names as its base {name!r}, an adapter too")
     return name
 
 
 def _loader(folder: str, options: Mapping[str, Any]) -> Any:
     """The class that loads this kind of model: causal, or of two parts of which text is one."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    config = read_config(folder, options)
+    check_index(folder, options)
     for mapping, loader in (
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     ):
         if type(config) in mapping:
+            if Path(folder).is_dir():
+                check_sizes(loader, config, stored_elements(Path(folder)))
             return loader
     raise ModelError(
         f"its config is of the kind {config.model_type!r}, which is no causal language model"
@@ -179,6 +213,7 @@ def _load_adapter(folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
         base = load_weights(*locate(base_name), kwargs)
     except LOADING_ERRORS as error:
         raise ModelError(f"its base model {base_name!r}: {first_line(error)}") from error
+    check_adapter_config(folder / ADAPTER_CONFIG, adapter_shapes(folder))
     _resize(base, folder)
     places = {_PREFIX_OF_ADAPTED + name for name, _ in base.named_parameters()}
     with warnings.catch_warnings():

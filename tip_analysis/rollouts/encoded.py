@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tip_analysis.core.errors import OptionError, PromptFileError
+from tip_analysis.core.errors import OptionError, PromptFileError, VocabularyMismatchError
 from tip_analysis.core.names import TeacherContext
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.rollouts.prompts import Message, Prompt
@@ -154,6 +154,7 @@ def encode_prompts(
         UnknownNameError: no such context.
         OptionError: no teacher to show a solution to.
         PromptFileError: a prompt lacks the solution that the teacher is to be shown.
+        VocabularyMismatchError: a prompt holds a token that its model has no row for.
     """
     shows_solution = TeacherContext(teacher_context) is TeacherContext.SOLUTION
     if shows_solution and teacher is None:
@@ -163,12 +164,23 @@ def encode_prompts(
         messages = student_messages(prompt, template)
         switches = with_tools(chat_template_kwargs, prompt.tools)
         shown = render(student.tokenizer, messages, chat_template_kwargs=switches)
+        _check_rows(prompt, shown.token_ids, student)
         to_teacher = None
         if shows_solution and teacher is not None:
             more = teacher_messages(messages, _solution(prompt))
             to_teacher = render(teacher.tokenizer, more, chat_template_kwargs=switches)
+            _check_rows(prompt, to_teacher.token_ids, teacher)
         encoded.append(EncodedPrompt(prompt, messages, shown, to_teacher))
     return encoded
+
+
+def _check_rows(prompt: Prompt, token_ids: Sequence[int], model: LanguageModel) -> None:
+    """Refuse a prompt with a token of the tokenizer's that its model has no row for."""
+    if max(token_ids) >= model.vocab_size:
+        raise VocabularyMismatchError(
+            f"prompt {prompt.id!r} holds the token id {max(token_ids)}, but {model.name} has only"
+            f" {model.vocab_size:,} rows: tokenizer and weights do not belong together"
+        )
 
 
 def _solution(prompt: Prompt) -> str:

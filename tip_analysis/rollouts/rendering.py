@@ -16,6 +16,7 @@ from tip_analysis.rollouts.row_files import preview
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from tip_analysis.rollouts.prompts import Message, Prompt
+from tip_analysis.rollouts.template_limits import check_template, time_limit
 
 TEMPLATES: dict[str, str] = {
     "plain": "{problem}",
@@ -165,13 +166,15 @@ def render_chat(
     switches = dict(chat_template_kwargs or {})
     if reserved := [name for name in _RESERVED_SWITCHES if name in switches]:
         raise OptionError(f"chat template switches: {', '.join(reserved)} cannot be set here")
+    check_template(str(tokenizer.chat_template))
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **switches,
-        )
+        with time_limit():
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **switches,
+            )
     except Exception as problem:  # a template is a program of the model's author's
         raise PromptFileError(
             f"the chat template refuses the conversation ({roles_of(messages)}):"
@@ -209,8 +212,17 @@ def render_bare(tokenizer: "PreTrainedTokenizerBase", text: str) -> RenderedProm
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids of a text, with no special token but those written in it."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """Token ids of a text, with no special token but those written in it.
+
+    Raises:
+        PromptFileError: the tokenizer fails: it has no token for what it does not know, say.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as problem:  # tokenizers raises no other kind
+        raise PromptFileError(
+            f"the model's tokenizer cannot encode {preview(text)}: {one_line(str(problem), 200)}"
+        ) from problem
 
 
 def unused_switches(
