@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 import reference
@@ -176,3 +177,22 @@ def test_other_errors_and_empty_tables() -> None:
     with pytest.raises(SchemaError, match="at least one token"):
         cut_sensitivity(empty)
     assert resolve_cuts(empty, entropy_cut="paper").paper_ranges_met is False
+
+
+def test_cuts_in_use_are_lines_of_the_grid() -> None:
+    rng = np.random.default_rng(1)
+    tokens = frame(rng.exponential(0.1, 200), rng.exponential(1.0, 200))
+    for options in ({"entropy_cut": 0.5}, {"divergence_cut": 7.25}, {}):
+        cuts = resolve_cuts(tokens, **options)
+        table = cut_sensitivity(tokens, in_use=cuts)
+        row = table.filter(
+            entropy_cut=cuts.entropy.value, divergence_cut=cuts.divergence.value
+        ).row(0, named=True)
+        shares = dict(
+            quadrant_shares(assign_quadrants(tokens, cuts=cuts))
+            .select("quadrant", "share")
+            .iter_rows()
+        )
+        assert [row[name] for name in Quadrant] == [shares[name] for name in Quadrant]
+        sizes = table["entropy_cut"].n_unique() * table["divergence_cut"].n_unique()
+        assert table.height == sizes == table.unique(["entropy_cut", "divergence_cut"]).height

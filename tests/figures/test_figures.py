@@ -258,6 +258,21 @@ def test_sensitivity_draws_the_grid_and_marks_the_papers_ranges():
     assert [round(patch.get_x() + 0.5) for patch in axes.patches] == [3] * 5
 
 
+def _rings(entropy_cut, divergence_cut):
+    axes = figures.cut_sensitivity(
+        _grid(), entropy_cut=entropy_cut, divergence_cut=divergence_cut
+    ).axes[0]
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+
+
+def test_the_ring_stands_on_the_cut_and_nowhere_else():
+    grid = _grid()
+    x, y = (np.unique(grid[name].to_numpy()) for name in ("entropy_cut", "divergence_cut"))
+    assert _rings(float(x[2]), float(y[1])) == [(2.0, 1.0)]
+    assert _rings(float(x[-1]) + 1.0, float(y[1])) == []
+    assert _rings(float(x[0]), float(y[0]) - 1.0) == []
+
+
 def test_overlap_puts_each_pair_once():
     axes = DRAWINGS["overlap"](figures.PAGE_WIDTH).axes[0]
     values = np.ma.filled(axes.collections[0].get_array(), np.nan).reshape(2, 2)

@@ -37,6 +37,7 @@ from tip_analysis.core.words import number
 from tip_analysis.report import paper
 from tip_analysis.report.build import ReportOptions, build_report, write_report
 from tip_analysis.report.page import json_block
+from tip_analysis.report.sections import overview
 
 
 class _Page(HTMLParser):
@@ -296,6 +297,24 @@ def test_cuts_of_the_options_are_used_and_named(run, tables):
     q3 = ((h <= 0.5) & (d > np.quantile(d.to_numpy(), 0.8))).sum()
     assert shown.table("Tokens of each quadrant")[3][2] == str(q3)
     assert any("--entropy-cut 0.5 --divergence-cut q0.8" in text for text in shown.texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "(Q1+Q2 is what the median cut makes it, by construction, and takes no part)"),
+        ({"entropy_cut": "q0.6"}, "(Q1+Q2 is what the q0.6 cut makes it, by construction"),
+        ({"entropy_cut": "paper"}, "so that they are no evidence here"),
+        ({"entropy_cut": 0.4}, ""),
+    ],
+)
+def test_what_a_cut_fixes_takes_no_part_in_the_verdict(run, options, said):
+    view = RunView(run, _options(**options))
+    finding = overview.overview([view]).parts[0].finding
+    verdict = finding.split("(Q4): ")[1]
+    assert said in verdict
+    judged = verdict.split(" (Q1+Q2 is what")[0]
+    assert ("Q1+Q2" in judged) == (options == {"entropy_cut": 0.4})
 
 
 def test_sensitivity_table_agrees_with_counting(page, tables):

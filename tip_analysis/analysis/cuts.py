@@ -102,6 +102,15 @@ class Cuts:
         return notebook_html(self)
 
 
+def shares_by_construction(cuts: Cuts) -> list[str]:
+    """Which of the shares Q1+Q2, Q3 and Q4 the form of the cuts fixes whatever the data: a quantile
+    of the entropy fixes the uncertain share, the preset `paper` aims at all three."""
+    kind = parse_cut(cuts.entropy.spec, Axis.ENTROPY).kind
+    if kind is CutKind.PAPER:
+        return ["Q1+Q2", "Q3", "Q4"]
+    return ["Q1+Q2"] if kind in (CutKind.MEDIAN, CutKind.QUANTILE) else []
+
+
 def parse_cut(cut: str | float, axis: Axis = Axis.ENTROPY) -> CutSpec:
     """Read a cut: a name, `q` and a quantile, or a number in nats (as a number or as text).
 

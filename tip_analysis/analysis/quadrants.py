@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.cut_measuring import measure_cut
-from tip_analysis.analysis.cuts import DEFAULT_CUTS, Cuts, parse_cut
+from tip_analysis.analysis.cuts import DEFAULT_CUTS, Cut, Cuts, parse_cut
 from tip_analysis.analysis.paper_preset import PAPER_RANGES, Floats
 from tip_analysis.analysis.quadrant_rule import shares_by_cut
 from tip_analysis.analysis.taxonomy import Taxonomy
@@ -140,8 +140,15 @@ def cut_sensitivity(
     *,
     entropy_cuts: Sequence[str | float] = DEFAULT_GRID,
     divergence_cuts: Sequence[str | float] = DEFAULT_GRID,
+    in_use: Cuts | None = None,
 ) -> pl.DataFrame:
     """How the shares move with both cuts (scope `run`), and where the paper's ranges hold.
+
+    Args:
+        tokens: Rows of the token table.
+        entropy_cuts, divergence_cuts: The lines of the grid.
+        in_use: The cuts that a run is looked at under: they are lines of the grid too, unless they
+            are measured batch by batch.
 
     Returns:
         A `CutSensitivityTable`, one row per pair, with entropy_spec, divergence_spec (as asked
@@ -167,6 +174,9 @@ def cut_sensitivity(
     divergence = frame["reverse_kl"].cast(pl.Float64).to_numpy()
     entropy_axis = _measured_grid(entropy, entropy_cuts, Axis.ENTROPY)
     divergence_axis = _measured_grid(divergence, divergence_cuts, Axis.DIVERGENCE)
+    if in_use is not None:
+        _add_line(entropy_axis, in_use.entropy)
+        _add_line(divergence_axis, in_use.divergence)
     above = shares_by_cut(
         entropy, divergence, [cut for _, cut in entropy_axis], [cut for _, cut in divergence_axis]
     )
@@ -178,6 +188,12 @@ def cut_sensitivity(
     names = ["entropy_spec", "divergence_spec", "entropy_cut", "divergence_cut", *Quadrant]
     table = pl.DataFrame(rows, schema=names, orient="row")
     return _beside_paper(table.with_columns(pl.lit(frame.height).alias("num_tokens")))
+
+
+def _add_line(axis: list[tuple[str, float]], cut: Cut) -> None:
+    """The cut as one more line, unless the grid has it or it has no single value."""
+    if cut.value is not None and cut.value not in [value for _, value in axis]:
+        axis.append((cut.spec, cut.value))
 
 
 def _beside_paper(table: pl.DataFrame) -> pl.DataFrame:

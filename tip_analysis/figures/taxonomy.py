@@ -261,7 +261,8 @@ def _plane_of_cuts(
         axes.add_patch(_holding(row, column))
     if entropy_cut is not None and divergence_cut is not None:
         place = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
-        axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec=ON_LIGHT, mew=1.4)
+        if None not in place:
+            axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec=ON_LIGHT, mew=1.4)
     _value_ticks(axes, x, y)
     axes.set_xlabel("entropy cut, nats")
     axes.set_ylabel("divergence cut, nats")
@@ -285,8 +286,11 @@ def _value_ticks(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
         setter(chosen, [plain_number(float(values[index])) for index in chosen])
 
 
-def _index_of(values: np.ndarray, value: float) -> float:
-    """Fractional index of `value` among increasing `values`."""
+def _index_of(values: np.ndarray, value: float) -> float | None:
+    """Fractional index of `value` among increasing `values`; None beyond their ends, where no place
+    of the grid would be its own."""
+    if not values[0] <= value <= values[-1]:
+        return None
     return float(np.interp(value, values, np.arange(len(values))))
 
 
@@ -302,8 +306,8 @@ def _shares_along(axes: Axes, rows: pl.DataFrame, column: str, chosen: float | N
     x, values = np.arange(rows.height), rows[column].to_numpy()
     shares = [rows[name].to_numpy() for name in QUADRANT_COLORS]
     axes.stackplot(x, *shares, colors=list(QUADRANT_COLORS.values()), lw=0)
-    if chosen is not None:
-        axes.axvline(_index_of(values, chosen), color=ON_LIGHT, lw=1.2)
+    if chosen is not None and (place := _index_of(values, chosen)) is not None:
+        axes.axvline(place, color=ON_LIGHT, lw=1.2)
     bottom = np.cumsum([np.zeros(len(x)), *shares], axis=0)
     for index, name in enumerate(QUADRANT_COLORS):
         widest = int(np.argmax(shares[index][1:-1])) + 1 if len(x) > 2 else 0

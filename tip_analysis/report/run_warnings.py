@@ -3,6 +3,7 @@ sentences."""
 
 from collections.abc import Iterator
 
+from tip_analysis.analysis.confidence import warn_about_confidence
 from tip_analysis.analysis.quadrants import warn_about_cuts
 from tip_analysis.analysis.rollout_facts import RolloutCounts, count_rollouts
 from tip_analysis.analysis.run_view import RunView
@@ -16,6 +17,8 @@ def warnings_of(view: RunView) -> list[str]:
     texts = [*_table_warnings(view), *_rollout_warnings(count_rollouts(view.rollouts))]
     if (cut := warn_about_cuts(view.raw, view.cuts)) is not None:
         texts.append(sentence(cut.message))
+    if (unsure := warn_about_confidence(view.raw, view.cuts)) is not None:
+        texts.append(sentence(unsure.message))
     texts += [sentence(text) for text in artefact_warnings(view.screened)]
     if view.cuts.paper_ranges_met is not None:
         verdict = "they do here" if view.cuts.paper_ranges_met else "the data do not allow it here"

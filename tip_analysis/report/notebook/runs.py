@@ -11,6 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from tip_analysis.analysis.confidence import warn_about_confidence
 from tip_analysis.analysis.cuts import Cut, Cuts
 from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import warn_about_cuts
@@ -128,8 +129,9 @@ def open_view(run: Run | str | Path, options: ReportOptions) -> RunView:
 
 
 def _summary(view: RunView) -> QuadrantSummary:
-    warning = warn_about_cuts(view.raw, view.cuts)
-    return QuadrantSummary(view.shares, view.cuts, warning.message if warning else None)
+    found = warn_about_cuts(view.raw, view.cuts), warn_about_confidence(view.raw, view.cuts)
+    messages = [one.message for one in found if one is not None]
+    return QuadrantSummary(view.shares, view.cuts, "; ".join(messages) or None)
 
 
 def run_html(run: Run) -> str:

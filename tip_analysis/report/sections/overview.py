@@ -7,6 +7,7 @@ from zlib import crc32
 import polars as pl
 
 from tip_analysis import figures
+from tip_analysis.analysis.cuts import shares_by_construction
 from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.planted import planted_detection
 from tip_analysis.analysis.quadrant_tables import widen
@@ -73,26 +74,37 @@ def _finding(view: RunView) -> str:
             " the student."
         )
     uncertain = shares["Q1"] + shares["Q2"]
-    compared = {"Q1+Q2": uncertain, "Q3": shares["Q3"], "Q4": shares["Q4"]}
-    inside = [
-        name
-        for name, share in compared.items()
-        if PAPER_RANGES[name][0] <= share <= PAPER_RANGES[name][1]
-    ]
-    outside = [name for name in compared if name not in inside]
-    if not outside:
-        verdict = "all three within the ranges that the paper reports"
-    else:
-        verdict = (
-            f"{listed(outside)} outside the range{'s' if len(outside) > 1 else ''} that the paper"
-            " reports"
-        )
-        verdict += f", {listed(inside)} within" if inside else ""
     return (
         f"{percent(shares['Q3'])} of the tokens are confident and disagree with the teacher (Q3),"
         f" {percent(uncertain)} are uncertain (Q1 and Q2), {percent(shares['Q4'])} are settled"
-        f" (Q4): {verdict}."
+        f" (Q4): {_verdict(view)}."
     )
+
+
+def _verdict(view: RunView) -> str:
+    """Which shares lie in the paper's ranges, among those that the cuts leave open."""
+    shares, fixed = view.share_of, shares_by_construction(view.cuts)
+    compared = {"Q1+Q2": shares["Q1"] + shares["Q2"], "Q3": shares["Q3"], "Q4": shares["Q4"]}
+    if len(fixed) == len(compared):
+        return "the preset `paper` sets the cuts by the ranges, so that they are no evidence here"
+    left = [name for name in compared if name not in fixed]
+    inside = [name for name in left if _in_paper_range(name, compared[name])]
+    outside = [name for name in left if name not in inside]
+    words = [f"{listed(inside)} within"] if inside else []
+    words += [f"{listed(outside)} outside"] if outside else []
+    num = len(outside or inside)
+    verdict = f"{', '.join(words)} the range{'s' if num > 1 else ''} that the paper reports"
+    if fixed:
+        verdict += (
+            f" ({listed(fixed)} is what the {view.cuts.entropy.spec} cut makes it, by construction,"
+            " and takes no part)"
+        )
+    return verdict
+
+
+def _in_paper_range(name: str, share: float) -> bool:
+    low, high = PAPER_RANGES[name]
+    return low <= share <= high
 
 
 def _overview_blocks(view: RunView, *, alone: bool) -> list[Block]:
@@ -130,13 +142,19 @@ def _shares_picture(view: RunView) -> Block:
         key=f"shares-{slug_of(view)}",
         caption=(
             "Share of response tokens in each quadrant. Hatched: the range that the paper reports"
-            " over its pairs."
+            f" over its pairs.{_fixed_words(view)}"
         ),
         alt=(
             "Bars of the quadrant shares beside the paper's ranges; the table below has the"
             " numbers."
         ),
     )
+
+
+def _fixed_words(view: RunView) -> str:
+    if not (fixed := shares_by_construction(view.cuts)):
+        return ""
+    return f" What the cuts fix by construction ({listed(fixed)}) is no comparison."
 
 
 def _shares_block(view: RunView) -> Table:

@@ -133,7 +133,7 @@ def _map_blocks(view: RunView) -> list[Block]:
 def _sensitivity_part(view: RunView, label: str) -> Part:
     if not view.population.num_tokens:
         return Part("No token has statistics.", run=label)
-    grid = cut_sensitivity(view.raw)
+    grid = cut_sensitivity(view.raw, in_use=view.cuts)
     drawn = picture(
         lambda width: figures.cut_sensitivity(
             grid,
@@ -143,9 +143,9 @@ def _sensitivity_part(view: RunView, label: str) -> Part:
         ),
         key=f"sensitivity-{slug_of(view)}",
         caption=(
-            "Left: share of Q3 for cuts at the 5 % to 95 % quantiles of either axis; hatched where"
-            " all the paper’s ranges hold; the ring is the cut in use. Then: all shares along one"
-            " cut while the other is held."
+            "Left: share of Q3 for cuts at the 5 % to 95 % quantiles of either axis, and at the"
+            " cuts in use (the ring); hatched where all the paper’s ranges hold. Then: all shares"
+            " along one cut while the other is held."
         ),
         alt="Shares for a grid of cuts; the table below has the extremes.",
     )
@@ -169,9 +169,7 @@ def _sensitivity_finding(grid: pl.DataFrame) -> str:
             if not grid[column].any()
         ]
         reason = f"; {listed(failing)} never does" if failing else ""
-        return (
-            f"{span}; no pair of quantile cuts puts all shares within the paper’s ranges{reason}."
-        )
+        return f"{span}; no pair of these cuts puts all shares within the paper’s ranges{reason}."
     entropy, divergence = _span(holds["entropy_cut"]), _span(holds["divergence_cut"])
     return (
         f"{span}; {percent(holds.height / grid.height)} of the pairs of cuts put all shares within"
