@@ -193,6 +193,7 @@ def test_cuts_in_use_are_lines_of_the_grid() -> None:
             .select("quadrant", "share")
             .iter_rows()
         )
-        assert [row[name] for name in Quadrant] == [shares[name] for name in Quadrant]
+        expected = [shares[name] for name in Quadrant]
+        assert [row[name] for name in Quadrant] == pytest.approx(expected)
         sizes = table["entropy_cut"].n_unique() * table["divergence_cut"].n_unique()
         assert table.height == sizes == table.unique(["entropy_cut", "divergence_cut"]).height
