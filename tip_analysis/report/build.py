@@ -120,6 +120,7 @@ def section_makers(
     return [
         ("overview", "Overview", lambda: overview.overview(views)),
         ("map", "Quadrant map", lambda: taxonomy.quadrant_map(views)),
+        ("browser", "Token browser", lambda: browser.browser(views)),
         ("sensitivity", "Sensitivity to the cuts", lambda: taxonomy.sensitivity(views)),
         ("gradients", "Gradient norms and alignment", lambda: gradients.gradients(views)),
         ("selection", "Selection rules", lambda: selections.selections(views)),
@@ -127,7 +128,6 @@ def section_makers(
         ("artefacts", "Artefacts", lambda: artefacts.artefacts(views)),
         ("ablations", "Ablations and the paper’s claims", lambda: ablations.ablations(views)),
         ("strongest", "Strongest tokens", lambda: taxonomy.strong_tokens(views)),
-        ("browser", "Token browser", lambda: browser.browser(views)),
         ("provenance", "Provenance", lambda: provenance.provenance(views, str(output))),
     ]
 

@@ -148,6 +148,8 @@ class Part:
     blocks: Sequence[Block] = ()
     population: str = ""
     run: str = ""
+    folded: str = ""
+    """Where the blocks are folded away: what opens them."""
 
 
 @dataclass(frozen=True)

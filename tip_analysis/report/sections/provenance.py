@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tip_analysis.analysis.run_view import RunView
@@ -20,7 +21,12 @@ MAX_RECORDS = 60
 def provenance(views: Sequence[RunView], output: str) -> Section:
     """Every stage of `run.json`: configuration, versions, fingerprints, time, rate and commands."""
     parts = [
-        Part(_provenance_finding(view), _provenance_blocks(view), run=label_of(view, views))
+        Part(
+            _provenance_finding(view),
+            _provenance_blocks(view),
+            run=label_of(view, views),
+            folded="Show stages, commands, settings and versions",
+        )
         for view in views
     ]
     parts.append(Part("", [Command("This page is made by", command_of(views, output))]))
@@ -40,8 +46,24 @@ def _provenance_finding(view: RunView) -> str:
         for kind, stages in kinds.items()
         if all(stage.get("finished") for stage in stages.values())
     ]
-    seconds = sum(stage.get("wall_time_s") or 0.0 for stage in view.stages.values())
+    seconds = sum(time_taken(stages.values()) for stages in kinds.values())
     return sentence(f"{listed(finished) or 'no stage'} finished, in {duration(seconds)} in all")
+
+
+def time_taken(stages: Iterable[dict[str, Any]]) -> float:
+    """Seconds that stages took together: what they recorded, but no more than the clock ran, since
+    losses that are measured together each record the whole time."""
+    stages = list(stages)
+    recorded = sum(stage.get("wall_time_s") or 0.0 for stage in stages)
+    if not all(stage.get("began") and stage.get("finished") for stage in stages):
+        return recorded
+    clock, until = 0.0, datetime.min.replace(tzinfo=UTC)
+    for began, finished in sorted((stage["began"], stage["finished"]) for stage in stages):
+        start, end = (datetime.fromisoformat(text) for text in (began, finished))
+        end += timedelta(seconds=1)  # times are recorded in whole seconds
+        clock += max(0.0, (end - max(start, until)).total_seconds())
+        until = max(until, end)
+    return min(recorded, clock)
 
 
 def _provenance_blocks(view: RunView) -> list[Block]:
@@ -86,7 +108,7 @@ def _kinds(view: RunView) -> dict[str, dict[str, Any]]:
 def _stage_table(view: RunView) -> Table:
     rows = []
     for kind, stages in _kinds(view).items():
-        seconds = sum(stage.get("wall_time_s") or 0.0 for stage in stages.values())
+        seconds = time_taken(stages.values())
         tokens = sum(stage.get("summary", {}).get("num_tokens") or 0 for stage in stages.values())
         unfinished = [key for key, stage in stages.items() if not stage.get("finished")]
         last = max((stage.get("finished") or "" for stage in stages.values()), default="")
