@@ -693,3 +693,39 @@ def test_intervals_of_a_large_run_come_from_sampled_prompts(tables, run):
     ratio = (part["high"] - part["low"]).to_numpy() / (whole["high"] - whole["low"]).to_numpy()
     assert (ratio > 0.2).all()
     assert (ratio < 4).all()
+
+
+def _headline(run, **options):
+    return overview.overview([RunView(run, _options(**options))]).parts[0].finding
+
+
+def test_headline_gives_the_share_of_tokens_and_of_the_loss_with_n_and_intervals(run, tables):
+    in_q3 = _plain_quadrants(tables.tokens) == "Q3"
+    divergence = tables.tokens["reverse_kl"].cast(pl.Float64).to_numpy()
+    words = _headline(run)
+    found = re.search(r"is ([\d.]+%) \[.+?%\] of ([\d,]+) tokens and ([\d.]+%) \[.+?%\]", words)
+    assert found is not None, words
+    assert found[1] == f"{100 * in_q3.mean():.1f}%"
+    assert found[2] == f"{tables.tokens.height:,}"
+    assert found[3] == f"{100 * divergence[in_q3].sum() / divergence.sum():.1f}%"
+
+
+def test_headline_is_silent_about_what_a_few_tokens_carry(run, tables):
+    divergence = tables.tokens["reverse_kl"].cast(pl.Float64)
+    cut = float(divergence.sort(descending=True)[5])
+    words = _headline(run, entropy_cut=100.0, divergence_cut=cut)
+    assert "5 tokens, too few to say what it carries" in words
+    assert "of the loss" not in words
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "both see the same prompt"),
+        ({"teacher_context": "solution"}, "the teacher is also shown the reference solution"),
+    ],
+)
+def test_the_title_says_who_teaches_whom_with_what_context(tables, tmp_path, config, said):
+    path = write_run(tmp_path / "context", tables, config=config)
+    html = build_report([path], _options())
+    assert f"synthetic-student learning from synthetic-teacher; {said}" in html

@@ -189,7 +189,7 @@ def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: floa
     """One horizontal bar: the shares of a group of quadrants end to end, each with its interval at
     its end."""
     values = {row["quadrant"]: row for row in rows.iter_rows(named=True)}
-    left, end, outside = 0.0, 0.0, []
+    left, end, outside = 0.0, 0.0, ""
     for name in group:
         row = values.get(name, dict.fromkeys(("share", "share_low", "share_high")))
         share = float(row["share"] or 0.0)
@@ -202,12 +202,14 @@ def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: floa
         if share > 0.06:
             color = ON_BLUE if name == "Q1" else ON_LIGHT
             axes.text(left + 0.008, y - 0.06, f"{share:.1%}", color=color, **_BOLD)
+        elif len(group) > 1:  # over its own segment: beside the bar it would seem another's
+            axes.text(left, y - 0.33, f"{name} {share:.1%}", **_BOLD | {"va": "bottom"})
         else:
-            outside.append(f"{name} {share:.1%}" if len(group) > 1 else f"{share:.1%}")
+            outside = f"{share:.1%}"
         left += share
         end = max(end, left)
     if outside:
-        axes.text(end + 0.008, y, ", ".join(outside), **_BOLD)
+        axes.text(end + 0.008, y, outside, **_BOLD)
 
 
 _BOLD: dict[str, Any] = {"va": "center", "zorder": 5, "fontsize": 8, "fontweight": "bold"}

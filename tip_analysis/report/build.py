@@ -97,7 +97,10 @@ def build_report(
             _ = view.losses  # what was asked for by name is refused here, not worded by a section
     names = listed([visible(view.name, 60) for view in views])
     student, teacher = views[0].model_names()
-    pair = f"{visible(student, 60)} learning from {visible(teacher, 60)}"
+    pair = (
+        f"{visible(student, 60)} learning from {visible(teacher, 60)};"
+        f" {overview.context_words(views[0])}"
+    )
     subtitle = (
         pair
         if len(views) == 1

@@ -70,6 +70,8 @@ class Picture:
     alt: str
     kind: str = ""
     """A class for the style sheet: `map` is drawn brighter on a dark ground."""
+    folded: str = ""
+    """Where the figure is folded away: what opens it."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,13 @@ class Section:
 
 
 def picture(
-    draw: Callable[[float], Figure], *, key: str, caption: str, alt: str, kind: str = ""
+    draw: Callable[[float], Figure],
+    *,
+    key: str,
+    caption: str,
+    alt: str,
+    kind: str = "",
+    folded: str = "",
 ) -> Picture:
     """Draw a figure twice, for a page and for a phone.
 
@@ -183,12 +191,13 @@ def picture(
         caption: shown below.
         alt: read out in place of the figure.
         kind: a class for the style sheet.
+        folded: what opens a figure that is folded away.
     """
     wide = inline_svg(draw(figures.PAGE_WIDTH), prefix=f"{key}-w", alt=alt)
     narrow = inline_svg(
         draw(figures.COLUMN_WIDTH), prefix=f"{key}-n", alt=alt, full_width=figures.COLUMN_WIDTH
     )
-    return Picture(wide, narrow, caption, alt, kind)
+    return Picture(wide, narrow, caption, alt, kind, folded)
 
 
 def inline_svg(

@@ -300,6 +300,7 @@ def _memory_picture(view: RunView, arms: pl.DataFrame) -> Block:
     ours, paper = relative_memory(arms), paper_memory()
     return picture(
         lambda width: figures.memory_by_ratio(ours, paper, width=width),
+        folded="Show peak memory beside the paper’s",
         key=f"memory-{slug_of(view)}",
         caption=(
             "Peak memory of training relative to training on all tokens. With a small model most"

@@ -28,6 +28,9 @@ from tip_analysis.report.page import (
 )
 from tip_analysis.report.run_warnings import warnings_of
 
+FEW_TOKENS = 20
+"""A headline says nothing of what fewer tokens carry."""
+
 
 def overview(views: Sequence[RunView]) -> Section:
     """Shares of the quadrants beside the paper's ranges, and what to know before trusting them."""
@@ -57,6 +60,20 @@ def overview(views: Sequence[RunView]) -> Section:
     )
 
 
+def context_words(view: RunView) -> str:
+    """What the teacher sees besides the student's prompt."""
+    config = view.stages.get("score", {}).get("config", {})
+    if config.get("teacher_context") == "solution":
+        return "the teacher is also shown the reference solution"
+    if not view.run.has("rollouts"):
+        return "the context of the teacher is not on record"
+    own = pl.col("teacher_prompt_token_ids").is_not_null()
+    num_own, total = view.run.rollouts().select(own.sum(), own.len().alias("all")).collect().row(0)
+    if not num_own:
+        return "both see the same prompt"
+    return f"the teacher has a prompt of its own in {count(num_own)} of {plural(total, 'rollout')}"
+
+
 def population(view: RunView) -> str:
     """n in tokens, rollouts and prompts, with the cuts."""
     counted = view.population
@@ -75,10 +92,32 @@ def _finding(view: RunView) -> str:
         )
     uncertain = shares["Q1"] + shares["Q2"]
     return (
-        f"{percent(shares['Q3'])} of the tokens are confident and disagree with the teacher (Q3),"
-        f" {percent(uncertain)} are uncertain (Q1 and Q2), {percent(shares['Q4'])} are settled"
-        f" (Q4): {_verdict(view)}."
+        f"{_headline(view)} {percent(uncertain)} of the tokens are uncertain (Q1 and Q2),"
+        f" {percent(shares['Q4'])} are settled (Q4): {_verdict(view)}."
     )
+
+
+def _headline(view: RunView) -> str:
+    """What Q3 is of the tokens and of the loss, with n and intervals; of the loss nothing where Q3
+    is too small for that."""
+    row = view.share_table.row(by_predicate=pl.col("quadrant") == "Q3", named=True)
+    share = f"{percent(row['share'])} {interval(row['share_low'], row['share_high'])}".strip()
+    words = (
+        "Q3, where the student is confident and the teacher disagrees, is"
+        f" {share} of {plural(view.population.num_tokens, 'token')}"
+    )
+    size = _num_q3(view)
+    if size < FEW_TOKENS:
+        return f"{words}: {plural(size, 'token')}, too few to say what it carries."
+    loss = widen(view.quadrant_means).row(by_predicate=pl.col("quadrant") == "Q3", named=True)
+    ends = interval(loss["share_reverse_kl_low"], loss["share_reverse_kl_high"])
+    carried = f"{percent(loss['share_reverse_kl'])} {ends}".strip()
+    return f"{words} and {carried} of the loss (Σ reverse KL)."
+
+
+def _num_q3(view: RunView) -> int:
+    sizes = view.shares.filter(pl.col("quadrant").cast(pl.String) == "Q3")["num_tokens"]
+    return int(sizes.sum())
 
 
 def _verdict(view: RunView) -> str:

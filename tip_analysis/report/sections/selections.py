@@ -155,6 +155,7 @@ def _overlap_picture(view: RunView, ratio: float, pairs: pl.DataFrame) -> Block:
     return picture(
         lambda width: figures.overlap(pairs, width=width),
         key=f"overlap-{slug_of(view)}",
+        folded="Show how far the rules agree",
         caption=(
             f"How far the selections of two rules agree at ρ = {ratio:g}: tokens that both select"
             " over tokens that either does. Two selections drawn independently at this ρ would"
@@ -183,6 +184,7 @@ def _coverage_pictures(view: RunView, masks: pl.DataFrame, aligned: pl.LazyFrame
                 table.filter(pl.col("column") == column), label=label, width=width
             ),
             key=f"coverage-{column.replace('_', '-')}-{slug_of(view)}",
+            folded="" if column == next(iter(columns)) else f"Show how much of {label} is kept",
             caption=(
                 f"How much of {label} each rule keeps at each ρ, with 95% intervals; dotted: what"
                 f" chance keeps.{_measured_words(view) if column == 'grad_dot_loss' else ''}"
