@@ -262,9 +262,9 @@ def _plane_of_cuts(
     for row, column in np.argwhere(holds):
         axes.add_patch(_holding(row, column))
     if entropy_cut is not None and divergence_cut is not None:
-        place = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
-        if None not in place:
-            axes.plot(*place, marker="o", ms=7, mfc="#ffffff", mec=ON_LIGHT, mew=1.4)
+        column, row = _index_of(x, entropy_cut), _index_of(y, divergence_cut)
+        if column is not None and row is not None:
+            axes.plot(column, row, marker="o", ms=7, mfc="#ffffff", mec=ON_LIGHT, mew=1.4)
     _value_ticks(axes, x, y)
     axes.set_xlabel("entropy cut, nats")
     axes.set_ylabel("divergence cut, nats")
