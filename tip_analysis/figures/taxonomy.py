@@ -203,7 +203,8 @@ def _stacked_share(axes: Axes, rows: pl.DataFrame, group: Sequence[str], y: floa
             color = ON_BLUE if name == "Q1" else ON_LIGHT
             axes.text(left + 0.008, y - 0.06, f"{share:.1%}", color=color, **_BOLD)
         elif len(group) > 1:  # over its own segment: beside the bar it would seem another's
-            axes.text(left, y - 0.33, f"{name} {share:.1%}", **_BOLD | {"va": "bottom"})
+            above: dict[str, Any] = {**_BOLD, "va": "bottom"}
+            axes.text(left, y - 0.33, f"{name} {share:.1%}", **above)
         else:
             outside = f"{share:.1%}"
         left += share
