@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.cuts import Cuts
-from tip_analysis.core.schema import require_columns
+from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.words import count, percent
 
 SURE_TOP1 = 0.8
