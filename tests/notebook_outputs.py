@@ -111,7 +111,7 @@ def text_differs(old: str, new: str) -> str:
     old, new = _comparable(old), _comparable(new)
     words = NUMBER.sub("0", old).split(), NUMBER.sub("0", new).split()
     if words[0] != words[1]:
-        pair = next((a, b) for a, b in zip(*words, strict=False) if a != b) if all(words) else words
+        pair = next(((a, b) for a, b in zip(*words, strict=False) if a != b), None)
         return f"stored {pair[0]!r}, now {pair[1]!r}" if pair else "one text is longer"
     numbers = NUMBER.findall(old), NUMBER.findall(new)
     apart = [(a, b) for a, b in zip(*numbers, strict=True) if not _close(a, b)]
