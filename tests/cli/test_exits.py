@@ -50,7 +50,7 @@ def quoted(command: list[str]) -> str:
         ([*TIP, "report"], "", 2, "expected at least one run folder"),
         ([sys.executable, "-m", "tip_analysis.report"], "", 2, "at least one run folder"),
         ([*TIP, "gradients", "x", "--device", "meta"], "", 2, "expected auto, cpu, cuda"),
-        ([*TIP, "gradients", "x", "--loss", "kl"], "", 2, "unknown loss 'kl'"),
+        ([*TIP, "gradients", "x", "--params", "kl"], "", 2, "unknown parameter scope 'kl'"),
         ([*TIP, "ablate", "x", "--preset", "qwen"], "", 2, "unknown preset 'qwen'"),
         ([*TIP, "select", "x", "--rules", "softor"], "", 2, "did you mean 'soft_or'"),
         ([*TIP, "score", "x", "--teacher", "nobody/nothing"], "", 2, "smollm2-135m-instruct"),

@@ -41,3 +41,8 @@ def test_codes_of_quadrants_are_two_low_entropy_plus_low_divergence() -> None:
 def test_polars_takes_members_as_text() -> None:
     frame = pl.DataFrame({"quadrant": ["Q1", "Q3"]}, schema={"quadrant": pl.Enum(Quadrant)})
     assert frame.filter(pl.col("quadrant") == Quadrant.Q3).height == 1
+
+
+def test_names_look_in_messages_as_they_are_typed():
+    assert f"{Scope.RUN!r}" == "'run'"
+    assert [Scope.RUN, Scope.BATCH].__repr__() == "['run', 'batch']"

@@ -14,6 +14,7 @@ from tip_analysis.core.errors import (
     OptionError,
     PromptFileError,
     RunError,
+    UnknownNameError,
 )
 from tip_analysis.core.names import Loss
 from tip_analysis.demo.arithmetic.language import problems
@@ -415,7 +416,7 @@ def test_privileged_teacher_prompts_change_the_loss_but_not_the_rollouts():
             teacher=teacher,
             teacher_context="solution",
         )
-    with pytest.raises(OptionError, match="teacher_context"):
+    with pytest.raises(UnknownNameError, match="unknown teacher context 'answer'"):
         encoded(student, teacher, teacher_context="answer")
 
 

@@ -17,6 +17,9 @@ UNNAMED_BENCHMARK = "problems"
 class Name(StrEnum):
     """A closed set of names."""
 
+    def __repr__(self) -> str:
+        return repr(self.value)  # in messages they stand beside what a user typed
+
     @classmethod
     def _missing_(cls, value: object) -> Self:
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
