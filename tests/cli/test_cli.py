@@ -350,3 +350,15 @@ def test_every_option_has_a_sentence_of_help():
                 assert str(text).endswith("."), (
                     f"{group.name}.{ast.unparse(field.target)} has no sentence of help"
                 )
+
+
+def test_a_bad_row_of_the_prompts_is_named_or_skipped(tmp_path, capsys):
+    rows = [json.dumps(row) for row in problems(3, seed=3)]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("\n".join([rows[0], '{"problem": 7}', rows[1], "{broken", rows[2]]))
+    how = ("--student", "arithmetic-student", "--prompts", file, "--max-new-tokens", 4)
+    said = refused(capsys, "rollout", tmp_path / "run", *how)
+    assert "problems.jsonl" in said
+    assert "line 2" in said
+    tip("rollout", tmp_path / "run", *how, "--on-bad-row", "skip", "--num-rollouts", 1)
+    assert open_run(tmp_path / "run").rollouts().collect()["prompt_id"].n_unique() == 3

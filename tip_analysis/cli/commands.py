@@ -99,6 +99,7 @@ def rollout(command: options.Rollout) -> None:
         top_k=command.top_k,
         seed=command.seed,
         limit=command.limit,
+        on_bad_row=command.on_bad_row,
         template=command.template,
         chat_template_kwargs=parse_switches(command.chat_template_kwargs),
         grader=command.grader,

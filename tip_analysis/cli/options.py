@@ -171,6 +171,8 @@ class Rollout:
     its batch."""
     limit: SomeCount = None
     """Use the first N prompts only."""
+    on_bad_row: OnBadRow = OnBadRow.FAIL
+    """A row of the prompts that cannot be used: fail, or skip it and count it."""
     template: str = "plain"
     """The text around a problem: plain, boxed, or a text of your own that contains {problem}."""
     chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()

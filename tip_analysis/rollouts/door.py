@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tip_analysis.core.errors import OptionError, PromptFileError
+from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.loading import load_tokenizer, tokenizer_fingerprint
@@ -36,6 +37,7 @@ def rollout(
     top_k: int = 0,
     seed: int = 0,
     limit: int | None = None,
+    on_bad_row: OnBadRow | str = OnBadRow.FAIL,
     template: str = "plain",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     grader: str | None = None,
@@ -58,6 +60,8 @@ def rollout(
         top_k: 0 is off.
         seed: of the sampling.
         limit: the first so many prompts only.
+        on_bad_row: `fail`, or `skip`: a row of the file that cannot be used is left out and counted
+            in a warning.
         template: what stands around a problem.
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default one that suits the prompts.
@@ -77,7 +81,7 @@ def rollout(
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     resolve_template(template)
-    asked = as_prompts(prompts, limit=limit)
+    asked = as_prompts(prompts, limit=limit, on_bad_row=on_bad_row)
     loaded = as_model(student, dtype=dtype, device=device)
     folder = create_run(run)
     found = sample_rollouts(
@@ -134,15 +138,17 @@ def import_run(
     return StageSummary(folder, "rollouts", found)
 
 
-def as_prompts(prompts: PromptsLike, *, limit: int | None = None) -> list[Prompt]:
-    """The prompts that a file, a hub dataset or a list of rows holds.
+def as_prompts(
+    prompts: PromptsLike, *, limit: int | None = None, on_bad_row: OnBadRow | str = OnBadRow.FAIL
+) -> list[Prompt]:
+    """The prompts that a file, a hub dataset or a list of rows holds; `on_bad_row` is for files.
 
     Raises:
         PromptFileError: they cannot be used, or an id occurs twice.
         OptionError: `limit` is below 1.
     """
     if isinstance(prompts, str | Path):
-        return read_prompts(prompts, limit=limit)
+        return read_prompts(prompts, limit=limit, on_bad_row=on_bad_row)
     if limit is not None and limit < 1:
         raise OptionError(f"limit: expected at least 1, found {limit}")
     rows = prompts if limit is None else prompts[:limit]
