@@ -13,9 +13,10 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import polars as pl
@@ -45,10 +46,43 @@ from tip_analysis.core.record import (
 )
 from tip_analysis.core.schema import TABLES
 
-if TYPE_CHECKING:
-    from tip_analysis.core.run_folder import Run
-
 logger = logging.getLogger(__name__)
+
+
+class RecordedFolder(Protocol):
+    """What a stage needs of its run folder (`run_folder.Run`): where it lies, and its record."""
+
+    path: Path
+    record_path: Path
+
+    def record(self) -> Record:
+        """`run.json` as it stands."""
+        ...
+
+    def known(self) -> Record:
+        """The same, read again only where it has changed."""
+        ...
+
+    def stages(self) -> dict[str, Record]:
+        """The record of every stage begun so far."""
+        ...
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the lock on the record."""
+        ...
+
+    def update(self, change: Callable[[Record], None]) -> None:
+        """Apply `change` to the record under the lock."""
+        ...
+
+    def write(self, record: Record) -> None:
+        """Replace the record, whole or not at all."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove the shards that others have taken the place of."""
+        ...
+
 
 WORKING = ".working"
 """Where processes at work leave their marks."""
@@ -96,7 +130,7 @@ class _Begin:
 
 
 def begin_stage(
-    run: "Run",
+    run: RecordedFolder,
     stage: str,
     *,
     identity: Record,
@@ -168,7 +202,7 @@ def _joined(others: Sequence[Record], wanted: _Begin) -> _Begin:
     return wanted
 
 
-def _enter(run: "Run", wanted: _Begin) -> "Stage":
+def _enter(run: RecordedFolder, wanted: _Begin) -> "Stage":
     """Under the lock: put the stage on record, or leave that to its first shard where old rows must
     stay until then."""
     record = run.record()
@@ -205,7 +239,7 @@ def _built_on(record: Record, stage: str) -> list[str]:
     return [key for key in record["stages"] if stage_of(key) in BUILT_ON.get(stage, ())]
 
 
-def stage_on_record(run: "Run", key: str, entry: Record) -> "Stage":
+def stage_on_record(run: RecordedFolder, key: str, entry: Record) -> "Stage":
     """A stage that was begun by whomever, to be read or finished."""
     identity = {name: entry[name] for name in ("config", "inputs")}
     return Stage(run, _Begin(stage_of(key), key, identity, entry["settings"], None))
@@ -216,7 +250,7 @@ class Stage:
 
     def __init__(
         self,
-        run: "Run",
+        run: RecordedFolder,
         begun: _Begin,
         *,
         pending: Record | None = None,
@@ -404,7 +438,7 @@ def _retire(record: Record, key: str) -> None:
         record |= _superseding(record, [f"{entry['table']}/{name}" for name in entry["shards"]])
 
 
-def discard_rows(run: "Run", key: str, *, keep_record: bool = False) -> None:
+def discard_rows(run: RecordedFolder, key: str, *, keep_record: bool = False) -> None:
     """Remove a stage's rows, and with its record those of the stages that were built on it.
 
     Args:

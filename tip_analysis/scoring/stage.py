@@ -18,7 +18,7 @@ from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError
 from tip_analysis.core.names import TeacherContext
 from tip_analysis.core.progress import Advance, track
-from tip_analysis.core.run_folder import Run, Stage
+from tip_analysis.core.run_folder import Run, Stage, open_run
 from tip_analysis.core.schema import VocabularyTable
 from tip_analysis.models.batching import padding_waste, plan_batches
 from tip_analysis.models.loading import tokenizer_fingerprint
@@ -112,8 +112,9 @@ def score_shard(work: ScoringWork, index: int, advance: Advance | None = None) -
     plan = plan_batches(lengths, scorer.budget.tokens, groups=rollouts["prompt_id"].to_list())
     is_first = not work.stage.shards()  # an old vocabulary stays for as long as old rows do
     work.stage.write(index, table, padding_waste=round(padding_waste(lengths, plan), 4))
-    if is_first or not work.stage.run.has("vocabulary"):
-        write_vocabulary(work.stage.run, scorer, may_replace=is_first)
+    run = open_run(work.stage.run.path)
+    if is_first or not run.has("vocabulary"):
+        write_vocabulary(run, scorer, may_replace=is_first)
     return table.height
 
 
