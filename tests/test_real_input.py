@@ -1,15 +1,14 @@
 """The main job on real weights and real problems: SmolLM2 on GSM8K, its own teacher once it is
 shown the solution."""
 
-from pathlib import Path
-
 import pytest
+from shared_data import shared_file
 
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
 from tip_analysis.cli.main import main
 from tip_analysis.core.run_folder import open_run
 
-PROBLEMS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train_1k.jsonl"
+PROBLEMS = shared_file("gsm8k_train_1k.jsonl")
 
 
 @pytest.mark.slow

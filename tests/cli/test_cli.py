@@ -16,6 +16,7 @@ from tiny_models import tiny_model
 from tip_analysis.analysis.quadrants import quadrant_shares
 from tip_analysis.cli import main as cli
 from tip_analysis.cli import options
+from tip_analysis.core.errors import OptionError
 from tip_analysis.core.run_folder import open_run
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.demo.arithmetic.tokenizer import build_tokenizer
@@ -361,4 +362,29 @@ def test_a_bad_row_of_the_prompts_is_named_or_skipped(tmp_path, capsys):
     assert "problems.jsonl" in said
     assert "line 2" in said
     tip("rollout", tmp_path / "run", *how, "--on-bad-row", "skip", "--num-rollouts", 1)
-    assert open_run(tmp_path / "run").rollouts().collect()["prompt_id"].n_unique() == 3
+    run = open_run(tmp_path / "run")
+    assert run.rollouts().collect()["prompt_id"].n_unique() == 3
+    assert run.stages()["rollout"]["settings"]["skipped_rows"] == 2
+    assert run.stages()["rollout"]["summary"]["num_skipped_rows"] == 2
+    assert "num skipped rows" in capsys.readouterr().out
+    how = ("--model", *how[1:], "--num-samples", 2)
+    assert "line 2" in refused(capsys, "evaluate", tmp_path / "run", *how)
+    tip("evaluate", tmp_path / "run", *how, "--on-bad-row", "skip")
+    assert run.evaluations().collect()["problem_id"].n_unique() == 3
+    assert "num skipped rows" in capsys.readouterr().out
+
+
+def test_an_ablation_is_told_what_to_do_with_bad_rows(tmp_path, monkeypatch, capsys):
+    from tip_analysis.training import door
+
+    told = []
+
+    def ablate(run, *, on_bad_row, **how):
+        told.append(on_bad_row)
+        raise OptionError("enough")
+
+    monkeypatch.setattr(door, "ablate", ablate)
+    how = ("ablate", tmp_path / "run", "--preset", "arithmetic", "--rules", "all")
+    assert "enough" in refused(capsys, *how)
+    assert "enough" in refused(capsys, *how, "--on-bad-row", "skip")
+    assert told == ["fail", "skip"]

@@ -70,6 +70,18 @@ def test_norms_and_products_are_those_of_autograd(name, method):
         assert abs(float(ratio.mean()) - 1) < 4 * 0.21 / 2
 
 
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_nobody_is_warned_of_attention_that_cannot_be_chosen(name, capfd):
+    token_gradients(
+        student=zoo_model(name),
+        teacher=None,
+        rollouts=ROLLOUTS,
+        loss="negative_logprob",
+        num_probes=2,
+    )
+    assert "attention implementation" not in capfd.readouterr().err
+
+
 def test_a_custom_function_is_differentiated_by_its_backward_pass():
     class Cube(torch.autograd.Function):
         @staticmethod

@@ -8,12 +8,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from grading_pairs import PAIRS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_data import shared_file
 
 from tip_analysis.core.errors import InputError, OptionError, TipAnalysisError, UnknownNameError
 from tip_analysis.rollouts import grading
@@ -279,7 +279,7 @@ def test_own_functions_that_cannot_be_used(own_file, tmp_path):
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["math500", "aime24", "math_train_int_600"])
 def test_reference_answers_and_solutions_are_graded_right(name):
-    path = Path(__file__).parents[2] / "shared" / "data" / f"{name}.jsonl"
+    path = shared_file(f"{name}.jsonl")
     for line in path.read_text().splitlines():
         row = json.loads(line)
         assert grade("math", f"thus $\\boxed{{{row['answer']}}}$.", row["answer"]) == 1.0, row

@@ -6,6 +6,7 @@ import sys
 
 import polars as pl
 import pytest
+from shared_data import shared_file
 
 from tip_analysis.core.errors import OptionError, PromptFileError
 from tip_analysis.rollouts.prompts import read_prompts
@@ -296,9 +297,9 @@ def test_reading_prompts_needs_neither_torch_nor_transformers():
 
 @pytest.mark.shared
 def test_the_problem_files_can_be_read():
-    from pathlib import Path
-
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    for path in sorted(folder.glob("*.jsonl")):
+    folder = shared_file("gsm8k_train_1k.jsonl").parent
+    files = sorted(folder.glob("*.jsonl"))
+    assert files, f"no problem file in {folder}"
+    for path in files:
         prompts = read_prompts(path)
         assert all(prompt.problem and prompt.answer for prompt in prompts)

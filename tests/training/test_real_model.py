@@ -5,10 +5,9 @@ That it runs to the end and resumes is what is tested; nothing is claimed of acc
 steps.
 """
 
-from pathlib import Path
-
 import polars as pl
 import pytest
+from shared_data import shared_file
 
 from tip_analysis.analysis.arms import parse_arms
 from tip_analysis.core.run_folder import create_run
@@ -19,7 +18,7 @@ from tip_analysis.training.ablation.study import run_ablation
 from tip_analysis.training.options import TrainingOptions
 from tip_analysis.training.trainer import Trainer
 
-GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train_1k.jsonl"
+GSM8K = shared_file("gsm8k_train_1k.jsonl")
 MODEL = "smollm2-135m-instruct"
 
 pytestmark = [

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import shutil
@@ -19,16 +20,24 @@ from tip_analysis.analysis.arms import Arm, arm_results, parse_arms
 from tip_analysis.analysis.claims import claims_table
 from tip_analysis.analysis.masks import write_masks
 from tip_analysis.core.contract_checks import validate
-from tip_analysis.core.errors import ModelError, OptionError, PromptFileError, RunError
+from tip_analysis.core.errors import (
+    ContextLengthError,
+    ModelError,
+    OptionError,
+    PromptFileError,
+    RunError,
+)
 from tip_analysis.core.run_folder import create_run, open_run
 from tip_analysis.core.schema import AblationTable
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.models.batching import TokenBudget
+from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import sample_rollouts
 from tip_analysis.scoring.stage import Scorer, score_rollouts
 from tip_analysis.training.ablation.arm_training import StudyOptions
+from tip_analysis.training.ablation.problem_sets import load_evaluation_sets, load_prompts
 from tip_analysis.training.ablation.study import run_ablation
 from tip_analysis.training.data import fixed_rollouts
 from tip_analysis.training.drift import effective_sample_size
@@ -321,10 +330,52 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         run_ablation(run, study(evaluation_prompts=()), arms=ARMS)
     with pytest.raises(PromptFileError, match="no answer"):
         run_ablation(run, study(evaluation_prompts=[Prompt("a", problem="12+34+56=")]), arms=ARMS)
-    with pytest.raises(ModelError, match="max_new_tokens"):
+    with pytest.raises(ContextLengthError, match="max-new-tokens"):
         run_ablation(run, study(sampling=Sampling(max_new_tokens=500)), arms=ARMS)
     with pytest.raises(OptionError, match="gradients"):
         run_ablation(run, study(), arms=[Arm("gradient_oracle", 0.5)])
+
+
+def test_a_bad_prompt_ends_an_ablation_or_is_left_out_and_counted(tmp_path):
+    """Skipping gives what the good prompts alone give, and run.json says how many were bad."""
+
+    def written(name, rows, *bad):
+        path = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"id": p.id, "problem": p.problem, "answer": p.answer}) for p in rows]
+        path.write_text("\n".join([lines[0], *bad, *lines[1:]]), "utf-8")
+        return str(path)
+
+    long = json.dumps({"id": "long", "problem": "1+" * 60 + "1=", "answer": "61"})
+    good = {"prompts": prompts(2, "train"), "evaluation_prompts": prompts(2, "held_out")}
+    sources = (
+        written("train", good["prompts"], "{broken", long),
+        written("held_out", good["evaluation_prompts"], '{"problem": "1+2="}'),
+    )
+    bad_rows = BadRows("skip")
+    files = {
+        "prompts": load_prompts(sources[0], on_bad_row=bad_rows),
+        "evaluation_prompts": load_evaluation_sets([sources[1]], on_bad_row=bad_rows),
+        "bad_rows": bad_rows,
+    }
+    one_step = TrainingOptions(num_steps=1, prompts_per_step=2, rollouts_per_prompt=2)
+    found, alone = (
+        run_ablation(
+            create_run(tmp_path / name), study(training=one_step, **chosen), arms=ARMS[:1]
+        ).drop("benchmark", "arm_key", *TIMES)
+        for name, chosen in (("mixed", files), ("clean", good))
+    )
+    assert found.equals(alone)
+    for stage in open_run(tmp_path / "mixed").stages().values():
+        assert stage["settings"]["skipped_rows"] == 3
+        reasons = stage["settings"]["skipped"]
+        for reason, part in zip(
+            reasons, ["line 2: broken JSON", "has no answer", "prompt 'long'"], strict=True
+        ):
+            assert part in reason
+    with pytest.raises(PromptFileError, match="line 2: broken JSON"):
+        load_prompts(sources[0])
+    with pytest.raises(PromptFileError, match="line 2: the problem 'held_out-1' has no answer"):
+        load_evaluation_sets([sources[1]])
 
 
 def test_peak_memory_forgets_what_was_before():

@@ -33,6 +33,7 @@ def ablate(command: options.Ablate) -> None:
         preset=preset,
         ratios=command.ratios,
         limit=command.limit,
+        on_bad_row=command.on_bad_row,
         evaluate_every=command.evaluate_every,
         checkpoint_every=command.checkpoint_every,
         teacher_context=command.teacher_context,

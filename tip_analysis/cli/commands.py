@@ -247,6 +247,7 @@ def evaluate(command: options.Evaluate) -> None:
         top_p=command.top_p,
         seed=command.seed,
         limit=command.limit,
+        on_bad_row=command.on_bad_row,
         template=command.template,
         chat_template_kwargs=parse_switches(command.chat_template_kwargs),
         grader=command.grader,

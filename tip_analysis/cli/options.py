@@ -418,6 +418,8 @@ class Evaluate:
     """Seed of the sampling."""
     limit: SomeCount = None
     """Use the first N problems of each benchmark only."""
+    on_bad_row: OnBadRow = OnBadRow.FAIL
+    """A row that cannot be used, one without an answer included: fail, or skip it and count it."""
     template: str = "plain"
     """The text around a problem."""
     chat_template_kwargs: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")] = ()
@@ -509,6 +511,8 @@ class Ablate:
     """Steps between checkpoints."""
     limit: SomeCount = None
     """Use the first N prompts and the first N problems of each evaluation set only."""
+    on_bad_row: OnBadRow = OnBadRow.FAIL
+    """A prompt or problem that cannot be used: fail, or skip it and count it."""
     template: str | None = None
     """The text around a problem: plain, boxed, or a text of your own that contains {problem}."""
     grader: str | None = None

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as dual
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tip_analysis.core.errors import ModelError
@@ -375,9 +375,18 @@ _active: ContextVar[ForwardMode | None] = ContextVar("active forward mode", defa
 
 
 def set_attention(model: nn.Module, implementation: str | None) -> None:
-    """Let a model compute its attention by another implementation."""
-    if implementation is not None:
+    """Let a model compute its attention by another implementation, where it has a choice."""
+    if implementation is not None and _chooses_attention(model):
         causal_model(model).set_attn_implementation(implementation)
+
+
+def _chooses_attention(model: nn.Module) -> bool:
+    """Whether any part of a model looks its attention up; asked of others, transformers warns."""
+    return any(
+        part._can_set_attn_implementation()
+        for part in causal_model(model).modules()
+        if isinstance(part, PreTrainedModel)
+    )
 
 
 @contextmanager

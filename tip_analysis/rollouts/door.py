@@ -3,19 +3,18 @@
 The command line and `import tip_analysis as tip` call these; the work is done in `stage`.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tip_analysis.core.errors import OptionError, PromptFileError
 from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.loading import load_tokenizer, tokenizer_fingerprint
 from tip_analysis.models.named import ModelLike, as_model
+from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.importers.formats import import_rollouts
-from tip_analysis.rollouts.prompts import Prompt, prompt_from_row, read_prompts
+from tip_analysis.rollouts.prompts import Prompt, read_prompts, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.row_files import Row
 from tip_analysis.rollouts.sampling import Sampling
@@ -60,8 +59,8 @@ def rollout(
         top_k: 0 is off.
         seed: of the sampling.
         limit: the first so many prompts only.
-        on_bad_row: `fail`, or `skip`: a row of the file that cannot be used is left out and counted
-            in a warning.
+        on_bad_row: `fail`, or `skip`: a row that cannot be used, or whose prompt the template
+            refuses or is too long, is left out and counted.
         template: what stands around a problem.
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default one that suits the prompts.
@@ -81,7 +80,8 @@ def rollout(
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     resolve_template(template)
-    asked = as_prompts(prompts, limit=limit, on_bad_row=on_bad_row)
+    bad_rows = BadRows(on_bad_row)
+    asked = as_prompts(prompts, limit=limit, on_bad_row=bad_rows)
     loaded = as_model(student, dtype=dtype, device=device)
     folder = create_run(run)
     found = sample_rollouts(
@@ -95,6 +95,7 @@ def rollout(
         grader=grader,
         prompts_per_batch=prompts_per_batch,
         token_budget=token_budget,
+        on_bad_row=bad_rows,
         overwrite=overwrite,
     )
     return StageSummary(folder, "rollouts", found)
@@ -139,27 +140,30 @@ def import_run(
 
 
 def as_prompts(
-    prompts: PromptsLike, *, limit: int | None = None, on_bad_row: OnBadRow | str = OnBadRow.FAIL
+    prompts: PromptsLike,
+    *,
+    limit: int | None = None,
+    needs_answer: bool = False,
+    on_bad_row: BadRows | OnBadRow | str = OnBadRow.FAIL,
 ) -> list[Prompt]:
-    """The prompts that a file, a hub dataset or a list of rows holds; `on_bad_row` is for files.
+    """The prompts that a file, a hub dataset or a list of rows holds.
+
+    Args:
+        prompts: where they are, or the prompts themselves.
+        limit: the first so many that can be used.
+        needs_answer: one without an answer cannot be used.
+        on_bad_row: what is done with those that cannot be used, or who counts them.
 
     Raises:
         PromptFileError: they cannot be used, or an id occurs twice.
         OptionError: `limit` is below 1.
     """
+    how: dict[str, Any] = {"limit": limit, "needs_answer": needs_answer, "on_bad_row": on_bad_row}
     if isinstance(prompts, str | Path):
-        return read_prompts(prompts, limit=limit, on_bad_row=on_bad_row)
-    if limit is not None and limit < 1:
-        raise OptionError(f"limit: expected at least 1, found {limit}")
-    rows = prompts if limit is None else prompts[:limit]
-    asked = [
-        row
-        if isinstance(row, Prompt)
-        else prompt_from_row(Row(f"prompts, row {index}", dict(row)), default_id=f"prompt-{index}")
-        for index, row in enumerate(rows)
-    ]
-    if not asked:
-        raise PromptFileError("no prompts were given")
-    if repeated := [name for name, count in Counter(p.id for p in asked).items() if count > 1]:
-        raise PromptFileError(f"the prompt id {repeated[0]!r} occurs twice")
-    return asked
+        return read_prompts(prompts, **how)
+    rows = (_given(row, f"prompts, row {index}") for index, row in enumerate(prompts))
+    return usable_prompts(rows, "prompts", stem="prompt", **how)
+
+
+def _given(row: Prompt | Mapping[str, Any], where: str) -> Prompt | Row:
+    return row if isinstance(row, Prompt) else Row(where, dict(row))

@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tip_analysis.core.errors import OptionError, PromptFileError, VocabularyMismatchError
+from tip_analysis.core.errors import (
+    ContextLengthError,
+    OptionError,
+    PromptFileError,
+    VocabularyMismatchError,
+)
 from tip_analysis.core.names import TeacherContext
 from tip_analysis.models.loading import LanguageModel
+from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.prompts import Message, Prompt
 from tip_analysis.rollouts.rendering import (
     RenderedPrompt,
@@ -20,8 +26,6 @@ from tip_analysis.rollouts.rendering import (
     teacher_messages,
     with_tools,
 )
-
-"""What the teacher is shown besides the prompt."""
 
 ROLLOUT_COLUMNS = (
     "rollout_id",
@@ -129,6 +133,74 @@ def _rollout(row: Mapping[str, Any]) -> Rollout:
     )
 
 
+def encode_usable(
+    prompts: Iterable[Prompt], bad_rows: BadRows, *, student: LanguageModel, **how: Any
+) -> list[EncodedPrompt]:
+    """Token ids of prompts; what is done with those that cannot be shown, `bad_rows` decides.
+
+    Args:
+        prompts: problems, as a file of prompts gives them.
+        bad_rows: told of each prompt that a template refuses.
+        student: who reads them.
+        how: further options of `encode_prompts`.
+
+    Raises:
+        PromptFileError: a prompt cannot be shown and is not to be skipped, or none can be shown.
+    """
+    encoded, problem = [], None
+    for prompt in prompts:
+        try:
+            encoded += encode_prompts([prompt], student=student, **how)
+        except PromptFileError as found:
+            bad_rows(found)
+            problem = problem or found
+    if problem is not None and not encoded:
+        raise problem
+    return encoded
+
+
+def with_room(
+    prompts: Iterable[EncodedPrompt],
+    bad_rows: BadRows,
+    *,
+    student: LanguageModel,
+    max_new_tokens: int,
+) -> list[EncodedPrompt]:
+    """Prompts that leave room for a response in the model's context.
+
+    Args:
+        prompts: what the model reads.
+        bad_rows: told of each prompt that is too long, and made to warn of all that were left out.
+        student: the model.
+        max_new_tokens: the longest response.
+
+    Raises:
+        ContextLengthError: a prompt is too long and is not to be skipped, or all are.
+    """
+    kept, problem = [], None
+    for prompt in prompts:
+        try:
+            _check_room(prompt, student, max_new_tokens)
+            kept.append(prompt)
+        except ContextLengthError as found:
+            bad_rows(found)
+            problem = problem or found
+    if problem is not None and not kept:
+        raise problem
+    bad_rows.report("the prompts")
+    return kept
+
+
+def _check_room(prompt: EncodedPrompt, student: LanguageModel, max_new_tokens: int) -> None:
+    limit, length = student.context_length, len(prompt.token_ids)
+    if limit is not None and length + max_new_tokens > limit:
+        raise ContextLengthError(
+            f"prompt {prompt.id!r} has {length} tokens and responses may have {max_new_tokens}, but"
+            f" the context of {student.name} ends at {limit}: shorten the prompts or lower"
+            " --max-new-tokens"
+        )
+
+
 def encode_prompts(
     prompts: Iterable[Prompt],
     *,
@@ -159,19 +231,34 @@ def encode_prompts(
     shows_solution = TeacherContext(teacher_context) is TeacherContext.SOLUTION
     if shows_solution and teacher is None:
         raise OptionError("teacher_context solution needs a teacher to show the solution to")
+    shown_to = teacher if shows_solution else None
     encoded = []
     for prompt in prompts:
-        messages = student_messages(prompt, template)
-        switches = with_tools(chat_template_kwargs, prompt.tools)
-        shown = render(student.tokenizer, messages, chat_template_kwargs=switches)
-        _check_rows(prompt, shown.token_ids, student)
-        to_teacher = None
-        if shows_solution and teacher is not None:
-            more = teacher_messages(messages, _solution(prompt))
-            to_teacher = render(teacher.tokenizer, more, chat_template_kwargs=switches)
-            _check_rows(prompt, to_teacher.token_ids, teacher)
-        encoded.append(EncodedPrompt(prompt, messages, shown, to_teacher))
+        try:
+            encoded.append(_encode(prompt, student, shown_to, template, chat_template_kwargs))
+        except PromptFileError as problem:
+            raise PromptFileError(f"prompt {prompt.id!r}: {problem}") from problem
     return encoded
+
+
+def _encode(
+    prompt: Prompt,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    template: str,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> EncodedPrompt:
+    """Token ids of one prompt; with a teacher, also with its solution as the teacher sees it."""
+    messages = student_messages(prompt, template)
+    switches = with_tools(chat_template_kwargs, prompt.tools)
+    shown = render(student.tokenizer, messages, chat_template_kwargs=switches)
+    _check_rows(prompt, shown.token_ids, student)
+    to_teacher = None
+    if teacher is not None:
+        more = teacher_messages(messages, _solution(prompt))
+        to_teacher = render(teacher.tokenizer, more, chat_template_kwargs=switches)
+        _check_rows(prompt, to_teacher.token_ids, teacher)
+    return EncodedPrompt(prompt, messages, shown, to_teacher)
 
 
 def _check_rows(prompt: Prompt, token_ids: Sequence[int], model: LanguageModel) -> None:
@@ -185,7 +272,5 @@ def _check_rows(prompt: Prompt, token_ids: Sequence[int], model: LanguageModel) 
 
 def _solution(prompt: Prompt) -> str:
     if prompt.solution is None:
-        raise PromptFileError(
-            f"prompt {prompt.id!r} has no solution, which the teacher is to be shown"
-        )
+        raise PromptFileError("it has no solution, which the teacher is to be shown")
     return prompt.solution

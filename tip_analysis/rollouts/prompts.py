@@ -7,7 +7,6 @@ Read: JSONL or Parquet with `problem`, `prompt` or `messages`, and optionally `i
 Not covered: images and other parts of a message that are not text.
 """
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from tip_analysis.core.errors import InputError, OptionError, PromptFileError
 from tip_analysis.core.names import UNNAMED_BENCHMARK, OnBadRow
 from tip_analysis.core.optional import require
 from tip_analysis.core.text import one_line
+from tip_analysis.rollouts.bad_rows import BadRows, as_bad_rows
 from tip_analysis.rollouts.row_files import (
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -31,8 +31,6 @@ from tip_analysis.rollouts.row_files import (
     read_rows,
     type_name,
 )
-
-logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 """A chat message: `role`, `content` (text), and whatever else the chat template reads
@@ -81,15 +79,20 @@ class Prompt:
 
 
 def read_prompts(
-    source: str | Path, *, limit: int | None = None, on_bad_row: OnBadRow | str = OnBadRow.FAIL
+    source: str | Path,
+    *,
+    limit: int | None = None,
+    needs_answer: bool = False,
+    on_bad_row: BadRows | OnBadRow | str = OnBadRow.FAIL,
 ) -> list[Prompt]:
     """Read a file of prompts, or a hub dataset.
 
     Args:
         source: A `.jsonl` or `.parquet` file, or a dataset's name.
         limit: Read the first `limit` prompts only; what comes after is not looked at.
+        needs_answer: A row without an answer cannot be used.
         on_bad_row: `fail`, or `skip`: a row that cannot be used is left out, and a warning counts
-            them.
+            them; or what counts them.
 
     Raises:
         PromptFileError: a missing or empty file, an unknown extension, broken JSON, a missing
@@ -97,52 +100,74 @@ def read_prompts(
             line.
         OptionError: `limit` is below 1.
     """
+    bad_rows = as_bad_rows(on_bad_row)
+    rows, stem = _source_rows(str(source), bad_rows)
+    return usable_prompts(
+        rows, str(source), stem=stem, limit=limit, needs_answer=needs_answer, on_bad_row=bad_rows
+    )
+
+
+def usable_prompts(
+    rows: Iterable[Row | Prompt],
+    source: str,
+    *,
+    stem: str,
+    limit: int | None = None,
+    needs_answer: bool = False,
+    on_bad_row: BadRows | OnBadRow | str = OnBadRow.FAIL,
+) -> list[Prompt]:
+    """The first prompts that rows hold, each under an id of its own.
+
+    Args:
+        rows: rows of a file, or prompts as they are.
+        source: what they are called in messages.
+        stem: begins the ids of rows that have none.
+        limit: how many.
+        needs_answer: a row without an answer cannot be used.
+        on_bad_row: as for `read_prompts`.
+
+    Raises:
+        PromptFileError: a row cannot be used, or there is none.
+        OptionError: `limit` is below 1.
+    """
     if limit is not None and limit < 1:
         raise OptionError(f"limit: expected at least 1, found {limit}")
-    bad_rows = _BadRows(OnBadRow(on_bad_row))
-    rows, stem = _source_rows(str(source), bad_rows)
+    bad_rows = as_bad_rows(on_bad_row)
     prompts: dict[str, Prompt] = {}
     first_seen: dict[str, str] = {}
     for index, row in enumerate(rows):
+        where = row.where if isinstance(row, Row) else f"{source}, row {index}"
         try:
-            prompt = prompt_from_row(row, default_id=f"{stem}-{index}")
-            if prompt.id in prompts:
-                raise PromptFileError(
-                    f"{row.where}: the id {prompt.id!r} occurs twice (first in"
-                    f" {first_seen[prompt.id]})"
-                )
+            prompt = (
+                prompt_from_row(row, default_id=f"{stem}-{index}") if isinstance(row, Row) else row
+            )
+            _check_is_new(prompt, where, first_seen)
+            if needs_answer:
+                _check_answer(prompt, where)
         except PromptFileError as problem:
             bad_rows(problem)
             continue
-        prompts[prompt.id] = prompt
-        first_seen[prompt.id] = row.where
+        prompts[prompt.id], first_seen[prompt.id] = prompt, where
         if len(prompts) == limit:
             break
     if not prompts:
         raise bad_rows.first or PromptFileError(f"{source}: holds no prompt")
-    bad_rows.report(str(source))
+    bad_rows.report(source)
     return list(prompts.values())
 
 
-class _BadRows:
-    """Raises, or remembers, what is wrong with rows."""
+def _check_is_new(prompt: Prompt, where: str, first_seen: Mapping[str, str]) -> None:
+    if prompt.id in first_seen:
+        raise PromptFileError(
+            f"{where}: the id {prompt.id!r} occurs twice (first in {first_seen[prompt.id]})"
+        )
 
-    def __init__(self, on_bad_row: OnBadRow) -> None:
-        self._skips = on_bad_row is OnBadRow.SKIP
-        self._count = 0
-        self.first: InputError | None = None
 
-    def __call__(self, problem: InputError) -> None:
-        if not self._skips:
-            raise problem
-        self._count += 1
-        self.first = self.first or problem
-
-    def report(self, source: str) -> None:
-        if self._count:
-            logger.warning(
-                "%d row(s) of %s were left out; the first: %s", self._count, source, self.first
-            )
+def _check_answer(prompt: Prompt, where: str) -> None:
+    if prompt.answer is None:
+        raise PromptFileError(
+            f"{where}: the problem {prompt.id!r} has no answer, which an evaluation needs"
+        )
 
 
 def is_file(source: str) -> bool:
@@ -155,7 +180,7 @@ def is_file(source: str) -> bool:
     )
 
 
-def _source_rows(source: str, bad_rows: _BadRows) -> tuple[Iterable[Row], str]:
+def _source_rows(source: str, bad_rows: BadRows) -> tuple[Iterable[Row], str]:
     path = Path(source)
     name = _HUB_NAME.fullmatch(source)
     if is_file(source) or name is None:

@@ -18,15 +18,16 @@ import polars as pl
 from tip_analysis.core.atomic_files import file_hash
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.schema import RolloutTable
 from tip_analysis.core.toy_pairs import ToyPair, pair_with_vocabulary
 from tip_analysis.models.batching import TokenBudget
-from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
-from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
+from tip_analysis.rollouts.bad_rows import BadRows, as_bad_rows
+from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
 from tip_analysis.rollouts.grading import default_grader, grade, resolve_grader
 from tip_analysis.rollouts.importers.formats import ImportReport
 from tip_analysis.rollouts.prompts import Prompt
@@ -50,6 +51,7 @@ def sample_rollouts(
     grader: str | None = None,
     prompts_per_batch: int = 8,
     token_budget: int = 16384,
+    on_bad_row: BadRows | OnBadRow | str = OnBadRow.FAIL,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Sample `num_rollouts` rollouts of every prompt into `run`; what is there already is kept.
@@ -67,6 +69,8 @@ def sample_rollouts(
             by the prompts.
         prompts_per_batch: prompts whose rollouts make one optimizer step: they share a `batch_id`.
         token_budget: tokens a batch, prompts and room for responses included.
+        on_bad_row: `fail`, or `skip`: a prompt that the template refuses, or that leaves no room
+            for a response, is left out and counted; or what counted rows of the file already.
         overwrite: start afresh, whatever the folder holds.
 
     Returns:
@@ -81,14 +85,12 @@ def sample_rollouts(
     budget = TokenBudget(token_budget)
     switches = dict(chat_template_kwargs or {})
     _warn_of_what_the_template_ignores(student, prompts, switches)
-    tasks = encode_prompts(
-        prompts, student=student, template=template, chat_template_kwargs=switches
+    bad_rows = as_bad_rows(on_bad_row)
+    tasks = encode_usable(
+        prompts, bad_rows, student=student, template=template, chat_template_kwargs=switches
     )
-    check_context(
-        student,
-        [task.id for task in tasks],
-        [len(task.token_ids) + sampling.max_new_tokens for task in tasks],
-    )
+    tasks = with_room(tasks, bad_rows, student=student, max_new_tokens=sampling.max_new_tokens)
+    prompts = [task.prompt for task in tasks]
     grader = grader or _suitable_grader(student, prompts)
     resolve_grader(grader)
     stage = run.begin(
@@ -107,6 +109,7 @@ def sample_rollouts(
             "device": str(student.device),
             "token_budget": token_budget,
             "num_prompts": len(prompts),
+            **bad_rows.record(),
         },
         overwrite=overwrite,
     )
@@ -117,7 +120,7 @@ def sample_rollouts(
         for index in missing:
             rows = _sample_shard(student, shards[index], sampling, grader, budget, advance)
             stage.write(index, rows)
-    return stage.finish(**summarize(run))
+    return stage.finish(**summarize(run), **bad_rows.summary())
 
 
 def _warn_of_what_the_template_ignores(

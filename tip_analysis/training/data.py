@@ -21,7 +21,7 @@ import polars as pl
 from tip_analysis.analysis.masks import candidates
 from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.analysis.selection import select_tokens
-from tip_analysis.core.errors import ModelError, OptionError, RunError, VocabularyMismatchError
+from tip_analysis.core.errors import OptionError, RunError, VocabularyMismatchError
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
@@ -221,21 +221,3 @@ def _masks_by_rollout(
             mask[group["position"].to_numpy()] = True
             masks[str(rollout_id)] = mask
     return masks
-
-
-def check_trainable(
-    student: LanguageModel, prompts: Sequence[EncodedPrompt], max_new_tokens: int
-) -> None:
-    """Refuse prompts that leave no room for a response.
-
-    Raises:
-        ModelError: names the first such prompt.
-    """
-    limit = student.context_length
-    for prompt in prompts:
-        if limit is not None and len(prompt.token_ids) + max_new_tokens > limit:
-            raise ModelError(
-                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens and responses may have"
-                f" {max_new_tokens}, but the context of {student.name} ends at {limit}: lower"
-                " max_new_tokens or shorten the prompts"
-            )

@@ -5,7 +5,7 @@ and `evaluation`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,9 +15,11 @@ import polars as pl
 from tip_analysis.analysis.arms import parse_arms
 from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.named import ModelLike, as_model
+from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.door import PromptsLike, as_prompts
 from tip_analysis.rollouts.grading import default_grader
 from tip_analysis.rollouts.prompts import Prompt
@@ -45,6 +47,7 @@ def evaluate(
     top_p: float = 1.0,
     seed: int = 0,
     limit: int | None = None,
+    on_bad_row: OnBadRow | str = OnBadRow.FAIL,
     template: str = "plain",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     grader: str | None = None,
@@ -67,6 +70,8 @@ def evaluate(
         top_p: nucleus; 1 is off.
         seed: of the sampling.
         limit: the first so many problems of each benchmark only.
+        on_bad_row: `fail`, or `skip`: a problem that cannot be used, for want of an answer for one,
+            is left out and counted.
         template: what stands around a problem.
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default `math`, or `exact` for the arithmetic pair.
@@ -83,7 +88,7 @@ def evaluate(
         tip.evaluate("runs/mine", model="arithmetic-student", prompts="problems.jsonl")
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
-    benchmarks = _benchmarks(prompts, limit)
+    benchmarks = _benchmarks(prompts, limit, OnBadRow(on_bad_row))
     loaded = as_model(model, dtype=dtype, device=device)
     is_toy = toy_pair_of(loaded) is not None
     folder = create_run(run)
@@ -91,26 +96,36 @@ def evaluate(
         name: evaluate_model(
             folder,
             model=loaded,
-            prompts=problems,
+            prompts=benchmark.problems,
             num_samples=num_samples,
             sampling=sampling,
             template=template,
             chat_template_kwargs=chat_template_kwargs,
             grader=grader or default_grader(has_answer=True, is_toy=is_toy),
             token_budget=token_budget,
+            on_bad_row=benchmark.bad_rows,
             overwrite=overwrite,
         )
-        for name, problems in benchmarks.items()
+        for name, benchmark in benchmarks.items()
     }
     return StageSummary(folder, f"evaluation of {loaded.name}", _side_by_side(found))
 
 
+@dataclass(frozen=True)
+class _Benchmark:
+    """The problems of one evaluation set, and what was left out of it."""
+
+    problems: list[Prompt]
+    bad_rows: BadRows
+
+
 def _benchmarks(
-    prompts: PromptsLike | Sequence[str | Path], limit: int | None
-) -> dict[str, list[Prompt]]:
+    prompts: PromptsLike | Sequence[str | Path], limit: int | None, on_bad_row: OnBadRow
+) -> dict[str, _Benchmark]:
     """The problems of each benchmark by its name.
 
     Raises:
+        PromptFileError: a problem cannot be used.
         OptionError: a set is named twice, or there is none.
     """
     if isinstance(prompts, str | Path):
@@ -118,16 +133,27 @@ def _benchmarks(
     sources = [str(source) for source in prompts if isinstance(source, str | Path)]
     if sources and len(sources) == len(prompts):
         named = zip(sources, benchmark_names(sources), strict=True)
-        return {
-            name: [replace(p, benchmark=name) for p in load_prompts(source, limit=limit)]
-            for source, name in named
-        }
-    given: dict[str, list[Prompt]] = {}
-    for prompt in as_prompts(prompts):  # pyright: ignore[reportArgumentType]
-        given.setdefault(prompt.benchmark, []).append(prompt)
-    if not given:
+        return {name: _from_source(source, name, limit, on_bad_row) for source, name in named}
+    if not prompts:
         raise OptionError("an evaluation needs problems with answers")
-    return {name: problems[:limit] for name, problems in given.items()}
+    return _given(prompts, limit, on_bad_row)  # pyright: ignore[reportArgumentType]
+
+
+def _from_source(source: str, name: str, limit: int | None, on_bad_row: OnBadRow) -> _Benchmark:
+    bad_rows = BadRows(on_bad_row)
+    found = load_prompts(source, limit=limit, needs_answer=True, on_bad_row=bad_rows)
+    return _Benchmark([replace(prompt, benchmark=name) for prompt in found], bad_rows)
+
+
+def _given(prompts: PromptsLike, limit: int | None, on_bad_row: OnBadRow) -> dict[str, _Benchmark]:
+    """Problems that are given by themselves, by the benchmark that each names; what is left out
+    counts for the first, since a row that cannot be read names none."""
+    bad_rows = BadRows(on_bad_row)
+    found: dict[str, _Benchmark] = {}
+    for prompt in as_prompts(prompts, needs_answer=True, on_bad_row=bad_rows):
+        counted = BadRows(on_bad_row) if found else bad_rows
+        found.setdefault(prompt.benchmark, _Benchmark([], counted)).problems.append(prompt)
+    return {name: replace(one, problems=one.problems[:limit]) for name, one in found.items()}
 
 
 def _side_by_side(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -147,6 +173,7 @@ def ablate(
     preset: str | Preset | None = None,
     ratios: Sequence[float] = (),
     limit: int | None = None,
+    on_bad_row: OnBadRow | str = OnBadRow.FAIL,
     evaluate_every: int = 0,
     checkpoint_every: int = 20,
     teacher_context: str = "none",
@@ -165,6 +192,8 @@ def ablate(
         preset: a preset's name, or a preset; by default the run's own pair.
         ratios: ρ of arms that name none.
         limit: the first so many prompts, and problems of each evaluation set, only.
+        on_bad_row: `fail`, or `skip`: a prompt or problem that cannot be used is left out and
+            counted.
         evaluate_every: steps between evaluations; 0 evaluates at the end only.
         checkpoint_every: steps between checkpoints.
         teacher_context: what the teacher sees besides the prompt.
@@ -185,12 +214,16 @@ def ablate(
         tip.claims_table(rows)
     """
     planned = experiment(run, preset, **changes)
-    prompts = _training_prompts(planned, limit)
+    bad_rows = BadRows(on_bad_row)
+    prompts = _training_prompts(planned, limit, bad_rows)
     planned = planned.with_steps(len(prompts) or num_prompts_of(run))
     study = study_from_preset(
         planned,
         prompts=prompts,
-        evaluation_prompts=load_evaluation_sets(planned.evaluation_sets, limit=limit),
+        evaluation_prompts=load_evaluation_sets(
+            planned.evaluation_sets, limit=limit, on_bad_row=bad_rows
+        ),
+        bad_rows=bad_rows,
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
         teacher_context=teacher_context,
@@ -204,9 +237,9 @@ def ablate(
     )
 
 
-def _training_prompts(planned: Preset, limit: int | None) -> list[Prompt]:
+def _training_prompts(planned: Preset, limit: int | None, bad_rows: BadRows) -> list[Prompt]:
     """What is trained on: the preset's number of prompts at most."""
     if not planned.prompts:
         return []
     counts = [count for count in (limit, planned.num_prompts) if count is not None]
-    return load_prompts(planned.prompts, limit=min(counts, default=None))
+    return load_prompts(planned.prompts, limit=min(counts, default=None), on_bad_row=bad_rows)

@@ -16,18 +16,18 @@ import polars as pl
 from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import OptionError, PromptFileError
-from tip_analysis.core.names import UNNAMED_BENCHMARK
+from tip_analysis.core.names import UNNAMED_BENCHMARK, OnBadRow
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.schema import EvaluationTable
 from tip_analysis.core.table_files import scan
 from tip_analysis.models.batching import TokenBudget
-from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel
-from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
+from tip_analysis.rollouts.bad_rows import BadRows, as_bad_rows
+from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
 from tip_analysis.rollouts.grading import grade, resolve_grader
-from tip_analysis.rollouts.prompts import Prompt
+from tip_analysis.rollouts.prompts import Prompt, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Generation, Sampling, sample
 
@@ -62,26 +62,6 @@ class Samples:
             [self.texts[i] for i in samples],
             self.rewards[problems],
         )
-
-
-def encode_problems(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    *,
-    template: str = "plain",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[EncodedPrompt]:
-    """Problems as token ids.
-
-    Raises:
-        PromptFileError: a prompt has no answer to grade against.
-    """
-    for prompt in prompts:
-        if prompt.answer is None:
-            raise PromptFileError(f"prompt {prompt.id!r} has no answer, which an evaluation needs")
-    return encode_prompts(
-        prompts, student=model, template=template, chat_template_kwargs=chat_template_kwargs
-    )
 
 
 def sample_problems(
@@ -168,6 +148,7 @@ def evaluate_model(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     grader: str = "math",
     token_budget: int = 65_536,
+    on_bad_row: BadRows | OnBadRow | str = OnBadRow.FAIL,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on one benchmark; adds rows to `evaluations/`, keyed by configuration.
@@ -182,27 +163,28 @@ def evaluate_model(
         chat_template_kwargs: switches for the chat template.
         grader: name of a grader.
         token_budget: tokens a batch, room for responses included.
+        on_bad_row: `fail`, or `skip`: a problem that cannot be used is left out and counted; or
+            what counted rows of the file already.
         overwrite: make the rows of this configuration again.
 
     Returns:
         The stage's summary: the fields of `accuracy.Accuracy`, and counts.
 
     Raises:
-        PromptFileError: a prompt has no answer.
+        PromptFileError: a prompt has no answer, or cannot be shown to the model.
         OptionError: the prompts are of several benchmarks.
         ContextLengthError: a prompt leaves no room for the response.
     """
     sampling = sampling or Sampling()
     resolve_grader(grader)
     benchmark = _only_benchmark(prompts)
-    problems = encode_problems(
-        model, prompts, template=template, chat_template_kwargs=chat_template_kwargs
+    bad_rows = as_bad_rows(on_bad_row)
+    asked = usable_prompts(prompts, "prompts", stem="", needs_answer=True, on_bad_row=bad_rows)
+    problems = encode_usable(
+        asked, bad_rows, student=model, template=template, chat_template_kwargs=chat_template_kwargs
     )
-    check_context(
-        model,
-        [p.id for p in problems],
-        [len(p.token_ids) + sampling.max_new_tokens for p in problems],
-    )
+    problems = with_room(problems, bad_rows, student=model, max_new_tokens=sampling.max_new_tokens)
+    asked = [problem.prompt for problem in problems]
     stage = run.begin(
         "evaluate",
         config={
@@ -214,8 +196,8 @@ def evaluate_model(
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
             "grader": grader,
         },
-        inputs={"prompts": config_hash([[p.id, p.problem, p.messages, p.answer] for p in prompts])},
-        settings={"device": str(model.device), "token_budget": token_budget},
+        inputs={"prompts": config_hash([[p.id, p.problem, p.messages, p.answer] for p in asked])},
+        settings={"device": str(model.device), "token_budget": token_budget, **bad_rows.record()},
         overwrite=overwrite,
         additive=True,
     )
@@ -240,7 +222,7 @@ def evaluate_model(
             )
             stage.write(index, evaluation_rows(samples, model=model.name, seed=sampling.seed))
     rows = scan([stage.path(index) for index in range(len(shards))]).collect()
-    return stage.finish(**_summary(rows))
+    return stage.finish(**_summary(rows), **bad_rows.summary())
 
 
 def _only_benchmark(prompts: Sequence[Prompt]) -> str:

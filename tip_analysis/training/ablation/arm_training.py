@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -32,7 +33,8 @@ from tip_analysis.core.stages import own_folder
 from tip_analysis.core.table_files import read
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, load_model
-from tip_analysis.rollouts.encoded import EncodedPrompt, encode_prompts
+from tip_analysis.rollouts.bad_rows import BadRows
+from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Sampling
@@ -40,7 +42,6 @@ from tip_analysis.training.checkpoints import checkpoints, load_checkpoint, save
 from tip_analysis.training.data import (
     FixedRollouts,
     OnPolicyRollouts,
-    check_trainable,
     fixed_rollouts,
     sampled_rollout,
 )
@@ -98,6 +99,8 @@ class StudyOptions:
     """Switches for the chat template."""
     max_prompt_tokens: int | None = None
     """Longer prompts are left out of training."""
+    bad_rows: BadRows = field(default_factory=BadRows)
+    """What is done with prompts that cannot be used, and which were left out already."""
     dtype: str = "auto"
     """Dtype in which models are loaded."""
     device: str = "auto"
@@ -143,16 +146,21 @@ class ArmRunner:
         student = self._load(study.student)
         self.student_record = student.describe()
         self.teacher_record = self.teacher.describe()
-        self.prompts = self._without_long(
-            self._encode(student, study.prompts, study.teacher_context)
+        self.bad_rows = deepcopy(study.bad_rows)
+        self.prompts = self._with_room(
+            student,
+            self._without_long(self._encode(student, study.prompts, study.teacher_context)),
+            study.sampling,
         )
         solved = all(prompt.solution is not None for prompt in study.evaluation_prompts)
         self.teacher_knows_problems = study.teacher_context == "none" or solved
         context = study.teacher_context if self.teacher_knows_problems else "none"
-        self.problems = self._encode(student, study.evaluation_prompts, context)
-        self.benchmarks = [prompt.benchmark for prompt in study.evaluation_prompts]
-        check_trainable(student, self.prompts, study.sampling.max_new_tokens)
-        check_trainable(student, self.problems, study.evaluation_sampling.max_new_tokens)
+        self.problems = self._with_room(
+            student,
+            self._encode(student, study.evaluation_prompts, context),
+            study.evaluation_sampling,
+        )
+        self.benchmarks = [problem.prompt.benchmark for problem in self.problems]
         self.author = student if study.mode == "offline" else None  # what drift is measured against
 
     def _load(self, model: str | LanguageModel) -> LanguageModel:
@@ -166,13 +174,21 @@ class ArmRunner:
         self, student: LanguageModel, prompts: Sequence[Prompt], teacher_context: str
     ) -> list[EncodedPrompt]:
         study = self.study
-        return encode_prompts(
+        return encode_usable(
             prompts,
+            self.bad_rows,
             student=student,
             teacher=self.teacher,
             template=study.template,
             teacher_context=teacher_context,
             chat_template_kwargs=study.chat_template_kwargs,
+        )
+
+    def _with_room(
+        self, student: LanguageModel, prompts: list[EncodedPrompt], sampling: Sampling
+    ) -> list[EncodedPrompt]:
+        return with_room(
+            prompts, self.bad_rows, student=student, max_new_tokens=sampling.max_new_tokens
         )
 
     def _without_long(self, prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
@@ -228,7 +244,11 @@ class ArmRunner:
             "ablate",
             config=config,
             inputs=inputs,
-            settings={"device": str(self.teacher.device), "num_threads": torch.get_num_threads()},
+            settings={
+                "device": str(self.teacher.device),
+                "num_threads": torch.get_num_threads(),
+                **self.bad_rows.record(),
+            },
             additive=True,
         )
         self._keys[arm, seed] = stage.key

@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.run_folder import RunLike, open_run
 from tip_analysis.core.toy_pairs import toy_pairs
+from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.prompts import Prompt, is_file, read_prompts
 
 
-def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
+def load_prompts(source: str, *, limit: int | None = None, **how: Any) -> list[Prompt]:
     """The prompts of a source: `arithmetic:SPLIT:NUMBER`, a file, or a hub dataset.
 
     Args:
         source: where they are.
         limit: the first so many only.
+        how: further options of `read_prompts`.
 
     Raises:
         PromptFileError: they cannot be read.
@@ -26,7 +30,7 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
             Prompt(row["id"], problem=row["problem"], answer=row["answer"])
             for row in pair.prompts(source)
         ][:limit]
-    return read_prompts(source, limit=limit)
+    return read_prompts(source, limit=limit, **how)
 
 
 def check_prompts(source: str) -> None:
@@ -41,11 +45,17 @@ def check_prompts(source: str) -> None:
         load_prompts(source, limit=1)
 
 
-def load_evaluation_sets(sources: Sequence[str], *, limit: int | None = None) -> list[Prompt]:
+def load_evaluation_sets(
+    sources: Sequence[str],
+    *,
+    limit: int | None = None,
+    on_bad_row: BadRows | OnBadRow | str = OnBadRow.FAIL,
+) -> list[Prompt]:
     """The problems of several sets, each with the name of its benchmark; with more than one set,
     ids have the name in front.
 
     Raises:
+        PromptFileError: a problem cannot be used, for want of an answer for one.
         OptionError: a set is named twice.
     """
     names = benchmark_names(sources)
@@ -53,7 +63,7 @@ def load_evaluation_sets(sources: Sequence[str], *, limit: int | None = None) ->
     return [
         replace(prompt, id=prefix.format(name) + prompt.id, benchmark=name)
         for source, name in zip(sources, names, strict=True)
-        for prompt in load_prompts(source, limit=limit)
+        for prompt in load_prompts(source, limit=limit, needs_answer=True, on_bad_row=on_bad_row)
     ]
 
 
