@@ -262,6 +262,54 @@ SAME = {
         ("3 \\text{ units}", "\\boxed{3}"),
         ("1,000 \\text{ m}", "\\boxed{1000}"),
     ],
+    "numbers in words, groups of three, and millions": [
+        ("seven", "\\boxed{7}"),
+        ("\\text{seven}", "\\boxed{7}"),
+        ("21", "\\boxed{twenty-one}"),
+        ("12 345", "\\boxed{12345}"),
+        ("1 234 567", "\\boxed{1,234,567}"),
+        ("10_000", "\\boxed{10000}"),
+        ("12 345 km", "\\boxed{12345\\text{ km}}"),
+        ("1.5 million", "\\boxed{1500000}"),
+        ("$1.5 million", "\\boxed{1{,}500{,}000}"),
+        ("3\\text{ million}", "\\boxed{3000000}"),
+        ("5 hundred", "\\boxed{500}"),
+        ("3.0 x 10^8", "\\boxed{3e8}"),
+    ],
+    "repeating decimals": [
+        ("\\frac{1}{3}", "\\boxed{0.\\overline{3}}"),
+        ("0.1\\overline{6}", "\\boxed{\\frac16}"),
+        ("-0.(3)", "\\boxed{-\\frac{1}{3}}"),
+    ],
+    "mixed fractions": [
+        ("1 1/2", "\\boxed{1\\frac{1}{2}}"),
+        ("2 3/4", "\\boxed{2.75}"),
+        ("2 1/2, 3 1/2", "\\boxed{\\frac52,\\frac72}"),
+        ("33\\frac{1}{3}\\%", "\\boxed{\\frac{100}{3}\\%}"),
+        ("3 1/4 inches", "\\boxed{3.25 inches}"),
+    ],
+    "both signs": [
+        ("\\pm\\frac12", "\\boxed{-0.5,0.5}"),
+        ("x=\\pm 3", "\\boxed{x=3,-3}"),
+        ("2 \\pm \\sqrt{3}", "\\boxed{2+\\sqrt3, 2-\\sqrt3}"),
+        ("x = \\frac{1 \\pm \\sqrt{5}}{2}", "\\boxed{\\frac{1+\\sqrt5}{2}, \\frac{1-\\sqrt5}{2}}"),
+    ],
+    "what is counted is no part of the number": [
+        ("5000 people", "\\boxed{5,000}"),
+        ("5,000", "\\boxed{5000 people}"),
+        ("5000 people", "\\boxed{5{,}000\\text{ people}}"),
+        ("2 million people", "\\boxed{2,000,000}"),
+    ],
+    "emphasis is no part of an answer": [
+        ("C", "The answer is **C**."),
+        ("5", "The answer is *5*."),
+        ("5 apples", "The answer is **5** apples."),
+        ("1024", "The answer is 2**10"),
+    ],
+    "nothing, in two signs": [
+        ("\\emptyset", "\\boxed{\\varnothing}"),
+        ("\\varnothing", "\\boxed{∅}"),
+    ],
 }  # fmt: skip
 
 DIFFERENT = {
@@ -397,6 +445,28 @@ DIFFERENT = {
         ("18 \\text{ cm}", "\\boxed{81}"),
         ("20^\\circ\\text{C}", "\\boxed{70^\\circ\\text{F}}"),
         ("5 pm", "\\boxed{18:00}"),
+    ],
+    "other words, groups and periods": [
+        ("thirteen", "\\boxed{30}"),
+        ("2 million", "\\boxed{2 billion}"),
+        ("12 345", "\\boxed{12,346}"),
+        ("12 34", "\\boxed{1234}"),
+        ("1 2 3", "\\boxed{123}"),
+        ("0.\\overline{3}", "\\boxed{0.3}"),
+        ("0.\\overline{12}", "\\boxed{\\frac{12}{100}}"),
+        ("1 1/2", "\\boxed{11/2}"),
+        ("1 1/2", "\\boxed{1/2}"),
+        ("33 1/3%", "\\boxed{33%}"),
+        ("33 1/3%", "\\boxed{33 2/3%}"),
+        ("2\\frac{3}{2}", "\\boxed{5}"),
+        ("2 \\pm 1", "\\boxed{3}"),
+        ("5000 people", "\\boxed{5,001}"),
+        ("5 squared", "\\boxed{5}"),
+        ("C", "The answer is **D**."),
+    ],
+    "a set is no tuple and no interval": [
+        ("(0,1)", "\\boxed{\\{0,1\\}}"),
+        ("\\{0,1\\}", "\\boxed{[0,1]}"),
     ],
 }  # fmt: skip
 

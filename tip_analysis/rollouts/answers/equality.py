@@ -29,6 +29,11 @@ _MATH_MARKS = ("$", "\\boxed", "\\[", "\\(")
 _PERCENT = re.compile(r"\s*(?:\\?%|\bpercent\b|\bpct\b)\s*\.?$", re.IGNORECASE)
 _DECIMAL = re.compile(r"\d\.\d|(?<!\d)\.\d")
 _COMMAND = re.compile(r"\\(?:text(?:bf|rm|it)?|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_COUNTED = re.compile(
+    r"(?P<number>[+-]?[\d,]*\.?\d+)"
+    r"(?:(?:\s|\\[ ,]|~)+(?!squared|cubed|factorial|choose|mod)[A-Za-z]{3,})+\.?"
+)
+"""A number and words for what is counted; not those that make another number of it."""
 _SHORT_WORDS = frozenset({"yes", "no", "odd", "one", "two", "six", "ten", "am", "pm", "red"})
 
 
@@ -80,10 +85,22 @@ def _is_word(word: str) -> bool:
 
 def _verdict(gold: str, found: str) -> bool | None:
     """What choices, quantities and numbers say; None where they cannot tell."""
+    if same_text(gold, found):
+        return True
     for compare in (_compare_choices, _compare_quantities, _compare_numbers):
         if (verdict := compare(gold, found)) is not None:
             return verdict
+    if {_bracket(gold), _bracket(found)} == {"set", "tuple"}:
+        return False
     return False if _case_differs(gold, found) else None
+
+
+def _bracket(text: str) -> str | None:
+    """Whether a list is written as a set or as a tuple (or interval); None for anything else."""
+    plain = text.replace(r"\left", "").replace(r"\right", "").strip()
+    if plain.startswith(r"\{") and plain.endswith(r"\}"):
+        return "set"
+    return "tuple" if re.fullmatch(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]", plain) else None
 
 
 def _compare_choices(gold: str, found: str) -> bool | None:
@@ -146,9 +163,12 @@ def _same_magnitude(a: Quantity, b: Quantity) -> bool | None:
 
 
 def _compare_numbers(gold: str, found: str) -> bool | None:
-    """Two numbers in digits, either perhaps in percent."""
+    """Two numbers, either perhaps in percent, or with the word for what is counted."""
     share, other = (_PERCENT.search(text) is not None for text in (gold, found))
-    a, b = (read_number(unwrap(_PERCENT.sub("", text))) for text in (gold, found))
+    read = _value if share and other else read_number
+    a, b = (read(unwrap(_PERCENT.sub("", text))) for text in (gold, found))
+    if (a is None) != (b is None):
+        a, b = a or _count(gold), b or _count(found)
     if a is None or b is None:
         return None
     if share == other:
@@ -157,6 +177,12 @@ def _compare_numbers(gold: str, found: str) -> bool | None:
         return same_number(a, b) or same_number(_hundredth(a), b)
     is_whole = a.decimals is None and b.decimals is None
     return same_number(a, _hundredth(b)) or (is_whole and same_number(a, b))
+
+
+def _count(text: str) -> Value | None:
+    """The number of `5000 people`; None where what follows is no plain word."""
+    match = _COUNTED.fullmatch(unwrap(text))
+    return read_number(match["number"]) if match else None
 
 
 def _hundredth(value: Value) -> Value:

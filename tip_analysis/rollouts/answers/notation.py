@@ -5,6 +5,8 @@ import re
 import unicodedata
 from decimal import Decimal, InvalidOperation
 
+from tip_analysis.rollouts.answers.spellings import spelled_out
+
 _SIGNS = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
@@ -17,8 +19,9 @@ _JSON_NUMBER = re.compile(
 )
 _DOLLARS = re.compile(r"^\$+|(?<!\\)\$+$")
 _FUNCTIONS = "exp|ln|log|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|min|max"
-_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=\s*\()")
+_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=\s*\(|_\{{?\d)")
 _NAME = re.compile(r"(?<![\\A-Za-z{])(pi|infty|theta|alpha|beta)(?![A-Za-z(])")
+_TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _ROOT = re.compile(r"(?<![A-Za-z])\\?sqrt\s*\(|√\s*\(?")
 _RADICAND = re.compile(r"[A-Za-z]|\d+(?:\.\d+)?|\\[a-z]+")
 MAX_EXPONENT = 400
@@ -37,7 +40,8 @@ def normalize_numbers(text: str) -> str:
 def normalize_formula(text: str) -> str:
     """An answer that stands alone, in LaTeX: besides numbers, `sqrt(2)`, `pi/2`, `exp(16)`,
     `x**2`."""
-    text = normalize_numbers(without_dollars(text)).replace("**", "^")
+    text = spelled_out(_TIMES.sub(r" \\times ", normalize_numbers(without_dollars(text))))
+    text = text.replace("**", "^").replace(r"\varnothing", r"\emptyset")
     text = _FUNCTION.sub(lambda match: "\\" + match[1], _with_roots(text))
     return _NAME.sub(lambda match: f"\\{match[1]} ", text).strip()
 

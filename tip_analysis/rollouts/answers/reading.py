@@ -27,6 +27,7 @@ _SAID = re.compile(
     re.IGNORECASE,
 )
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|</s>|<eos>|<end_of_turn>|<\|im_end\|>")
+_EMPHASIS = re.compile(r"^\*{1,3}([^*\n]+)\*{1,3}(?!\*)(.*)$")
 
 
 class Answer(NamedTuple):
@@ -109,5 +110,5 @@ def _said(text: str) -> str | None:
     tagged = _TAGGED.findall(text)
     said = tagged or [match["said"] for match in _SAID.finditer(text)]
     found = said[-1] if said else text
-    found = _SPECIAL_TOKEN.sub("", found).strip().strip("*").strip()
+    found = _EMPHASIS.sub(r"\1\2", _SPECIAL_TOKEN.sub("", found).strip()).strip("*").strip()
     return found if found and "\n" not in found else None
