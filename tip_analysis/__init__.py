@@ -15,12 +15,14 @@ Nothing is loaded before it is used: importing the package takes neither torch n
 says which name lives where.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-from tip_analysis.core.optional import extras_named
-
+TYPE_CHECKING = False  # as in `typing`, whose import would be most of this one's time
 if TYPE_CHECKING:
+    from typing import Any
+
     from tip_analysis import (
         analysis,
         figures,
@@ -279,6 +281,8 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return import_module(f"tip_analysis.{_ROOMS[name]}")
     if name in _HOMES:
+        from tip_analysis.core.optional import extras_named
+
         with extras_named(f"tip.{name}"):
             return getattr(import_module(f"tip_analysis.{_HOMES[name]}"), name)
     raise AttributeError(

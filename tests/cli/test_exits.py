@@ -99,24 +99,67 @@ def test_names_cannot_write_to_the_terminal():
     assert "⟨1B⟩[31mred⟨202E⟩⟨07⟩[/b]:smile: line" in line
 
 
-ANNOUNCED = "import sys; from tip_analysis.cli.main import main; print('.', flush=True); main()"
+AS_FROM_A_SHELL = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""Whatever the tests run under: a background job has Ctrl-C ignored."""
+AS_IN_THE_BACKGROUND = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+ANNOUNCED = """
+import sys
+import tip_analysis.__main__ as it
+
+class Announcer:
+    def find_spec(self, name, *_):
+        if name == "tip_analysis.cli":
+            print(".", flush=True)
+
+sys.meta_path.insert(0, Announcer())
+it.main()
+"""
 
 
-@pytest.mark.parametrize("delay", [0.02, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0])
-def test_ctrl_c_is_one_line_at_any_moment(tmp_path, delay):
-    arguments = ["demo", "--out", str(tmp_path / "demo"), "--report", str(tmp_path / "x.html")]
+def begun(arguments: list[str], start: str = AS_FROM_A_SHELL) -> subprocess.Popen[bytes]:
+    """A command that is about to import what it needs."""
     process = subprocess.Popen(
-        [sys.executable, "-c", ANNOUNCED, *arguments],
+        [sys.executable, "-c", start + ANNOUNCED, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
     process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0])
+def test_ctrl_c_is_one_line_at_any_moment(tmp_path, delay):
+    process = begun(["demo", "--out", str(tmp_path / "demo"), "--report", str(tmp_path / "x.html")])
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert said.decode() == "interrupted; the same command goes on from here\n"
     assert process.returncode == exits.INTERRUPTED
+
+
+def test_ctrl_c_is_ours_before_anything_is_imported():
+    script = (
+        "import sys; before = set(sys.modules); import tip_analysis.__main__ as it; "
+        "print(*sorted(set(sys.modules) - before)); print(it.INTERRUPTED, it.SAID.decode())"
+    )
+    command = [sys.executable, "-S", "-c", script]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    loaded, said = shown.stdout.split("\n", 1)
+    ours = [name for name in loaded.split() if name.startswith("tip_analysis")]
+    assert ours == ["tip_analysis", "tip_analysis.__main__"]
+    assert "typing" not in loaded.split()
+    assert said.strip() == f"{exits.INTERRUPTED} interrupted; the same command goes on from here"
+
+
+def test_a_background_job_of_a_shell_does_not_end_for_ctrl_c():
+    process = begun(["select", "--list"], AS_IN_THE_BACKGROUND)
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    shown, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (0, b"")
+    assert b"soft_or" in shown
 
 
 def ended(capsys, error: BaseException, **options) -> tuple[int, str]:
@@ -194,7 +237,10 @@ def test_an_interrupt_that_a_library_makes_an_error_of_is_still_one():
         "        raise RuntimeError('a library gives up')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+        [sys.executable, "-c", AS_FROM_A_SHELL + script],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr.count("\n")) == (130, 1)
 

@@ -1,11 +1,13 @@
 """Every stage, killed (or told that the disk is full) at every file event, and run again.
 
-`python kills.py FOLDER KIND SPACING SCENARIO…` imports everything once and forks a process for each
-trial, which is killed for good; another fork runs the same command again, compares what is there
-with an undisturbed run, and prints one JSON line: scenario, kind, event, and what is wrong (null).
+`python kills.py FOLDER KIND,… SPACING SCENARIO…` imports everything once and forks a process for
+each trial, which is killed for good; another fork runs the same command again and compares what is
+there with an undisturbed run. Each trial is one JSON line: scenario, kind, event, and what is wrong
+(null).
 Nothing here runs a Polars query before a fork: its threads do not survive one.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -14,7 +16,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -129,21 +133,26 @@ def said(folder: Path) -> str:
     return (folder.parent / f"{folder.name}.stderr").read_text("utf-8", "replace")
 
 
-def trials(base: Path, scenario: Scenario, kind: str) -> tuple[list[str], Path]:
-    """The events of an undisturbed run, and its folder."""
+def undisturbed(base: Path, scenario: Scenario) -> tuple[list[str], Path]:
+    """The events of an undisturbed run, and its folder. What the run imported is imported here too,
+    so that no trial does so again."""
     whole, log = base.with_name(f"{base.name} whole"), base.with_name(f"{base.name}.events")
     shutil.copytree(base, whole)
 
     def work() -> None:
-        counter = Counter()
+        counter, before = Counter(), set(sys.modules)
         watch(whole, counter)
         status = run_command(whole, scenario.command)
-        log.write_text(json.dumps(counter.names))
+        log.write_text(json.dumps([counter.names, sorted(set(sys.modules) - before)]))
         os._exit(status)
 
     if status := in_child(work):
         raise SystemExit(f"the undisturbed {scenario.command} ended with {status}: {said(whole)}")
-    return json.loads(log.read_text()), whole
+    events, modules = json.loads(log.read_text())
+    for module in modules:
+        with suppress(Exception):
+            import_module(module)
+    return events, whole
 
 
 def disturbed(folder: Path, command: list[str], kind: str, event: int) -> int:
@@ -162,24 +171,54 @@ def disturbed(folder: Path, command: list[str], kind: str, event: int) -> int:
     return in_child(work)
 
 
-def check(folder: Path, whole: Path, scenario: Scenario, kind: str, status: int) -> str | None:
-    """What is wrong after a trial; None if nothing is."""
+def check(
+    folder: Path, whole: Path, scenario: Scenario, kind: str, status: int, decided: dict
+) -> str | None:
+    """What is wrong after a trial; None if nothing is. Where an earlier trial left the same files,
+    the same command goes on in the same way: `decided` holds what came of it."""
     if kind == "fail" and not os.WIFEXITED(status):
         return f"died: {status}"
     if kind == "fail":
         code, lines = os.waitstatus_to_exitcode(status), said(folder).strip().splitlines()
         if code not in (0, 2) or len([line for line in lines if not line.startswith("WARN")]) > 1:
             return f"ended with {code}, saying {lines[-3:]}"
-    before = folder.parent / f"{folder.name}.answer"
-    if (wrong := finished(folder, scenario.command)) is not None:
-        return wrong
+    left = state(folder)
+    if left not in decided:
+        decided[left] = wrong_after_another_run(folder, whole, scenario.command)
+    return decided[left]
 
-    def compare() -> None:
-        before.write_text(json.dumps(differs(folder, whole)))
 
-    if in_child(compare):
-        return "the outcomes could not be compared"
-    return json.loads(before.read_text())
+def wrong_after_another_run(folder: Path, whole: Path, command: list[str]) -> str | None:
+    """Run the same command again, to its end, and compare."""
+    answer = folder.parent / f"{folder.name}.answer"
+
+    def work() -> None:
+        if (status := run_command(folder, command)) == 0:
+            answer.write_text(json.dumps(differs(folder, whole)))
+        os._exit(status)
+
+    answer.unlink(missing_ok=True)
+    status = os.waitstatus_to_exitcode(in_child(work))
+    if status:
+        return f"the same command again ended with {status}: {said(folder)[-600:]}"
+    return json.loads(answer.read_text())
+
+
+_VARIES = re.compile(
+    rb'\d{4}-\d\d-\d\dT[\d:.+]+|"wall_time_s": [\d.e-]+|"session": "[0-9a-f]{32}"|"process": \d+'
+)
+"""What differs between two runs that stopped at the same place."""
+
+
+def state(folder: Path) -> str:
+    """What lies in a folder, without what no command goes by: times, and who made a part file."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = re.sub(r"\.\d+-\d+\.part", ".part", str(path.relative_to(folder)))
+        content = path.read_bytes() if path.is_file() and is_kept(path) else b""
+        content = _VARIES.sub(b"", content) if b"schema_version" in content[:100] else content
+        digest.update(f"{name} {path.is_dir()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def differs(folder: Path, whole: Path) -> str | None:
@@ -258,24 +297,30 @@ def every(events: list[str], kind: str, spacing: int) -> Iterator[int]:
         yield from range(0, last, spacing)
 
 
-def main_of_trials(folder: Path, kind: str, spacing: int, names: list[str]) -> None:
-    """Try every scenario at every event."""
+def main_of_trials(folder: Path, kinds: list[str], spacing: int, names: list[str]) -> None:
+    """Try every scenario at every event, in each kind of disturbance."""
     rows = [json.dumps(row) for row in problems(4, seed=3)]
     texts = [json.dumps({"problem": row["problem"], "response": "46"}) for row in problems(4)]
     for name in names:
-        scenario, base = SCENARIOS[name], folder / f"{kind} {name}"
+        base = folder / name
         base.mkdir(parents=True)
         (base / "p.jsonl").write_text("\n".join(rows))
         (base / "t.jsonl").write_text("\n".join(texts))
-        for command in scenario.before:
+        for command in SCENARIOS[name].before:
             if (wrong := finished(base, command)) is not None:
                 raise SystemExit(wrong)
-        events, whole = trials(base, scenario, kind)
+        try_scenario(name, base, kinds, spacing)
+
+
+def try_scenario(name: str, base: Path, kinds: list[str], spacing: int) -> None:
+    """Print what each trial of a scenario came to."""
+    scenario, decided, trial = SCENARIOS[name], {}, base.parent / "trial"
+    events, whole = undisturbed(base, scenario)
+    for kind in kinds:
         for event in every(events, kind, spacing):
-            trial = folder / "trial"
             shutil.copytree(base, trial)
             status = disturbed(trial, scenario.command, kind, event)
-            wrong = check(trial, whole, scenario, kind, status)
+            wrong = check(trial, whole, scenario, kind, status, decided)
             what = events[event] if kind != "write" and event < len(events) else "the end"
             verdict = {"scenario": name, "kind": kind, "event": event, "what": what, "wrong": wrong}
             print(json.dumps(verdict), flush=True)
@@ -296,4 +341,4 @@ if __name__ == "__main__":
     os.environ["POLARS_MAX_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warm_up()
-    main_of_trials(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    main_of_trials(Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4:])

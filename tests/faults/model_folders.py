@@ -35,7 +35,12 @@ TEMPLATES = (
     "{% include '/etc/passwd' %}",
     "",
     "{{ '\ud83d' }}",
+    "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{{ ('x' * 100000) * 100000 }}",
 )
+
+ENDLESS = "(model|[a-z._0-9]|[a-z._0-9])*X"
+"""A regular expression that finds nothing in time that doubles with each character."""
 
 
 def good_folders(folder: Path) -> list[Path]:
@@ -168,8 +173,9 @@ def _config(model: Path, rng: random.Random) -> str:
 def _adapter_config(model: Path, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return _change(model / "adapter_config.json", rng)
-    name = rng.choice(["r", "lora_alpha", "rank_pattern", "base_model_name_or_path", "peft_type"])
-    values = [*SIZES, {"q_proj": 10**9}, "../../x", str(model), "PREFIX_TUNING", "IA3"]
+    names = ["r", "lora_alpha", "rank_pattern", "base_model_name_or_path", "peft_type"]
+    name = rng.choice([*names, "target_modules", "exclude_modules", "modules_to_save"])
+    values = [*SIZES, {"q_proj": 10**9}, "../../x", str(model), "PREFIX_TUNING", "IA3", ENDLESS]
     value = rng.choice(values)
     return f"{name} {value} in " + _change(
         model / "adapter_config.json", rng, lambda config: config | {name: value}

@@ -26,8 +26,10 @@ def goods(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Endless templates are stopped sooner than they are for users."""
+    """Endless templates and patterns are stopped sooner than they are for users."""
     monkeypatch.setattr("tip_analysis.rollouts.template_limits.SECONDS", 1.0)
+    monkeypatch.setattr("tip_analysis.rollouts.template_limits.BYTES", 2**27)
+    monkeypatch.setattr("tip_analysis.models.adapter_patterns.SECONDS", 2.0)
 
 
 @contextmanager

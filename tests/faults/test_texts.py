@@ -1,6 +1,7 @@
 """Prompts and imports from strangers: read to the end, or refused in one line."""
 
 import json
+import resource
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,10 @@ from tip_analysis.rollouts.importers.formats import import_rollouts
 from tip_analysis.rollouts.prompts import read_prompts
 from tip_analysis.rollouts.rendering import render
 
+LIMITS = resource.getrlimit(resource.RLIMIT_AS)
+DOUBLING = (
+    "{% set n = namespace(x=START) %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+)
 SHORT, WHOLE = 100, 2000
 """Mutations in the gate, and in the marked target."""
 
@@ -134,6 +139,34 @@ def test_broken_chat_templates_are_refused_in_one_line(template):
     ) as refused:
         render(make_tokenizer(template), [{"role": "user", "content": "x"}])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        DOUBLING.replace("START", "'a'").replace("~", "~"),
+        DOUBLING.replace("START", "'a'").replace("~", "+"),
+        DOUBLING.replace("START", "[1]").replace("~", "+"),
+        "{{ ('x' * 1000000) * 20000 }}",
+        "{{ ('a' * 1000000) | replace('a', 'b' * 10000) }}",
+        "{{ ('a' * 1000000) | join('b' * 10000) }}",
+        "{{ '%*d' % (1000000 * 9000, 1) }}",
+        "{{ '{:>9000000000}'.format(1) }}",
+        "{{ [1] * 1000000 * 1000000 }}",
+    ],
+)
+def test_templates_that_would_take_all_memory_are_refused(template, monkeypatch):
+    monkeypatch.setattr("tip_analysis.rollouts.template_limits.BYTES", 2**27)
+    with pytest.raises(PromptFileError, match=r"it needs more than 1 GB$") as refused:
+        render(make_tokenizer(template), [{"role": "user", "content": "x"}])
+    assert refused.value.__cause__ is None  # it would keep what was allocated
+    assert resource.getrlimit(resource.RLIMIT_AS) == LIMITS
+
+
+def test_a_template_of_endless_text_is_refused(monkeypatch):
+    monkeypatch.setattr("tip_analysis.rollouts.rendering.MAX_CHARACTERS", 10**4)
+    with pytest.raises(PromptFileError, match=r"a text of 30,000 characters"):
+        render(make_tokenizer("{{ 'abc' * 10000 }}"), [{"role": "user", "content": "x"}])
 
 
 def test_a_prompt_beyond_the_context_is_refused_before_anything_is_made(tmp_path, capsys):

@@ -201,6 +201,9 @@ def _interrupts(own_process: bool) -> Iterator[list[int]]:
             os._exit(INTERRUPTED)
         raise KeyboardInterrupt
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
+        yield interrupted
+        return
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield interrupted

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from tip_analysis.core.errors import ModelError
 from tip_analysis.core.optional import require
 from tip_analysis.core.text import first_line
+from tip_analysis.models.adapter_patterns import check_patterns
 from tip_analysis.models.file_checks import (
     check_adapter_config,
     check_config,
@@ -213,7 +214,10 @@ def _load_adapter(folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
         base = load_weights(*locate(base_name), kwargs)
     except LOADING_ERRORS as error:
         raise ModelError(f"its base model {base_name!r}: {first_line(error)}") from error
-    check_adapter_config(folder / ADAPTER_CONFIG, adapter_shapes(folder))
+    config = folder / ADAPTER_CONFIG
+    check_adapter_config(config, adapter_shapes(folder))
+    names = {name for name, _ in [*base.named_modules(), *base.named_parameters()]}
+    check_patterns(config.name, read_object(config), names)
     _resize(base, folder)
     places = {_PREFIX_OF_ADAPTED + name for name, _ in base.named_parameters()}
     with warnings.catch_warnings():

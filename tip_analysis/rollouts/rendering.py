@@ -16,7 +16,13 @@ from tip_analysis.rollouts.row_files import preview
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from tip_analysis.rollouts.prompts import Message, Prompt
-from tip_analysis.rollouts.template_limits import check_template, time_limit
+from tip_analysis.rollouts.template_limits import (
+    BYTES,
+    MAX_CHARACTERS,
+    check_template,
+    memory_limit,
+    time_limit,
+)
 
 TEMPLATES: dict[str, str] = {
     "plain": "{problem}",
@@ -167,20 +173,22 @@ def render_chat(
     if reserved := [name for name in _RESERVED_SWITCHES if name in switches]:
         raise OptionError(f"chat template switches: {', '.join(reserved)} cannot be set here")
     check_template(str(tokenizer.chat_template))
+    refused = f"the chat template refuses the conversation ({roles_of(messages)})"
     try:
-        with time_limit():
+        with time_limit(), memory_limit():
             text = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **switches,
             )
+    except MemoryError:  # without its cause, which holds what was allocated
+        raise PromptFileError(f"{refused}: it needs more than {BYTES / 1e9:.0f} GB") from None
     except Exception as problem:  # a template is a program of the model's author's
-        raise PromptFileError(
-            f"the chat template refuses the conversation ({roles_of(messages)}):"
-            f" {one_line(str(problem), 200)}"
-        ) from problem
+        raise PromptFileError(f"{refused}: {one_line(str(problem), 200)}") from problem
     assert isinstance(text, str)
+    if len(text) > MAX_CHARACTERS:
+        raise PromptFileError(f"{refused}: it makes a text of {len(text):,} characters of it")
     return text
 
 

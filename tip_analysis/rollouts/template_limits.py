@@ -1,4 +1,5 @@
-"""Chat templates are programs of strangers: how long one may run, and what none needs."""
+"""Chat templates are programs of strangers: how long one may run, how much memory it may take, and
+what none needs."""
 
 import contextlib
 import ctypes
@@ -7,11 +8,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import jinja2
+import psutil
 
 from tip_analysis.core.errors import PromptFileError
 
 SECONDS = 10.0
 """Most time that a template takes for one conversation."""
+BYTES = 2**30
+"""Most memory that a template takes besides, where the operating system can limit it."""
+MAX_CHARACTERS = 5 * 10**7
+"""Longest text that a template makes: beyond any context."""
 MAX_NUMBER = 10**6
 """Largest number written in a template: beyond it, texts and loops only exhaust the machine."""
 
@@ -70,6 +76,34 @@ def time_limit(seconds: float | None = None) -> Iterator[None]:
         with lock:
             done = True
         timer.cancel()
+
+
+_limiting = threading.Lock()
+"""Held while memory is limited: a limit is the whole process's."""
+
+
+@contextlib.contextmanager
+def memory_limit(num_bytes: int | None = None) -> Iterator[None]:
+    """Let this process take so much more memory (by default `BYTES`) and no more; nothing where
+    the operating system has no such limit.
+
+    Raises:
+        MemoryError: inside the block.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        yield
+        return
+    with _limiting:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = psutil.Process().memory_info().vms + (BYTES if num_bytes is None else num_bytes)
+        known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *known]), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class _OvertimeError(Exception):
