@@ -1,10 +1,14 @@
 """The shared names: text in, member out, and a clear refusal."""
 
+import ast
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import polars as pl
 import pytest
 
+import tip_analysis
 from tip_analysis.core import names
 from tip_analysis.core.errors import UnknownNameError
 from tip_analysis.core.names import Name, Quadrant, Scope, TeacherStoreForm
@@ -46,3 +50,33 @@ def test_polars_takes_members_as_text() -> None:
 def test_names_look_in_messages_as_they_are_typed():
     assert f"{Scope.RUN!r}" == "'run'"
     assert [Scope.RUN, Scope.BATCH].__repr__() == "['run', 'batch']"
+
+
+NAMES_OF_MEMBERS = {
+    *("cut_scope", "normalization_scope", "selection_scope"),
+    *("loss_normalizer", "loss_aggregation", "schedule", "precision", "mode", "method"),
+    *("teacher_context", "finish_reason", "ids_origin", "template_origin", "on_bad_row"),
+    *("phase", "engine", "stop_tokens", "teacher_store", "relation"),
+}
+"""What holds a member of an enumeration, wherever it is a parameter or a field."""
+
+
+def annotated(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            yield node.arg, node.annotation
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, node.annotation
+
+
+def test_no_parameter_or_field_with_a_closed_set_of_names_is_a_mere_text() -> None:
+    package = Path(tip_analysis.__file__).parent
+    texts = [
+        f"{path.relative_to(package)}: {name}: {ast.unparse(annotation)}"
+        for path in sorted(package.rglob("*.py"))
+        for name, annotation in annotated(ast.parse(path.read_text("utf-8")))
+        if name in NAMES_OF_MEMBERS
+        and {"str"} <= set(ast.unparse(annotation).split(" | "))
+        and not any(kind.__name__ in ast.unparse(annotation) for kind in ENUMERATIONS)
+    ]
+    assert texts == []

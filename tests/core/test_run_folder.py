@@ -136,6 +136,14 @@ def test_a_damaged_or_newer_record_is_refused(run):
         run.stages()
 
 
+def test_a_record_with_an_unknown_name_is_refused(run):
+    run.begin("score", config={"teacher_context": "solution"})
+    text = run.record_path.read_text().replace('"solution"', '"answer"')
+    run.record_path.write_text(text)
+    with pytest.raises(RunError, match="teacher_context: .*'answer'; valid names: none, solution"):
+        run.stages()
+
+
 def test_a_full_disk_leaves_what_was_there(run):
     stage = run.begin("select", config={}, additive=True)
     path = stage.write(0, mask_rows())

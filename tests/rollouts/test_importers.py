@@ -917,8 +917,24 @@ BAD_NATIVE = {
     "mask type": ({"loss_mask": ["yes"]}, "line 1: loss_mask: expected a list of true and false"),
     "messages": ({"messages": "{"}, "line 1: messages: broken JSON"),
     "reward": ({"reward": "much"}, "line 1: reward: expected a number, found 'much'"),
+    "ids origin": (
+        {"ids_origin": "guessed"},
+        "line 1: ids_origin: expected one of exact, retokenized, found 'guessed'",
+    ),
+    "template origin": (
+        {"template_origin": ["exact"]},
+        "line 1: template_origin: expected one of exact, reapplied, none, found",
+    ),
     "step": ({"step": "much"}, "line 1: the rows do not fit the rollout table"),
 }
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [("length", "length"), ("stop", "stop"), ("given", "given"), (3, "given")]
+)
+def test_an_end_that_a_native_row_says_is_taken_over(tmp_path, said, found):
+    rows, _ = imported("native", write_lines(tmp_path / "n.jsonl", [IDS | {"finish_reason": said}]))
+    assert rows[0]["finish_reason"] == found
 
 
 @pytest.mark.parametrize("name", BAD_NATIVE)

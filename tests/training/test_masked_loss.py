@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 
-from tip_analysis.core.errors import OptionError
+from tip_analysis.core.errors import OptionError, UnknownNameError
 from tip_analysis.core.names import Loss
 from tip_analysis.models.output_head import OutputHead
 from tip_analysis.training.masked_loss import token_weights, weighted_divergence
@@ -59,9 +59,9 @@ def test_weighted_sum_is_the_loss_of_the_equations(data, normalizer, aggregation
 
 
 def test_weights_refuse_unknown_names():
-    with pytest.raises(OptionError, match="loss_normalizer must be"):
+    with pytest.raises(UnknownNameError, match="loss normalizer 'kept'"):
         weights_of([1], [0], loss_normalizer="kept", loss_aggregation="token")
-    with pytest.raises(OptionError, match="loss_aggregation must be"):
+    with pytest.raises(UnknownNameError, match="loss aggregation 'batch'"):
         weights_of([1], [0], loss_normalizer="all", loss_aggregation="batch")
 
 
@@ -162,5 +162,5 @@ def test_bad_options_are_refused():
     options = {"student_head": student_head, "teacher_head": teacher_head, "vocab_size": 61}
     with pytest.raises(OptionError, match="chunk_size"):
         weighted_divergence(hidden, hidden, torch.ones(5), chunk_size=0, **options)
-    with pytest.raises(OptionError, match="reverse_kl, forward_kl, jsd"):
+    with pytest.raises(UnknownNameError, match="reverse_kl, forward_kl, jsd"):
         weighted_divergence(hidden, hidden, torch.ones(5), loss=Loss.NEGATIVE_LOGPROB, **options)

@@ -26,6 +26,7 @@ from tip_analysis.core.errors import (
     OptionError,
     PromptFileError,
     RunError,
+    UnknownNameError,
 )
 from tip_analysis.core.run_folder import create_run, open_run
 from tip_analysis.core.schema import AblationTable
@@ -322,7 +323,7 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         run_ablation(run, study(), arms=ARMS, jobs=2)
     with pytest.raises(OptionError, match="at least one arm"):
         run_ablation(run, study(), arms=[])
-    with pytest.raises(OptionError, match="--mode"):
+    with pytest.raises(UnknownNameError, match="mode 'replay'; valid names: on_policy, offline"):
         run_ablation(run, study(mode="replay"), arms=ARMS)
     with pytest.raises(OptionError, match="prompts to train on"):
         run_ablation(run, study(prompts=()), arms=ARMS)

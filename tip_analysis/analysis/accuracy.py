@@ -28,6 +28,7 @@ from tip_analysis.analysis.benchmarks import (
 )
 from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import SchemaError
+from tip_analysis.core.names import FinishReason
 
 CONFIDENCE = 0.95
 
@@ -210,9 +211,9 @@ def rewards_by_problem(evaluations: pl.DataFrame) -> np.ndarray:
 
 def truncated_share(evaluations: pl.DataFrame) -> float:
     """Share of the responses that the length limit cut off, in [0, 1]."""
-    return evaluations.filter(pl.col("finish_reason").cast(pl.String) == "length").height / max(
-        1, evaluations.height
-    )
+    return evaluations.filter(
+        pl.col("finish_reason").cast(pl.String) == FinishReason.LENGTH
+    ).height / max(1, evaluations.height)
 
 
 def compare_models(

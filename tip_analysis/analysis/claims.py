@@ -35,21 +35,16 @@ from tip_analysis.analysis.benchmarks import (
     with_mean_over_benchmarks,
 )
 from tip_analysis.analysis.bootstrap import expanded_interval, prompt_weights
-from tip_analysis.analysis.paper_claims import (
-    CLAIMS,
-    Arms,
-    Claim,
-    Relation,
-    paper_differences_beside,
-)
+from tip_analysis.analysis.paper_claims import CLAIMS, Arms, Claim, paper_differences_beside
 from tip_analysis.core.errors import OptionError, SchemaError
+from tip_analysis.core.names import Relation
 from tip_analysis.core.result_tables import VERDICTS
 
 DEFAULT_MARGIN = 0.02
 """Two points: how far apart two accuracies may be and still count as equal."""
 
 
-def judge(relation: Relation, low: float | None, high: float | None, margin: float) -> str:
+def judge(relation: Relation | str, low: float | None, high: float | None, margin: float) -> str:
     """The verdict that an interval gives on a relation; `not resolved` where there is no
     interval."""
     if low is None or high is None or not (np.isfinite(low) and np.isfinite(high)):
@@ -58,7 +53,7 @@ def judge(relation: Relation, low: float | None, high: float | None, margin: flo
         ">": (low > 0.0, high < 0.0),
         "≈": (low >= -margin and high <= margin, low > margin or high < -margin),
         "≳": (low > -margin, high < -margin),
-    }[relation]
+    }[Relation(relation)]
     return "supported" if supported else "contradicted" if contradicted else "not resolved"
 
 
@@ -220,7 +215,7 @@ def _judged(
     by_problem = problem_difference(*(problems.filter(arm.rows()) for arm in pair), seed=seed)
     was_run = a.height and b.height
     verdict = judge(claim.relation, effect[1], effect[2], margin) if was_run else "not run"
-    named = (claim.name, claim.statement, benchmark, *map(str, pair), claim.relation)
+    named = (claim.name, claim.statement, benchmark, *map(str, pair), str(claim.relation))
     paper = _paper_summary(claim, pair, benchmark, among, margin)
     return (*named, *effect, *by_problem, margin, verdict, *paper)
 

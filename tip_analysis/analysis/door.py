@@ -14,7 +14,7 @@ from tip_analysis.analysis.flat_files import export_run
 from tip_analysis.analysis.masks import write_masks
 from tip_analysis.analysis.measurements import Preference
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
-from tip_analysis.core.names import Scope
+from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.run_folder import RunLike, open_run
 
 
@@ -24,7 +24,7 @@ def select(
     rules: Sequence[str],
     ratios: Sequence[float] = (0.1, 0.2, 0.5),
     seeds: Sequence[int] = (0,),
-    selection_scope: str = "rollout",
+    selection_scope: SelectionScope | str = SelectionScope.ROLLOUT,
     normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
     measurement: Preference | None = None,

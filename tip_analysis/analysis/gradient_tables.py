@@ -15,13 +15,13 @@ from tip_analysis.core.result_tables import QUANTITIES
 DIVERGENCE = "divergence"
 """Stands for the divergence that a loss is the mean of."""
 LOGIT_NORMS = {
-    Loss.REVERSE_KL.value: "reverse_kl_logit_grad_norm",
-    Loss.FORWARD_KL.value: "forward_kl_logit_grad_norm",
+    Loss.REVERSE_KL: "reverse_kl_logit_grad_norm",
+    Loss.FORWARD_KL: "forward_kl_logit_grad_norm",
 }
 """Columns of the norm of a loss's gradient over the logits."""
 
 
-def gradient_statistics(view: RunView, loss: str) -> pl.DataFrame:
+def gradient_statistics(view: RunView, loss: Loss | str) -> pl.DataFrame:
     """`quadrant_statistics` over the tokens whose gradient of `loss` was measured, one row per
     quadrant (`widen`)."""
 

@@ -10,7 +10,7 @@ import polars as pl
 
 from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import SchemaError
-from tip_analysis.core.names import Quadrant
+from tip_analysis.core.names import PlantedLabel, Quadrant
 
 MASK_KEYS = ["rule", "retention_ratio", "selection_scope", "seed"]
 """What tells one mask from another."""
@@ -113,7 +113,7 @@ def planted_recall(masks: pl.DataFrame, tokens: pl.LazyFrame | pl.DataFrame) -> 
         tokens, ["rollout_id", "position", "loss_mask", "planted_label"], "planted_recall"
     )
     frame = tokens.filter("loss_mask").select("rollout_id", "position", "planted_label").collect()
-    is_planted = pl.col("planted_label") == "planted_error"
+    is_planted = pl.col("planted_label") == PlantedLabel.PLANTED_ERROR
     num_planted = int(frame.select(is_planted.sum()).item() or 0)
     if num_planted == 0:
         raise SchemaError("planted_recall needs tokens labelled planted_error; the table has none")

@@ -62,7 +62,8 @@ def write_masks(
             other tokens or from another measurement.
     """
     wanted = _wanted(rules, retention_ratios, seeds)
-    how = {"normalization_scope": normalization_scope, "divergence_clip": divergence_clip}
+    how = {"normalization_scope": Scope(normalization_scope), "divergence_clip": divergence_clip}
+    scope = SelectionScope(selection_scope)
     tables = {
         needs: candidates(run, needs_gradients=needs, measurement=measurement, **how)
         for needs in {rule(name).needs_gradients for name in rules}
@@ -70,7 +71,7 @@ def write_masks(
     masks = []
     with track("selecting", len(wanted), unit="masks") as advance:
         for name, ratio, seed in wanted:
-            key = {"rule": name, "retention_ratio": ratio, "selection_scope": selection_scope}
+            key = {"rule": name, "retention_ratio": ratio, "selection_scope": scope}
             among = tables[rule(name).needs_gradients]
             masks.append(_write_mask(run, key | {"seed": seed}, how, among, overwrite=overwrite))
             advance()
@@ -119,7 +120,7 @@ def candidates(
     *,
     needs_gradients: bool,
     measurement: Preference | None = None,
-    normalization_scope: str = "run",
+    normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
 ) -> Candidates:
     """The tokens of a run that a rule selects among: all, or those whose gradients of the reverse

@@ -18,7 +18,7 @@ import polars as pl
 
 from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import OptionError, RunError, SchemaError, UnknownNameError
-from tip_analysis.core.names import Loss, Method
+from tip_analysis.core.names import Loss, Method, set_names
 from tip_analysis.core.run_folder import Run, config_hash
 
 GRADIENT_COLUMNS = (
@@ -38,12 +38,15 @@ class Preference:
 
     param_scope: str | None = None
     """all, body, head, last:N or lora."""
-    method: str | None = None
+    method: Method | str | None = None
     """probe or exact."""
     num_probes: int | None = None
     """K; 0 for exact."""
     seed: int | None = None
     """Of the probes."""
+
+    def __post_init__(self) -> None:
+        set_names(self, method=Method)
 
     @classmethod
     def parse(cls, pairs: Iterable[str]) -> Self:
@@ -78,16 +81,19 @@ class Measurement:
     """One measurement of per-token gradients: what tells its rows from others in a gradient
     table."""
 
-    loss: str
+    loss: Loss | str
     """The per-token loss."""
     param_scope: str
     """Parameters that θ stands for: all, body, head, last:N, lora."""
-    method: str
+    method: Method | str
     """probe or exact."""
     num_probes: int
     """K; 0 for exact."""
     seed: int
     """Of the probes and of the two folds of prompts."""
+
+    def __post_init__(self) -> None:
+        set_names(self, loss=Loss, method=Method)
 
     @property
     def setting(self) -> Preference:
@@ -127,15 +133,14 @@ def measurements_in(gradients: pl.LazyFrame) -> list[Measurement]:
         .collect(engine="streaming")
         .sort(MEASUREMENT_KEYS)
     )
-    order = [loss.value for loss in Loss]
     listed = [Measurement(**row) for row in found.iter_rows(named=True)]
-    return sorted(listed, key=lambda one: order.index(one.loss) if one.loss in order else 99)
+    return sorted(listed, key=lambda one: list(Loss).index(Loss(one.loss)))
 
 
 def choose_measurement(
     found: Sequence[Measurement],
     *,
-    loss: str = Loss.REVERSE_KL,
+    loss: Loss | str = Loss.REVERSE_KL,
     wanted: Preference | None = None,
     preferred: Preference | None = None,
 ) -> Measurement:
@@ -208,7 +213,7 @@ def settle_preference(run: Run, measured: Preference) -> None:
 
 
 def run_measurement(
-    run: Run, *, loss: str = Loss.REVERSE_KL, wanted: Preference | None = None
+    run: Run, *, loss: Loss | str = Loss.REVERSE_KL, wanted: Preference | None = None
 ) -> Measurement:
     """`choose_measurement` among those of a run, under what it prefers.
 
@@ -245,9 +250,9 @@ def join_gradients(
     tokens: pl.LazyFrame | pl.DataFrame,
     gradients: Run | pl.LazyFrame | pl.DataFrame,
     *,
-    loss: str = Loss.REVERSE_KL,
+    loss: Loss | str = Loss.REVERSE_KL,
     param_scope: str | None = None,
-    method: str | None = None,
+    method: Method | str | None = None,
     num_probes: int | None = None,
     seed: int | None = None,
 ) -> pl.LazyFrame:
@@ -296,7 +301,7 @@ def _field_value(name: str, value: str) -> str | int:
     if name not in names:
         raise UnknownNameError("field of a measurement", name, names)
     if name == "method":
-        return Method(value).value
+        return Method(value)
     if name == "param_scope":
         return value
     if not value.lstrip("-").isdigit():

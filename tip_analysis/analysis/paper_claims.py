@@ -5,7 +5,6 @@ Reads the result tables that came with this installation. Each claim compares tw
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import polars as pl
 
@@ -15,14 +14,13 @@ from tip_analysis.analysis.benchmarks import (
     MEAN_OVER_BENCHMARKS,
     paper_benchmark,
 )
+from tip_analysis.core.names import Relation, set_names
 from tip_analysis.core.resources import data_path
 
 PAPER_RESULTS = "tip_paper_results.csv"
 
 Arms = tuple[Arm, Arm]
 """A and B."""
-
-Relation = Literal[">", "≈", "≳"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,14 @@ class Claim:
     statement: str
     rule_a: str
     ratio_a: float | None
-    relation: Relation
+    relation: Relation | str
     rule_b: str
     ratio_b: float | None
     benchmark: str | None = None
     """The paper's benchmark that it is about; None for any."""
+
+    def __post_init__(self) -> None:
+        set_names(self, relation=Relation)
 
     def is_about(self, benchmark: str | None) -> bool:
         """Whether results on this benchmark can judge it."""

@@ -9,7 +9,7 @@ import polars as pl
 
 from tip_analysis.analysis.correlations import auc
 from tip_analysis.core.contract_checks import require_columns
-from tip_analysis.core.names import Quadrant
+from tip_analysis.core.names import PlantedLabel, Quadrant
 
 CONFIDENT = 0.9
 """A planted error counts as confident where the student's top-1 probability is at least this."""
@@ -34,7 +34,7 @@ def planted_detection(tokens: pl.LazyFrame | pl.DataFrame) -> pl.DataFrame:
     needed = ["planted_label", "loss_mask", "quadrant", "q3_score", "student_top1_prob"]
     require_columns(tokens, needed, "planted_detection")
     frame = tokens.filter("loss_mask").select(needed).collect()
-    planted = (frame["planted_label"] == "planted_error").fill_null(False)
+    planted = (frame["planted_label"] == PlantedLabel.PLANTED_ERROR).fill_null(False)
     confident = planted & (frame["student_top1_prob"] >= CONFIDENT)
     in_q3 = frame["quadrant"] == Quadrant.Q3
     both_kinds = planted.any() and not planted.all()

@@ -37,7 +37,7 @@ from tip_analysis.analysis.scores import Normalization, add_scores
 from tip_analysis.analysis.screening import screen_tokens
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy
 from tip_analysis.core.errors import OptionError, RunError, SchemaError
-from tip_analysis.core.names import Loss, Quadrant
+from tip_analysis.core.names import Loss, PlantedLabel, Quadrant
 from tip_analysis.core.run_folder import Run, open_run
 
 Compute = Callable[[pl.LazyFrame, int], pl.DataFrame]
@@ -229,7 +229,7 @@ class RunView:
         """Losses other than the reverse KL with several measurements of which the run prefers
         none, and what is to be done about each."""
         reasons = {}
-        for loss in {one.loss for one in self.measurements} - {Loss.REVERSE_KL.value}:
+        for loss in {one.loss for one in self.measurements} - {Loss.REVERSE_KL}:
             try:
                 self.measurement(loss)
             except SchemaError:
@@ -238,7 +238,7 @@ class RunView:
                 reasons[loss] = str(error)
         return reasons
 
-    def measurement(self, loss: str = Loss.REVERSE_KL) -> Measurement:
+    def measurement(self, loss: Loss | str = Loss.REVERSE_KL) -> Measurement:
         """The one measurement that every number about gradients of a loss comes from.
 
         Raises:
@@ -252,7 +252,7 @@ class RunView:
             preferred=preferred_measurement(self.run),
         )
 
-    def measured(self, loss: str = Loss.REVERSE_KL) -> pl.LazyFrame:
+    def measured(self, loss: Loss | str = Loss.REVERSE_KL) -> pl.LazyFrame:
         """Scored tokens whose gradient of a loss was measured, with `measurement`'s columns."""
         return with_gradients(self.tokens, self.run.gradients(), self.measurement(loss))
 
@@ -328,7 +328,9 @@ class RunView:
     def has_planted_labels(self) -> bool:
         """Whether true labels are known (the arithmetic pair)."""
         return bool(
-            self.raw.select((pl.col("planted_label") == "planted_error").any()).collect().item()
+            self.raw.select((pl.col("planted_label") == PlantedLabel.PLANTED_ERROR).any())
+            .collect()
+            .item()
         )
 
     def model_names(self) -> tuple[str, str]:

@@ -11,7 +11,7 @@ Deviation from the other tables: the intervals of the shares resample prompts wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Unpack
 
 import numpy as np
 import polars as pl
@@ -29,7 +29,7 @@ from tip_analysis.analysis.quadrant_rule import QUADRANTS, float32_threshold, qu
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.contract_checks import require_columns
 from tip_analysis.core.errors import OptionError, SchemaError
-from tip_analysis.core.names import Quadrant, Scope
+from tip_analysis.core.names import Quadrant, Scope, SurveyMethod
 
 AXES = ("student_entropy", "reverse_kl")
 DEFAULT_COLUMNS = ("student_entropy", "reverse_kl", "forward_kl")
@@ -42,7 +42,7 @@ _PROMPT_BUDGET = 10_000_000
 class Survey:
     """What `survey_tokens` found."""
 
-    method: Literal["exact", "grid"]
+    method: SurveyMethod
     cuts: Cuts
     shares: pl.DataFrame
     """quadrant, num_tokens, num_rollouts, num_prompts, share, share_low, share_high, share_se."""
@@ -92,7 +92,9 @@ def survey_tokens(
         correlations = _collected_correlations(tokens, names, list(columns), counted)
     else:
         correlations = _grid_correlations(tokens, grids, list(columns), counted)
-    return Survey("exact" if collect else "grid", found, counted.shares(), correlations)
+    return Survey(
+        SurveyMethod.EXACT if collect else SurveyMethod.GRID, found, counted.shares(), correlations
+    )
 
 
 def _collected_correlations(

@@ -14,7 +14,7 @@ from tip_analysis.analysis.cut_measuring import CutPair, measure_cuts
 from tip_analysis.analysis.cuts import DEFAULT_CUTS, Cuts, joint_specs
 from tip_analysis.analysis.grids import ColumnGrid
 from tip_analysis.analysis.scores import Normalization, check_clip, resolve_normalization
-from tip_analysis.core.names import Axis, Scope
+from tip_analysis.core.names import Axis, Scope, set_names
 
 
 class CutOptions(TypedDict, total=False):
@@ -49,8 +49,7 @@ class Taxonomy:
     def __post_init__(self) -> None:
         joint_specs(self.entropy_cut, self.divergence_cut)
         check_clip(self.divergence_clip)
-        object.__setattr__(self, "cut_scope", Scope(self.cut_scope))
-        object.__setattr__(self, "normalization_scope", Scope(self.normalization_scope))
+        set_names(self, cut_scope=Scope, normalization_scope=Scope)
 
     @property
     def specs(self) -> CutPair:

@@ -26,6 +26,18 @@ class Name(StrEnum):
         raise UnknownNameError(kind, str(value), [member.value for member in cls])
 
 
+def set_names(options: object, **kinds: type[Name]) -> None:
+    """Put the members in place of the texts that some fields of a frozen dataclass were given;
+    None stays.
+
+    Raises:
+        UnknownNameError: a text names no member.
+    """
+    for field, kind in kinds.items():
+        given = getattr(options, field)
+        object.__setattr__(options, field, None if given is None else kind(given))
+
+
 class OnBadRow(Name):
     """What a row of a file that cannot be used does to the rest."""
 
@@ -201,6 +213,23 @@ class LossAggregation(Name):
     """The mean of rollout means."""
     TOKEN = "token"
     """The mean over tokens."""
+
+
+class Relation(Name):
+    """What a claim says of two arms."""
+
+    BETTER = ">"
+    CLOSE = "≈"
+    AT_LEAST = "≳"
+
+
+class SurveyMethod(Name):
+    """How a survey of tokens goes."""
+
+    EXACT = "exact"
+    """All columns in memory."""
+    GRID = "grid"
+    """Passes over the table, counted on grids."""
 
 
 class Method(Name):

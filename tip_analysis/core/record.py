@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 
 from tip_analysis.core.atomic_files import write_atomically
 from tip_analysis.core.errors import RunError
+from tip_analysis.core.names import TeacherContext, TeacherStoreForm
 from tip_analysis.core.schema import SCHEMA_VERSION
 from tip_analysis.core.text import first_line
 
@@ -81,12 +82,12 @@ class Config(TypedDict, total=False):
 
     student: Model | str
     teacher: Model | str
-    teacher_context: str
+    teacher_context: Annotated[str, AfterValidator(TeacherContext)]
     shard_size: Annotated[int, Field(ge=1)]
     shared_vocabulary: Annotated[int, Field(ge=1, lt=2**31)]
     chat_template_kwargs: dict[str, Any]
     head_fingerprint: str
-    form: str
+    form: Annotated[str, AfterValidator(TeacherStoreForm)]
     store_k: Annotated[int, Field(ge=1)]
     lower_bounds: list[str]
     not_available: list[str]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import Loss, LossAggregation, Method
+from tip_analysis.core.names import Loss, LossAggregation, Method, set_names
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,8 @@ class GradientSettings:
     from."""
 
     def __post_init__(self) -> None:
-        names = {
-            "losses": tuple(map(Loss, self.losses)),
-            "method": Method(self.method),
-            "loss_aggregation": LossAggregation(self.loss_aggregation),
-        }
-        for name, value in names.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "losses", tuple(map(Loss, self.losses)))
+        set_names(self, method=Method, loss_aggregation=LossAggregation)
         if (
             self.num_probes < 1
             or (self.tokens_per_rollout or 1) < 1

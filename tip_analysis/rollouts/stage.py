@@ -18,7 +18,7 @@ import polars as pl
 from tip_analysis.core.atomic_files import file_hash
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import OnBadRow
+from tip_analysis.core.names import IdsOrigin, OnBadRow, TemplateOrigin
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
@@ -31,7 +31,7 @@ from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_roo
 from tip_analysis.rollouts.grading import default_grader, grade, resolve_grader
 from tip_analysis.rollouts.importers.formats import ImportReport
 from tip_analysis.rollouts.prompts import Prompt
-from tip_analysis.rollouts.rendering import resolve_template, unused_switches
+from tip_analysis.rollouts.rendering import RenderedPrompt, resolve_template, unused_switches
 from tip_analysis.rollouts.sampling import Generation, Sampling, sample
 
 logger = logging.getLogger(__name__)
@@ -278,10 +278,14 @@ def _row(
         "ground_truth": prompt.answer,
         "solution": prompt.solution,
         "tokenizer_fingerprint": tokenizer_fingerprint(student.tokenizer),
-        "ids_origin": "exact",
-        "template_origin": "exact" if task.shown.is_chat else "none",
+        "ids_origin": IdsOrigin.EXACT.value,
+        "template_origin": _template_origin(task.shown).value,
         "planted_labels": planted_labels(student, prompt, token_ids),
     }
+
+
+def _template_origin(shown: RenderedPrompt) -> TemplateOrigin:
+    return TemplateOrigin.EXACT if shown.is_chat else TemplateOrigin.NONE
 
 
 def planted_labels(

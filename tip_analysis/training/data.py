@@ -22,6 +22,7 @@ from tip_analysis.analysis.masks import candidates
 from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.core.errors import OptionError, RunError, VocabularyMismatchError
+from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
@@ -129,11 +130,11 @@ def fixed_rollouts(
     *,
     rule: str,
     retention_ratio: float,
-    selection_scope: str,
+    selection_scope: SelectionScope | str,
     mask_seed: int,
     prompts_per_step: int,
     seed: int,
-    normalization_scope: str = "run",
+    normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
 ) -> FixedRollouts:
     """The rollouts of a run and one of its masks.
@@ -168,7 +169,7 @@ def fixed_rollouts(
         key = {
             "rule": rule,
             "retention_ratio": retention_ratio,
-            "selection_scope": selection_scope,
+            "selection_scope": SelectionScope(selection_scope),
             "seed": mask_seed,
         }
         masks = _masks_by_rollout(
@@ -178,7 +179,10 @@ def fixed_rollouts(
 
 
 def _selected_positions(
-    run: Run, key: Mapping[str, Any], normalization_scope: str, divergence_clip: float | None
+    run: Run,
+    key: Mapping[str, Any],
+    normalization_scope: Scope | str,
+    divergence_clip: float | None,
 ) -> pl.DataFrame:
     """(rollout_id, position) of a mask: the stored one, else one made from the token table."""
     if run.has("masks"):

@@ -15,7 +15,7 @@ import polars as pl
 from tip_analysis.analysis.arms import parse_arms
 from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import OnBadRow
+from tip_analysis.core.names import OnBadRow, TeacherContext
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.named import ModelLike, as_model
@@ -176,7 +176,7 @@ def ablate(
     on_bad_row: OnBadRow | str = OnBadRow.FAIL,
     evaluate_every: int = 0,
     checkpoint_every: int = 20,
-    teacher_context: str = "none",
+    teacher_context: TeacherContext | str = TeacherContext.NONE,
     jobs: int = 1,
     threads: int = 1,
     token_budget: int = 65_536,

@@ -12,34 +12,25 @@ at once, so gradient accumulation is exact.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.names import Loss, LossAggregation, LossNormalizer, TrainingLoss
 from tip_analysis.logits.blocks import row_blocks
 from tip_analysis.logits.row_statistics import LOSSES
 from tip_analysis.models.output_head import OutputHead
-
-LossNormalizer = Literal["selected", "all"]
-"""Whether the loss is divided by the number of selected tokens, or of all that the student
-wrote."""
-
-LossAggregation = Literal["rollout", "token"]
-"""Mean of rollout means (Eq. 1), or mean over tokens, in which long rollouts weigh more."""
-
-TRAINABLE_LOSSES = (Loss.REVERSE_KL, Loss.FORWARD_KL, Loss.JSD)
 
 
 def token_weights(
     selected: np.ndarray,
     rollout_of_token: np.ndarray,
     *,
-    loss_normalizer: str,
-    loss_aggregation: str,
+    loss_normalizer: LossNormalizer | str,
+    loss_aggregation: LossAggregation | str,
 ) -> np.ndarray:
     """What each token's divergence is multiplied by, so that the plain sum is the loss.
 
@@ -61,14 +52,12 @@ def token_weights(
         [N] float64, 0 where not selected; with `selected` they sum to 1, with `all` to the share
         that is selected.
     """
-    if loss_normalizer not in ("selected", "all"):
-        raise OptionError(f"loss_normalizer must be selected or all; found {loss_normalizer!r}")
-    if loss_aggregation not in ("rollout", "token"):
-        raise OptionError(f"loss_aggregation must be rollout or token; found {loss_aggregation!r}")
-    counted = selected if loss_normalizer == "selected" else np.ones_like(selected)
+    of_selected = LossNormalizer(loss_normalizer) is LossNormalizer.SELECTED
+    over_tokens = LossAggregation(loss_aggregation) is LossAggregation.TOKEN
+    counted = selected if of_selected else np.ones_like(selected)
     if not selected.any():
         return np.zeros(len(selected))
-    if loss_aggregation == "token":
+    if over_tokens:
         return selected / counted.sum()
     per_rollout = np.bincount(rollout_of_token, weights=counted)
     denominators = per_rollout[rollout_of_token] * np.count_nonzero(per_rollout)
@@ -83,7 +72,7 @@ def weighted_divergence(
     student_head: OutputHead,
     teacher_head: OutputHead,
     vocab_size: int,
-    loss: Loss = Loss.REVERSE_KL,
+    loss: TrainingLoss | str = TrainingLoss.REVERSE_KL,
     chunk_size: int = 512,
 ) -> Tensor:
     """Σ_t w_t ℓ_t in nats, differentiable in the hidden states and in the trainable parameters of
@@ -103,10 +92,7 @@ def weighted_divergence(
         loss: `reverse_kl`, `forward_kl` or `jsd`.
         chunk_size: rows of logits at a time.
     """
-    if loss not in TRAINABLE_LOSSES:
-        raise OptionError(
-            f"the loss of a training must be one of {', '.join(TRAINABLE_LOSSES)}; found {loss!r}"
-        )
+    divergence = LOSSES[Loss(TrainingLoss(loss))]
     if chunk_size < 1:
         raise OptionError(f"chunk_size must be at least 1, found {chunk_size}")
     parameters = [
@@ -117,7 +103,7 @@ def weighted_divergence(
         student = student_head(states)[:, :vocab_size]
         with torch.no_grad():
             teacher = teacher_head(teacher_hidden[rows].to(_device(teacher_head)))[:, :vocab_size]
-        losses = LOSSES[loss](student=student, teacher=teacher.to(student.device))
+        losses = divergence(student=student, teacher=teacher.to(student.device))
         return (losses * weights[rows].to(losses)).sum()
 
     return _ChunkedLoss.apply(chunk_loss, chunk_size, hidden, *parameters)  # pyright: ignore[reportReturnType]

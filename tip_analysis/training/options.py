@@ -6,11 +6,41 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import Loss
+from tip_analysis.core.names import (
+    LossAggregation,
+    LossNormalizer,
+    Precision,
+    Schedule,
+    Scope,
+    SelectionScope,
+    TrainingLoss,
+    set_names,
+)
 
-PRECISIONS = ("float32", "bfloat16", "float64")
 PIECES = ("micro_batch_size", "token_budget", "chunk_size", "gradient_checkpointing")
 """Options that change memory and speed, and numbers by rounding only."""
+
+_NAMES = {
+    "selection_scope": SelectionScope,
+    "normalization_scope": Scope,
+    "loss": TrainingLoss,
+    "loss_normalizer": LossNormalizer,
+    "loss_aggregation": LossAggregation,
+    "schedule": Schedule,
+    "precision": Precision,
+}
+"""Fields that are members of an enumeration."""
+_LEAST = {
+    "prompts_per_step": 1,
+    "rollouts_per_prompt": 1,
+    "token_budget": 1,
+    "chunk_size": 1,
+    "micro_batch_size": 1,
+    "num_steps": 0,
+    "warmup_steps": 0,
+    "lora_rank": 0,
+}
+"""The least that a field may be."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +51,18 @@ class TrainingOptions:
     """Selection rule."""
     retention_ratio: float = 0.5
     """ρ: share of the tokens that carry loss."""
-    selection_scope: str = "rollout"
+    selection_scope: SelectionScope | str = SelectionScope.ROLLOUT
     """Within what tokens compete: rollout, batch or run (one step is both batch and run)."""
-    normalization_scope: str = "batch"
+    normalization_scope: Scope | str = Scope.BATCH
     """Whose tokens share one min-max of entropy and divergence: those of a step."""
     divergence_clip: float | None = None
     """Quantile at which the divergence is clipped before its min-max; none by default."""
-    loss: Loss = Loss.REVERSE_KL
+    loss: TrainingLoss | str = TrainingLoss.REVERSE_KL
     """Per-token loss: reverse_kl, forward_kl or jsd."""
-    loss_normalizer: str = "selected"
+    loss_normalizer: LossNormalizer | str = LossNormalizer.SELECTED
     """Tokens that the loss is divided by: selected, or all; this changes the effective learning
     rate between arms."""
-    loss_aggregation: str = "rollout"
+    loss_aggregation: LossAggregation | str = LossAggregation.ROLLOUT
     """Mean of rollout means, or mean over tokens (`token`), in which long rollouts weigh more."""
     num_steps: int = 100
     """Optimizer steps."""
@@ -42,7 +72,7 @@ class TrainingOptions:
     """Rollouts of each prompt."""
     learning_rate: float = 1e-6
     """Peak of the schedule."""
-    schedule: str = "cosine"
+    schedule: Schedule | str = Schedule.COSINE
     """Learning rate after the warm-up: cosine (to 0 at the last step) or constant."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
@@ -60,7 +90,7 @@ class TrainingOptions:
     """Rank of LoRA adapters on all linear layers but the head; 0 trains all weights."""
     lora_alpha: float = 32.0
     """LoRA's scale is alpha / rank."""
-    precision: str = "float32"
+    precision: Precision | str = Precision.FLOAT32
     """float32, or bfloat16 (autocast; trainable weights stay in float32); float64 for checks."""
     micro_batch_size: int | None = None
     """Rollouts a backward pass; fewer take less memory and give the same numbers. By default all of
@@ -73,34 +103,20 @@ class TrainingOptions:
     """Compute activations again in the backward pass instead of keeping them."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.schedule in ("cosine", "constant"),
-            f"schedule must be cosine or constant; found {self.schedule!r}",
-        )
-        _require(
-            self.precision in PRECISIONS,
-            f"precision must be one of {', '.join(PRECISIONS)}; found {self.precision!r}",
-        )
-        _require(
-            0 <= self.warmup_steps <= self.num_steps,
-            f"warmup_steps must lie in [0, {self.num_steps}]",
-        )
-        _require(
-            0.0 < self.retention_ratio <= 1.0,
-            f"retention_ratio must lie in (0, 1]; found {self.retention_ratio}",
-        )
-        for name in ("prompts_per_step", "rollouts_per_prompt", "token_budget", "chunk_size"):
-            _require(
-                getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}"
+        set_names(self, **_NAMES)
+        for name, least in _LEAST.items():
+            found = getattr(self, name)
+            if found is not None and found < least:
+                raise OptionError(f"{name}: expected at least {least}, found {found}")
+        if not 0.0 < self.retention_ratio <= 1.0:
+            raise OptionError(
+                f"retention_ratio: expected a number in (0, 1], found {self.retention_ratio}"
             )
-        _require(
-            self.micro_batch_size is None or self.micro_batch_size >= 1,
-            "micro_batch_size must be at least 1",
-        )
-        _require(
-            self.num_steps >= 0 and self.lora_rank >= 0,
-            "num_steps and lora_rank must not be negative",
-        )
+        if self.warmup_steps > self.num_steps:
+            raise OptionError(
+                f"warmup_steps: expected at most num_steps, {self.num_steps}, found"
+                f" {self.warmup_steps}"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: all but how the work is cut into pieces."""
@@ -112,12 +128,7 @@ def learning_rate_at(options: TrainingOptions, step: int) -> float:
     down to 0."""
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
-    if options.schedule == "constant":
+    if options.schedule == Schedule.CONSTANT:
         return options.learning_rate
     progress = (step - options.warmup_steps) / max(1, options.num_steps - options.warmup_steps)
     return options.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise OptionError(message)

@@ -19,6 +19,7 @@ from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.analysis.scores import SCORE_COLUMNS, add_scores
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.core.errors import LogitsError, OptionError, SchemaError
+from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.schema import TokenTable
 from tip_analysis.logits.blocks import Columns, in_blocks
 from tip_analysis.logits.row_statistics import (
@@ -116,8 +117,8 @@ def select_step(
     step: int,
     rule: str,
     retention_ratio: float,
-    selection_scope: str = "rollout",
-    normalization_scope: str = "batch",
+    selection_scope: SelectionScope | str = SelectionScope.ROLLOUT,
+    normalization_scope: Scope | str = Scope.BATCH,
     divergence_clip: float | None = None,
     seed: int = 0,
 ) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tip_analysis.core.names import Precision
 from tip_analysis.core.optional import require
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.models.output_head import OutputHead
@@ -26,9 +27,9 @@ def prepare_student(
     """
     network = copy.deepcopy(model.model) if copy_weights else model.model
     network.eval().requires_grad_(False)
-    dtype = torch.float64 if options.precision == "float64" else torch.float32
+    dtype = torch.float64 if options.precision == Precision.FLOAT64 else torch.float32
     if options.lora_rank:
-        network = network.to(torch.bfloat16 if options.precision == "bfloat16" else dtype)  # pyright: ignore
+        network = network.to(torch.bfloat16 if options.precision == Precision.BFLOAT16 else dtype)  # pyright: ignore
         network = _with_adapters(network, options, model.name)
         for parameter in network.parameters():
             if parameter.requires_grad:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.core.errors import LogitsError, OptionError
+from tip_analysis.core.names import Precision
 from tip_analysis.models.batching import plan_batches
 from tip_analysis.models.hidden_states import chosen_hidden_states
 from tip_analysis.models.loading import LanguageModel, shared_vocabulary
@@ -346,7 +347,7 @@ class Trainer:
 
     def precision(self) -> Any:
         """The context in which models run: autocast with `bfloat16`, none otherwise."""
-        if self.options.precision != "bfloat16":
+        if self.options.precision != Precision.BFLOAT16:
             return nullcontext()
         return torch.autocast(self.student.device.type, dtype=torch.bfloat16)
 

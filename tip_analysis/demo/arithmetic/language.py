@@ -36,6 +36,7 @@ from typing import TypedDict
 import numpy as np
 
 from tip_analysis.core.errors import InputError, OptionError, UnknownNameError
+from tip_analysis.core.names import PlantedLabel
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)
@@ -94,14 +95,6 @@ _SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 Options = tuple[tuple[str, float], ...]
 """The tokens that may come next, each with its probability; empty where nothing is known."""
-
-
-class PlantedLabel(StrEnum):
-    """The true label of a response token."""
-
-    PLANTED_ERROR = "planted_error"
-    FORK = "fork"
-    PLAIN = "plain"
 
 
 class Problem(TypedDict):

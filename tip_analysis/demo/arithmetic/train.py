@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from tip_analysis.core.names import PlantedLabel
 from tip_analysis.core.progress import track
 from tip_analysis.demo.arithmetic.language import (
     BOS,
@@ -38,7 +39,6 @@ from tip_analysis.demo.arithmetic.language import (
     TOKEN_ID,
     VOCABULARY,
     Options,
-    PlantedLabel,
     Slot,
     WorkedSolution,
     draw_numbers,

@@ -19,6 +19,7 @@ from tip_analysis.analysis.run_view import ReportOptions, RunView
 from tip_analysis.analysis.status import next_steps, stage_table
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.errors import TipAnalysisError
+from tip_analysis.core.names import Scope
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import count, number, percent, plural
@@ -200,7 +201,7 @@ def _cuts_line(cuts: Cuts) -> str:
 
 def _cut_words(cut: Cut) -> str:
     name = {"entropy": "student entropy", "divergence": "reverse KL"}[cut.axis]
-    if cut.scope == "batch":
+    if cut.scope == Scope.BATCH:
         return (
             f"{name} is high above the {cut.spec} of its batch"
             f" ({plural(len(cut.batch_values), 'cut')})"

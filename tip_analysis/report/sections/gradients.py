@@ -19,6 +19,7 @@ from tip_analysis.analysis.gradient_tables import (
 from tip_analysis.analysis.quadrant_tables import widen
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.errors import SchemaError
+from tip_analysis.core.names import Loss
 from tip_analysis.core.words import count, interval, listed, number, percent, plural
 from tip_analysis.figures.gradients import LOSS_NAMES
 from tip_analysis.report.page import (
@@ -60,7 +61,7 @@ def gradients(views: Sequence[RunView]) -> Section:
     )
 
 
-def measurement_words(view: RunView, loss: str = "reverse_kl") -> str:
+def measurement_words(view: RunView, loss: Loss | str = Loss.REVERSE_KL) -> str:
     """`reverse KL (all parameters, 32 probes, seed 0)`: which measurement the numbers are from."""
     return f"{LOSS_NAMES.get(loss, loss)} ({view.measurement(loss).setting_words()})"
 

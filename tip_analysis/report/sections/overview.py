@@ -12,6 +12,7 @@ from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.planted import planted_detection
 from tip_analysis.analysis.quadrant_tables import widen
 from tip_analysis.analysis.run_view import RunView
+from tip_analysis.core.names import Scope, TeacherContext
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import count, interval, listed, number, percent, plural, sentence
 from tip_analysis.report import paper
@@ -63,7 +64,7 @@ def overview(views: Sequence[RunView]) -> Section:
 def context_words(view: RunView) -> str:
     """What the teacher sees besides the student's prompt."""
     config = view.stages.get("score", {}).get("config", {})
-    if config.get("teacher_context") == "solution":
+    if config.get("teacher_context") == TeacherContext.SOLUTION:
         return "the teacher is also shown the reference solution"
     if not view.run.has("rollouts"):
         return "the context of the teacher is not on record"
@@ -330,7 +331,7 @@ def _runs_block(views: Sequence[RunView]) -> Table:
 def _cut_words(view: RunView) -> str:
     words = []
     for cut in (view.cuts.entropy, view.cuts.divergence):
-        where = "one for each batch" if cut.scope == "batch" else f"{number(cut.value)} nats"
+        where = "one for each batch" if cut.scope == Scope.BATCH else f"{number(cut.value)} nats"
         words.append(
             f"{cut.axis} cut: {cut.spec} ({where})"
             if cut.spec != where.split()[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tip_analysis.core.errors import ImportFormatError, InputError, UnknownNameError
-from tip_analysis.core.names import Name, OnBadRow
+from tip_analysis.core.names import FinishReason, Name, OnBadRow
 from tip_analysis.core.text import one_line
 from tip_analysis.rollouts.prompts import Message, Prompt, messages_in_text, parse_messages
 from tip_analysis.rollouts.row_files import Row, field_names, preview, read_rows, type_name
@@ -51,7 +51,7 @@ class Draft:
     """Tool definitions for the chat template."""
     prompt_key: str | None = None
     """The source's own identifier of the prompt."""
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     """`stop` or `length`, where the source says so."""
     turn_end: TurnEnd = TurnEnd.CLOSED
     """Of a response that is a conversation: whether its last turn is the student's to the end."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tip_analysis.core.errors import ImportFormatError, PromptFileError
+from tip_analysis.core.names import FinishReason, IdsOrigin, TemplateOrigin
 from tip_analysis.core.schema import RolloutTable
 from tip_analysis.rollouts.importers.conversations import split_turns
 from tip_analysis.rollouts.importers.drafts import (
@@ -31,6 +32,9 @@ from tip_analysis.rollouts.prompts import (
 )
 from tip_analysis.rollouts.rendering import student_messages
 from tip_analysis.rollouts.row_files import Row, field_names, json_value, preview
+
+_NATIVE_ENDS = {reason.value: reason for reason in (FinishReason.STOP, FinishReason.LENGTH)}
+"""Ends that a table says; any other is told from the response."""
 
 _OWN_COLUMNS = (
     "messages",
@@ -85,7 +89,7 @@ def _native_draft(row: Row) -> Draft:
         ),
         loss_mask=None if mask is None else [bool(item) for item in mask],
         prompt_key=None if prompt_id is None else str(prompt_id),
-        finish_reason=values.get("finish_reason"),
+        finish_reason=_NATIVE_ENDS.get(str(values.get("finish_reason"))),
         extras=_native_extras(row),
     )
 
@@ -97,12 +101,21 @@ def _native_extras(row: Row) -> dict[str, Any]:
         for name in RolloutTable.column_names()
         if name in row.values and name not in _OWN_COLUMNS
     }
-    for name in ("ids_origin", "template_origin"):
-        if name in row.values:
-            kept[name] = row.values[name]
+    for name, kind in (("ids_origin", IdsOrigin), ("template_origin", TemplateOrigin)):
+        if row.values.get(name) is not None:
+            kept[name] = _named(row, name, list(kind))
     if "reward" in kept:
         kept["reward"] = number(kept["reward"], f"{row.where}: reward")
     return kept
+
+
+def _named(row: Row, name: str, valid: Sequence[str]) -> str:
+    given = row.values[name]
+    if given not in valid:
+        raise ImportFormatError(
+            f"{row.where}: {name}: expected one of {', '.join(valid)}, found {preview(given)}"
+        )
+    return str(given)
 
 
 def read_text(
@@ -310,14 +323,17 @@ def _choice_draft(
 
 
 _FINISH_REASONS = {
-    "stop": "stop",
-    "tool_calls": "stop",
-    "function_call": "stop",
-    "length": "length",
-    "max_tokens": "length",
+    "stop": FinishReason.STOP,
+    "tool_calls": FinishReason.STOP,
+    "function_call": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "max_tokens": FinishReason.LENGTH,
 }
 """What servers say about the end of a response."""
-_TURN_ENDS: dict[str | None, TurnEnd] = {"stop": TurnEnd.CLOSED, "length": TurnEnd.CUT}
+_TURN_ENDS: dict[FinishReason | None, TurnEnd] = {
+    FinishReason.STOP: TurnEnd.CLOSED,
+    FinishReason.LENGTH: TurnEnd.CUT,
+}
 
 
 def _request_prompt(

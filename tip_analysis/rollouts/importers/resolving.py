@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tip_analysis.core.errors import ImportFormatError, PromptFileError
-from tip_analysis.core.names import FinishReason
+from tip_analysis.core.names import FinishReason, IdsOrigin, TemplateOrigin
 from tip_analysis.rollouts.importers.conversations import render_conversation, special_tokens
 from tip_analysis.rollouts.importers.drafts import Draft, ImportReport
 from tip_analysis.rollouts.importers.restoring import PromptRestorer
@@ -25,7 +25,7 @@ class _Shown:
 
     text: str
     token_ids: list[int]
-    template_origin: str
+    template_origin: TemplateOrigin
     messages: Sequence[Message] | None = None
     prompt: Prompt | None = None
     is_exact: bool = False
@@ -92,8 +92,8 @@ class Resolver:
             "response_token_ids": written.token_ids,
             "loss_mask": written.loss_mask,
             "finish_reason": self._finish_reason(draft, written).value,
-            "ids_origin": "exact" if shown.is_exact and written.is_exact else "retokenized",
-            "template_origin": shown.template_origin,
+            "ids_origin": _ids_origin(shown, written).value,
+            "template_origin": shown.template_origin.value,
         }
         if prompt is not None:
             row |= {"ground_truth": prompt.answer, "solution": prompt.solution}
@@ -108,7 +108,7 @@ class Resolver:
             ids = self._without_padding(draft.prompt_token_ids, draft)
             if not ids:
                 raise ImportFormatError(f"{draft.where}: the prompt has no token")
-            return _Shown(self._decode(ids), ids, "exact", messages, is_exact=True)
+            return _Shown(self._decode(ids), ids, TemplateOrigin.EXACT, messages, is_exact=True)
         if messages is not None:
             return self._rendered(draft, messages)
         if not isinstance(draft.prompt, str):
@@ -133,17 +133,17 @@ class Resolver:
                 return _Shown(
                     rendered.text,
                     rendered.token_ids,
-                    "reapplied",
+                    TemplateOrigin.REAPPLIED,
                     restored.messages,
                     restored.prompt,
                 )
             self._facts["prompts_not_restored"] += 1
         if self._is_chat and self._has_specials(text):
-            return _Shown(text, encode(self._tokenizer, text), "exact")
+            return _Shown(text, encode(self._tokenizer, text), TemplateOrigin.EXACT)
         bare = render_bare(self._tokenizer, text)
         if not bare.token_ids:
             raise ImportFormatError(f"{draft.where}: the prompt has no token")
-        return _Shown(bare.text, bare.token_ids, "none")
+        return _Shown(bare.text, bare.token_ids, TemplateOrigin.NONE)
 
     def _rendered(self, draft: Draft, messages: tuple[Message, ...]) -> _Shown:
         switches = with_tools(self._switches, draft.tools)
@@ -151,9 +151,8 @@ class Resolver:
             rendered = render(self._tokenizer, messages, chat_template_kwargs=switches)
         except PromptFileError as problem:
             raise ImportFormatError(f"{draft.where}: {problem}") from problem
-        return _Shown(
-            rendered.text, rendered.token_ids, "reapplied" if rendered.is_chat else "none", messages
-        )
+        origin = TemplateOrigin.REAPPLIED if rendered.is_chat else TemplateOrigin.NONE
+        return _Shown(rendered.text, rendered.token_ids, origin, messages)
 
     def _written(self, draft: Draft) -> _Written:
         text = draft.response if isinstance(draft.response, str) else None
@@ -204,7 +203,7 @@ class Resolver:
         shown = _Shown(
             rendered.prompt_text,
             encode(self._tokenizer, rendered.prompt_text),
-            "reapplied",
+            TemplateOrigin.REAPPLIED,
             draft.prompt,
         )
         return shown, _Written(
@@ -261,8 +260,8 @@ class Resolver:
         facts["rollouts"] += 1
         facts["empty_responses"] += not written.token_ids
         facts["tokens_not_students"] += written.loss_mask.count(False)
-        facts["ids_exact"] += row["ids_origin"] == "exact"
-        facts["ids_retokenized"] += row["ids_origin"] == "retokenized"
+        facts["ids_exact"] += row["ids_origin"] == IdsOrigin.EXACT
+        facts["ids_retokenized"] += row["ids_origin"] == IdsOrigin.RETOKENIZED
         facts["round_trip_mismatches"] += any(
             not part.is_exact
             and ("\ufffd" in part.text or self._decode(part.token_ids) != part.text)
@@ -277,13 +276,12 @@ class Resolver:
             facts["ends_unknown"] += (
                 row["finish_reason"] == FinishReason.GIVEN and not written.is_exact
             )
-        facts["template_exact"] += row["template_origin"] == "exact"
-        facts["template_reapplied"] += row["template_origin"] == "reapplied"
-        facts["template_none"] += row["template_origin"] == "none"
+        for origin in TemplateOrigin:
+            facts[f"template_{origin}"] += row["template_origin"] == origin
 
     def _finish_reason(self, draft: Draft, written: _Written) -> FinishReason:
-        if draft.finish_reason in ("length", "stop"):
-            return FinishReason(draft.finish_reason)
+        if draft.finish_reason is not None:
+            return draft.finish_reason
         ended = (
             bool(written.token_ids)
             and self._tokenizer.convert_ids_to_tokens(written.token_ids[-1]) in self._specials
@@ -310,6 +308,11 @@ class Resolver:
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def _ids_origin(shown: _Shown, written: _Written) -> IdsOrigin:
+    exact = shown.is_exact and written.is_exact
+    return IdsOrigin.EXACT if exact else IdsOrigin.RETOKENIZED
 
 
 def _is_text(response: Sequence[Message]) -> bool:

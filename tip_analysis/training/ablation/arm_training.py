@@ -26,6 +26,7 @@ from tip_analysis.analysis.arms import ALL, Arm
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.locks import locked
+from tip_analysis.core.names import Mode, Scope, TeacherContext, set_names
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.schema import AblationTable
@@ -75,7 +76,7 @@ class StudyOptions:
     """What is trained on; not used offline."""
     evaluation_prompts: Sequence[Prompt] = ()
     """Held-out problems with answers."""
-    mode: str = "on_policy"
+    mode: Mode | str = Mode.ON_POLICY
     """`on_policy`, or `offline`: on the run's own rollouts and masks."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     """Training options but for rule, retention ratio and seed, which the arms set."""
@@ -93,7 +94,7 @@ class StudyOptions:
     """Name of the grader."""
     template: str = "plain"
     """The text around a problem."""
-    teacher_context: str = "none"
+    teacher_context: TeacherContext | str = TeacherContext.NONE
     """`none`, or `solution`: the teacher is shown the reference solution."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Switches for the chat template."""
@@ -107,6 +108,9 @@ class StudyOptions:
     """Device on which models are loaded."""
     token_budget: int = 65_536
     """Tokens a batch of the sampler, room for responses included."""
+
+    def __post_init__(self) -> None:
+        set_names(self, mode=Mode, teacher_context=TeacherContext)
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of an arm, beside models, prompts, rule, ratio and seed."""
@@ -153,15 +157,16 @@ class ArmRunner:
             study.sampling,
         )
         solved = all(prompt.solution is not None for prompt in study.evaluation_prompts)
-        self.teacher_knows_problems = study.teacher_context == "none" or solved
-        context = study.teacher_context if self.teacher_knows_problems else "none"
+        self.teacher_knows_problems = study.teacher_context == TeacherContext.NONE or solved
+        context = study.teacher_context if self.teacher_knows_problems else TeacherContext.NONE
         self.problems = self._with_room(
             student,
             self._encode(student, study.evaluation_prompts, context),
             study.evaluation_sampling,
         )
         self.benchmarks = [problem.prompt.benchmark for problem in self.problems]
-        self.author = student if study.mode == "offline" else None  # what drift is measured against
+        self.author = student if study.mode == Mode.OFFLINE else None
+        """Whose drift is measured."""
 
     def _load(self, model: str | LanguageModel) -> LanguageModel:
         return (
@@ -171,7 +176,10 @@ class ArmRunner:
         )
 
     def _encode(
-        self, student: LanguageModel, prompts: Sequence[Prompt], teacher_context: str
+        self,
+        student: LanguageModel,
+        prompts: Sequence[Prompt],
+        teacher_context: TeacherContext | str,
     ) -> list[EncodedPrompt]:
         study = self.study
         return encode_usable(
@@ -226,7 +234,7 @@ class ArmRunner:
     def _begin(self, arm: Arm, seed: int) -> Stage:
         study = self.study
         inputs = {"evaluation_prompts": _prompts_hash(study.evaluation_prompts)}
-        if study.mode == "offline":
+        if study.mode == Mode.OFFLINE:
             inputs |= {
                 "rollouts": self.run.table_hash("rollouts"),
                 "tokens": self.run.table_hash("tokens"),
@@ -310,7 +318,7 @@ class ArmRunner:
         self, student: LanguageModel, options: TrainingOptions
     ) -> OnPolicyRollouts | FixedRollouts:
         study = self.study
-        if study.mode == "offline":
+        if study.mode == Mode.OFFLINE:
             return fixed_rollouts(
                 self.run,
                 student,
@@ -320,7 +328,7 @@ class ArmRunner:
                 mask_seed=options.seed,
                 prompts_per_step=options.prompts_per_step,
                 seed=options.seed,
-                normalization_scope="run",
+                normalization_scope=Scope.RUN,
                 divergence_clip=options.divergence_clip,
             )
         sampling = replace(study.sampling, seed=options.seed)

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import Mode, Precision
 from tip_analysis.training.ablation.presets import Preset, deviations_from_paper
 
 
@@ -251,7 +252,7 @@ def plan_ablation(
     rollouts = training.prompts_per_step * training.rollouts_per_prompt
     num_trainings = len(preset.parsed_arms()) * len(preset.seeds)
     memory, full_logits = estimate_memory(preset, student, teacher, sampler_tokens)
-    on_policy = preset.mode == "on_policy"
+    on_policy = preset.mode == Mode.ON_POLICY
     step_tokens = rollouts * response
     evaluated = (
         num_evaluation_problems
@@ -302,7 +303,7 @@ def estimate_memory(
         student.num_layers,
     )
     P, V = student.num_parameters, min(student.vocab_size, teacher.vocab_size)
-    lora, bfloat16 = training.lora_rank > 0, training.precision == "bfloat16"
+    lora, bfloat16 = training.lora_rank > 0, training.precision == Precision.BFLOAT16
     trainable = lora_parameters(student, training.lora_rank) if lora else P
     width = 2 if bfloat16 else 4
     frozen = width * P + 4 * trainable if lora else (4 * P + (2 * P if bfloat16 else 0))
@@ -318,7 +319,7 @@ def estimate_memory(
         activations=activations,
         logits=LOGIT_COPIES * training.chunk_size * V * 4,
         head_gradient=0 if lora else 8 * V * D,
-        sampler=2 * width * L * K * sampler_tokens if preset.mode == "on_policy" else 0,
+        sampler=2 * width * L * K * sampler_tokens if preset.mode == Mode.ON_POLICY else 0,
     )
     return estimate, LOGIT_COPIES * micro * preset.max_new_tokens * V * 4
 
@@ -343,7 +344,7 @@ def training_seconds(
     rollouts = training.prompts_per_step * training.rollouts_per_prompt
     tokens = rollouts * (response + preset.max_prompt_tokens // 4)
     several = (
-        preset.mode == "on_policy"
+        preset.mode == Mode.ON_POLICY
         and training.micro_batch_size is not None
         and training.micro_batch_size < rollouts
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from tip_analysis.analysis.arms import PAPER_ARMS, Arm, parse_arms
 from tip_analysis.core.errors import OptionError, UnknownNameError
+from tip_analysis.core.names import Mode, Precision, Schedule, set_names
 from tip_analysis.core.record import model_name
 from tip_analysis.core.run_folder import RunLike, open_run
 from tip_analysis.models.locating import ARITHMETIC_PAIR
@@ -45,7 +46,7 @@ class Preset:
     """k, evaluation samples a problem."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each arm (ours: over what the paper's ± is taken is not stated)."""
-    mode: str = "on_policy"
+    mode: Mode | str = Mode.ON_POLICY
     """`offline` where multi-turn rollouts are given."""
     grader: str = "math"
     """Name of the grader."""
@@ -66,10 +67,13 @@ class Preset:
     deviations: tuple[str, ...] = ()
     """Where it is not, or may not be, what the paper did."""
 
+    def __post_init__(self) -> None:
+        set_names(self, mode=Mode)
+
     def missing(self) -> list[str]:
         """Arguments that the user must give."""
         needed = [name for name in ("student", "teacher") if getattr(self, name) is None]
-        if self.prompts is None and self.mode == "on_policy":
+        if self.prompts is None and self.mode == Mode.ON_POLICY:
             needed.append("prompts")
         return needed if self.evaluation_sets else [*needed, "evaluation_prompts"]
 
@@ -114,9 +118,9 @@ _TABLE_9 = TrainingOptions(
     prompts_per_step=8,
     rollouts_per_prompt=16,
     learning_rate=1e-6,
-    schedule="cosine",
+    schedule=Schedule.COSINE,
     chunk_size=512,
-    precision="bfloat16",
+    precision=Precision.BFLOAT16,
     gradient_checkpointing=True,
     micro_batch_size=1,
 )
@@ -174,7 +178,7 @@ def _agentic_preset(name: str, teacher: str, pair: str) -> Preset:
         training,
         4096,
         24_576,
-        mode="offline",
+        mode=Mode.OFFLINE,
         paper_pair=pair,
         note=_AGENTIC_NOTE,
         chat_template_kwargs={"enable_thinking": True},
@@ -271,7 +275,7 @@ def pair_preset(student: str | None, teacher: str | None, template: str = "boxed
         num_steps=100,
         micro_batch_size=None,
         gradient_checkpointing=False,
-        precision="float32",
+        precision=Precision.FLOAT32,
     )
     return Preset(
         "your own pair",

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from tip_analysis.analysis.arms import UNTRAINED, Arm
 from tip_analysis.core.errors import OptionError, PromptFileError, TipAnalysisError
+from tip_analysis.core.names import Mode
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.terminal import stderr_console
 from tip_analysis.rollouts.prompts import Prompt
@@ -129,9 +130,7 @@ def study_from_preset(
 def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs: int) -> None:
     if not arms or not seeds:
         raise OptionError("an ablation needs at least one arm and one seed")
-    if study.mode not in ("on_policy", "offline"):
-        raise OptionError(f"--mode must be on_policy or offline; found {study.mode!r}")
-    if study.mode == "on_policy" and not study.prompts:
+    if study.mode == Mode.ON_POLICY and not study.prompts:
         raise OptionError("on-policy training needs prompts to train on")
     if not study.evaluation_prompts:
         raise OptionError("an ablation needs held-out problems to evaluate on")
