@@ -140,7 +140,7 @@ def test_a_record_with_an_unknown_name_is_refused(run):
     run.begin("score", config={"teacher_context": "solution"})
     text = run.record_path.read_text().replace('"solution"', '"answer"')
     run.record_path.write_text(text)
-    with pytest.raises(RunError, match="teacher_context: .*'answer'; valid names: none, solution"):
+    with pytest.raises(RunError, match=r"teacher_context: .*'answer'; valid names: none, solution"):
         run.stages()
 
 
