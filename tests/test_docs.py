@@ -8,7 +8,7 @@ import pytest
 from docs_parts import DOCS, PARTS, README, ROOT, TREE, listed_files, with_part
 
 from tip_analysis.analysis.rules import rule_names
-from tip_analysis.cli import options
+from tip_analysis.cli import registry
 
 PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
 
@@ -96,13 +96,7 @@ def _options_of(command: type) -> set[str]:
     return found
 
 
-COMMANDS = {
-    name.lower(): _options_of(getattr(options, name))
-    for name in (
-        *("Demo", "Rollout", "Import", "Score", "Gradients", "Select"),
-        *("Ablate", "Evaluate", "Compare", "Status", "Export", "Report"),
-    )
-}
+COMMANDS = {name: _options_of(kind) for name, kind in registry.COMMANDS.items()}
 """Options of each command."""
 
 

@@ -1,4 +1,4 @@
-"""The page of commands, from the docstrings of `tip_analysis.cli.options`: what `--help` says."""
+"""The page of commands, from the docstrings of `tip_analysis.cli.commands`: what `--help` says."""
 
 import argparse
 import re
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import tyro
 
-from tip_analysis.cli import options
 from tip_analysis.cli.main import DESCRIPTION
+from tip_analysis.cli.registry import Command
 
 HEAD = """# Commands
 
@@ -30,7 +30,7 @@ def commands_page() -> str:
 def _commands() -> dict[str, argparse.ArgumentParser]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        parser = tyro.extras.get_parser(options.Command, prog="tip-analysis")  # pyright: ignore[reportArgumentType]
+        parser = tyro.extras.get_parser(Command, prog="tip-analysis")
     [commands] = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
     return commands
 

@@ -12,7 +12,9 @@ from tip_analysis.analysis.arms import (
     arms_of,
     parse_arms,
     problem_rows,
+    split_entry,
 )
+from tip_analysis.analysis.rules import RULES, register_rule
 from tip_analysis.core.errors import OptionError, UnknownNameError
 
 
@@ -127,6 +129,69 @@ def test_spellings_by_eye() -> None:
     for text in ("q3", "q3:0.1:0.2", "all:0.5", "q3:much", "q3:2"):
         with pytest.raises(OptionError):
             Arm.parse(text)
+
+
+@pytest.fixture
+def colons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules whose names hold colons, one of them the beginning of another."""
+    monkeypatch.setattr("tip_analysis.analysis.rules.RULES", dict(RULES))
+    for name in ("quadrant", "quadrant:Q3", "not:Q4", "a:b:c"):
+        register_rule(name, lambda columns: columns["student_entropy"])
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "ratios"),
+    [
+        ("quadrant:Q3:0.5", "quadrant:Q3", ["0.5"]),
+        ("quadrant:Q3", "quadrant:Q3", []),
+        ("quadrant:0.5", "quadrant", ["0.5"]),
+        ("not:Q4:0.5:0.1", "not:Q4", ["0.5", "0.1"]),
+        ("a:b:c:1", "a:b:c", ["1"]),
+        ("a:b:0.5", "a:b", ["0.5"]),  # no rule here: from elsewhere
+        ("elsewhere:Q3:0.5", "elsewhere:Q3", ["0.5"]),
+        ("elsewhere", "elsewhere", []),
+        ("0.5", "0.5", []),
+        ("q3:0.1:0.2", "q3", ["0.1", "0.2"]),
+        ("q3:half", "q3", ["half"]),
+    ],
+)
+@pytest.mark.usefixtures("colons")
+def test_a_rule_is_found_before_its_ratios(text: str, rule: str, ratios: list[str]) -> None:
+    assert split_entry(text) == (rule, ratios)
+
+
+@pytest.mark.usefixtures("colons")
+def test_arms_of_rules_with_colons_are_spelled_and_read_alike() -> None:
+    arms = parse_arms(["quadrant:Q3:0.5", "not:Q4", "quadrant:0.5"], [0.25])
+    assert arms == [Arm("quadrant:Q3", 0.5), Arm("not:Q4", 0.25), Arm("quadrant", 0.5)]
+    assert [str(arm) for arm in arms] == ["quadrant:Q3:0.5", "not:Q4:0.25", "quadrant:0.5"]
+    assert [Arm.parse(str(arm)) for arm in arms] == arms
+    with pytest.raises(UnknownNameError, match="quadrant:Q3"):
+        parse_arms(["quadrantQ3:0.5"], [])
+    with pytest.raises(OptionError, match="after the rule's name"):
+        parse_arms(["quadrant:Q5"], [])
+
+
+_PARTS = st.text(st.characters(codec="utf-8", exclude_characters=":"), min_size=1).filter(
+    lambda part: part.strip() == part
+)
+
+
+@given(st.lists(_PARTS, min_size=1, max_size=3), st.floats(0, 1, exclude_min=True))
+def test_names_of_rules_that_are_not_known_here_are_read_back(
+    parts: list[str], ratio: float
+) -> None:
+    arm = Arm(":".join(parts), ratio)
+    try:
+        float(parts[-1])
+    except ValueError:
+        assert Arm.parse(str(arm)) == arm
+
+
+@pytest.mark.parametrize("name", ["", " q", "q ", ":", "q:", ":q", "q3:0.1", "1", "nan:Q3", "q::r"])
+def test_no_rule_may_have_a_name_that_hides_its_ratio(name: str) -> None:
+    with pytest.raises(OptionError, match="no part between colons is a number"):
+        register_rule(name, lambda columns: columns["student_entropy"])
 
 
 def test_rows_of_an_arm_are_those_of_exactly_its_ratio() -> None:

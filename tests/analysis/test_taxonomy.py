@@ -12,7 +12,7 @@ from strategies import frame, token_frames
 from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, Taxonomy, resolve_cuts
-from tip_analysis.cli.options import TaxonomyOptions
+from tip_analysis.cli.option_groups import TaxonomyOptions
 from tip_analysis.core.errors import OptionError, UnknownNameError
 from tip_analysis.core.names import Scope
 

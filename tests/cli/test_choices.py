@@ -2,20 +2,16 @@
 
 import contextlib
 import io
+from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from tip_analysis.cli import main as cli
-from tip_analysis.cli import options
+from tip_analysis.cli.registry import COMMANDS
 from tip_analysis.core.names import Loss, Mode, Precision, ScoringPhase, StopTokens
 
-COMMANDS = {
-    kind.__name__.lower(): kind
-    for part in get_args(options.Command)
-    for kind in [get_args(part)[0]]
-}
 NEEDED = {
     "import": ["run", "--from", "native", "--files", "f", "--student", "s"],
     "score": ["run", "--teacher", "t"],
@@ -45,7 +41,7 @@ def members(hint: Any) -> list[Enum]:
 
 def groups(kind: type) -> list[type]:
     hints = get_type_hints(kind).values()
-    return [kind, *(hint for hint in hints if getattr(hint, "__module__", "") == options.__name__)]
+    return [kind, *filter(is_dataclass, hints)]
 
 
 CHOICES = [

@@ -213,7 +213,7 @@ def test_a_failure_of_ours_says_where(capsys, monkeypatch):
         cli.main(["select", "--list"])
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert "unexpected IndexError: tuple index out of range (cli/commands.py:" in said
+    assert "unexpected IndexError: tuple index out of range (cli/commands/selection.py:" in said
     assert len(said.splitlines()) == 1
 
 

@@ -12,8 +12,8 @@ import pytest
 import tyro
 
 from tip_analysis.cli import main as cli
-from tip_analysis.cli import options
 from tip_analysis.cli.ranges import Range, check_options, ranges_of, typed_name
+from tip_analysis.cli.registry import COMMANDS, Command
 from tip_analysis.core.errors import OptionError
 
 NEEDED = {
@@ -33,10 +33,6 @@ NEEDED = {
 }
 """What each command cannot do without; none of it exists."""
 
-COMMANDS = {
-    "import" if kind is options.Import else kind.__name__.lower(): kind
-    for kind in (get_args(part)[0] for part in get_args(options.Command))
-}
 NUMERIC = [
     pytest.param(command, option, declared, id=f"{command} {option}")
     for command, kind in COMMANDS.items()
@@ -96,7 +92,7 @@ def test_what_lies_outside_is_refused_in_one_line(capsys, command, option, decla
 @pytest.mark.parametrize(("command", "option", "declared"), NUMERIC)
 def test_what_lies_inside_is_taken(command, option, declared):
     for value in inside(declared):
-        check_options(tyro.cli(options.Command, args=typed(command, option, value)))
+        check_options(tyro.cli(Command, args=typed(command, option, value)))
 
 
 @pytest.mark.parametrize(("command", "kind"), COMMANDS.items())
@@ -139,13 +135,13 @@ def test_help_shows_the_range(command, option, declared, capsys, monkeypatch):
 
 @pytest.mark.parametrize("value", ["q0.5", "q0", "q1", "otsu", "paper", "0", "10000", "1e-3"])
 def test_cuts_have_names_and_quantiles_beside_numbers(value):
-    check_options(tyro.cli(options.Command, args=typed("select", "--entropy-cut", value)))
+    check_options(tyro.cli(Command, args=typed("select", "--entropy-cut", value)))
 
 
 @pytest.mark.parametrize("value", ["q", "q1.1", "qnan", "q-0.1", "Q0.5", "median ", "mode"])
 def test_other_cuts_are_refused(value):
     with pytest.raises(OptionError, match="--divergence-cut"):
-        check_options(tyro.cli(options.Command, args=typed("select", "--divergence-cut", value)))
+        check_options(tyro.cli(Command, args=typed("select", "--divergence-cut", value)))
 
 
 @pytest.mark.parametrize("text", ["a\udcffb", "a\udc80"])

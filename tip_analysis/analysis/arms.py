@@ -17,7 +17,7 @@ from tip_analysis.analysis.benchmarks import (
     with_mean_over_benchmarks,
 )
 from tip_analysis.analysis.retention import exact_ratio
-from tip_analysis.analysis.rules import known_rules
+from tip_analysis.analysis.rules import is_number, known_rules
 from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.core.errors import OptionError
 
@@ -52,12 +52,13 @@ class Arm:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The arm that a text spells: `str(Arm.parse(text))` is the text.
+        """The arm that a text spells: `str(Arm.parse(text))` is the text. Where the rule's name
+        ends, `split_entry` says.
 
         Raises:
             OptionError: it names no ratio, several, or none in (0, 1].
         """
-        rule, *ratios = text.split(":")
+        rule, ratios = split_entry(text)
         arm = cls(rule, *(_ratio(ratio, text) for ratio in ratios[:1]))
         if len(ratios) != int(arm.has_ratio):
             raise OptionError(f"expected an arm such as q3:0.1 or all; found {text!r}")
@@ -87,9 +88,34 @@ PAPER_ARMS = (
 """The arms that the claims of Section 7 need, as `parse_arms` reads them, with a random control."""
 
 
+def split_entry(text: str) -> tuple[str, list[str]]:
+    """A rule's name and the ratios that a text puts after it: `q3:0.1:0.2` is `q3` with `0.1` and
+    `0.2`.
+
+    A name may hold colons itself, as `quadrant:Q3` does: the longest beginning that is the name of
+    a rule is the rule, and what follows it are ratios, so `quadrant:Q3:0.5` is `quadrant:Q3` at
+    0.5. Where no beginning is a rule's name (a table may come from elsewhere), the numbers at the
+    end are ratios, and what stands before them is the name.
+    """
+    parts = text.split(":")
+    ends = range(len(parts), 0, -1)
+    named = known_rules(":".join(parts[:end]) for end in ends)
+    lengths = [end for end in ends if ":".join(parts[:end]) in named]
+    end = lengths[0] if lengths else _without_numbers(parts)
+    return ":".join(parts[:end]), parts[end:]
+
+
+def _without_numbers(parts: Sequence[str]) -> int:
+    """How many parts are left when the numbers at the end are taken off; at least one."""
+    end = len(parts)
+    while end > 1 and is_number(parts[end - 1]):
+        end -= 1
+    return end
+
+
 def parse_arms(rules: Sequence[str], ratios: Sequence[float]) -> list[Arm]:
     """Arms of rules and retention ratios: each rule at each ratio, except where it brings its own,
-    as `q3:0.1:0.2`.
+    as `q3:0.1:0.2` (`split_entry`).
 
     A rule that keeps all gives one arm whatever the ratios; an arm that is named twice is there
     once.
@@ -100,7 +126,7 @@ def parse_arms(rules: Sequence[str], ratios: Sequence[float]) -> list[Arm]:
     """
     arms: dict[Arm, None] = {}
     for entry in rules:
-        name, *own = entry.split(":")
+        name, own = split_entry(entry)
         rule_of(name)
         if not Arm(name).has_ratio:
             arms[Arm(name)] = None

@@ -189,7 +189,8 @@ def register_rule(
     """Add a selection rule.
 
     Args:
-        name: What users call it.
+        name: What users call it; it may hold colons, as in `quadrant:Q3`, but no number between
+            them, since `q3:0.1` is the rule `q3` at a ratio.
         score: From the columns of the scored table to one number a token: `lambda df: df["jsd"] *
             df["position"]`. It is given columns as polars expressions and gives an expression, so
             that large tables stream.
@@ -205,11 +206,12 @@ def register_rule(
         overwrite: Replace a rule of that name.
 
     Raises:
-        OptionError: the name is empty or taken.
+        OptionError: the name is empty or taken, or one that an arm's spelling would hide.
     """
-    if not name or name != name.strip() or ":" in name:
+    if not all(name.split(":")) or name != name.strip() or any(map(is_number, name.split(":"))):
         raise OptionError(
-            f"a rule needs a name without colons, and without spaces around it; found {name!r}"
+            "a rule needs a name without spaces around it, of which no part between colons is a"
+            f" number or empty; found {name!r}"
         )
     if name in RULES and not overwrite:
         raise OptionError(
@@ -226,6 +228,15 @@ def register_rule(
         needs_gradients=needs_gradients,
     )
     return RULES[name]
+
+
+def is_number(text: str) -> bool:
+    """Whether a text reads as a number: a ratio after a rule's name, as in `q3:0.1`."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @cache

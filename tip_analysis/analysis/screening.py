@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import polars as pl
 
+from tip_analysis.analysis.arms import parse_arms
 from tip_analysis.analysis.bootstrap import bootstrap_interval, group_index, sums_by_group
 from tip_analysis.analysis.measurements import run_measurement, with_gradients
 from tip_analysis.analysis.quadrants import assign_quadrants
@@ -225,15 +226,14 @@ def _masks(
     ones = np.ones(frame.height)
     others = _scored(frame.filter(pl.col("artefact").is_null()), taxonomy)
     scored = _scored(frame, taxonomy)
-    for rule in rules:
-        for ratio in ratios:
-            how = {"rule": rule, "retention_ratio": ratio, "seed": seed}
-            chosen = select_tokens(scored, **how).collect()["selected"].to_numpy()
-            again = select_tokens(others, **how).collect()["selected"].to_numpy()
-            before = chosen[~is_artefact]
-            either = int((before | again).sum())
-            agreement = int((before & again).sum()) / either if either else None
-            yield ScreenedPart.MASK, f"{rule}:{ratio:g}", chosen, ones, agreement
+    for arm in parse_arms(rules, ratios):
+        how = {"rule": arm.rule, "retention_ratio": arm.retention_ratio, "seed": seed}
+        chosen = select_tokens(scored, **how).collect()["selected"].to_numpy()
+        again = select_tokens(others, **how).collect()["selected"].to_numpy()
+        before = chosen[~is_artefact]
+        either = int((before | again).sum())
+        agreement = int((before & again).sum()) / either if either else None
+        yield ScreenedPart.MASK, str(arm), chosen, ones, agreement
 
 
 def _scored(frame: pl.DataFrame, taxonomy: Taxonomy) -> pl.LazyFrame:

@@ -92,10 +92,11 @@ def _grader(name: str) -> None:
 
 
 def _rules(entries: Sequence[str]) -> None:
+    from tip_analysis.analysis.arms import split_entry
     from tip_analysis.analysis.rules import rule
 
     for entry in entries:
-        rule(entry.split(":", maxsplit=1)[0])
+        rule(split_entry(entry)[0])
 
 
 def _preset(name: str) -> None:

@@ -3,6 +3,7 @@
 Options and files are checked before anything slow is imported; `exits` says how a command ends.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,14 @@ A run folder fills from left to right: rollout (or import), score, gradients, se
 report.
 `tip-analysis demo` does all of it on a tiny pair of models that is built in;
 `tip-analysis --version` says which release this is."""
+
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""What keeps libraries from writing between our lines."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,19 +47,40 @@ def _carry_out(command: Any) -> None:
 
     with extras_named(f"`tip-analysis {type(command).__name__.lower()}`"):
         check_command(command)
-        from tip_analysis.cli import commands  # only now: help needs none of what the commands do
+        _prepare(command)
+        command.carry_out()
 
-        commands.run(command)
+
+def _prepare(command: Any) -> None:
+    """Settings for the libraries, and the checks that the user asks for."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if command.common.lock_timeout is not None:
+        from tip_analysis.core.locks import TIMEOUT_VARIABLE
+
+        os.environ[TIMEOUT_VARIABLE] = str(command.common.lock_timeout)
+    if command.common.verify and not getattr(command, "shows_what_is_altered", False):
+        _verify(command)
+
+
+def _verify(command: Any) -> None:
+    """Check the runs that a command reads, whole."""
+    from tip_analysis.core.run_folder import open_run
+
+    named = [getattr(command, name, None) for name in ("run", "run_a", "run_b")]
+    for path in [*named, *getattr(command, "runs", ())]:
+        if path is not None and (path / "run.json").is_file():
+            open_run(path).verify()
 
 
 def _parse(typed: Sequence[str]) -> Any:
     import tyro
 
-    from tip_analysis.cli import options
+    from tip_analysis.cli.registry import Command
 
     with output_errors():  # help and complaints are all that is written here
         return tyro.cli(
-            options.Command,  # pyright: ignore[reportArgumentType, reportCallIssue]
+            Command,
             args=typed,
             prog="tip-analysis",
             description=DESCRIPTION,

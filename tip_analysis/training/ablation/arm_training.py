@@ -165,8 +165,7 @@ class ArmRunner:
             study.evaluation_sampling,
         )
         self.benchmarks = [problem.prompt.benchmark for problem in self.problems]
-        self.author = student if study.mode == Mode.OFFLINE else None
-        """Whose drift is measured."""
+        self.author = student if study.mode == Mode.OFFLINE else None  # drift is measured from it
 
     def _load(self, model: str | LanguageModel) -> LanguageModel:
         return (

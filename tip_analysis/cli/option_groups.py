@@ -1,0 +1,92 @@
+"""Options that several commands share: dataclasses whose field docstrings are their `--help`.
+
+Their fields carry no prefix on the command line. Nothing is imported but tyro's markers, so that
+help is quick.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+
+from tip_analysis.cli.ranges import Cut, SomeCount, SomeSeconds, SomeShare
+from tip_analysis.core.names import Scope
+
+if TYPE_CHECKING:
+    from tip_analysis.analysis.taxonomy import Taxonomy as Asked
+
+Flag = FlagCreatePairsOff[bool]
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")]
+Texts = Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]")]
+Pairs = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE [KEY=VALUE ...]")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Wherever a model is loaded."""
+
+    dtype: str = "auto"
+    """Dtype of the weights: auto (bfloat16 where the device computes in it natively, else float32)
+    or its name."""
+    device: str = "auto"
+    """Where models run: auto (a GPU if there is one; over several, a model is spread), cpu, cuda,
+    cuda:1, mps."""
+    token_budget: SomeCount = None
+    """Tokens a batch, padding included; halves itself when memory runs out. By default 16,384, and
+    65,536 in `ablate`."""
+
+    def loading(self, token_budget: int = 16384) -> dict[str, Any]:
+        """How models are loaded and batched, as the door's functions take it."""
+        return {
+            "token_budget": self.tokens_a_batch(token_budget),
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+
+    def tokens_a_batch(self, default: int = 16384) -> int:
+        """The budget that was named, or the default."""
+        return default if self.token_budget is None else self.token_budget
+
+
+@dataclass(frozen=True)
+class TaxonomyOptions:
+    """Wherever scores and quadrants are computed."""
+
+    entropy_cut: Cut = "median"
+    """Cut on the student's entropy: median, mean, otsu, paper, a quantile such as q0.8, or a number
+    in nats."""
+    divergence_cut: Cut = "mean"
+    """Cut on the reverse KL: likewise."""
+    cut_scope: Scope = Scope.RUN
+    """Whose tokens a cut is measured on: all of the run's, or those of one optimizer step."""
+    normalization_scope: Scope = Scope.RUN
+    """Whose tokens share one min-max normalization."""
+    divergence_clip: SomeShare = None
+    """Quantile at which the divergence is clipped before its min-max, such as 0.98; not clipped by
+    default, as in the paper."""
+
+    def parsed(self) -> "Asked":
+        """The taxonomy that these options ask for."""
+        from tip_analysis.analysis.taxonomy import Taxonomy
+
+        return Taxonomy(**asdict(self))
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Every command has these."""
+
+    debug: Flag = False
+    """Show the traceback of an error."""
+    verify: Flag = False
+    """Check every file of the run folder against the hashes on record, and every row of its tables,
+    before anything is made of them; small tables are always checked."""
+    lock_timeout: SomeSeconds = None
+    """Seconds to wait for another process that is at work on the same thing; 60 by default."""
+
+
+Models = OmitArgPrefixes[ModelOptions]
+Taxonomy = OmitArgPrefixes[TaxonomyOptions]
+Common = OmitArgPrefixes[CommonOptions]
