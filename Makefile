@@ -18,10 +18,10 @@ test-all: $(INSTALLED) smollm2  ## slow and real-model tests too
 faults: $(INSTALLED)  ## every stage killed at every file event, five fuzzers, Ray's workers lost: half an hour
 	$(BIN)/python -m pytest -m faults --timeout 7200 tests/faults tests/scoring/test_ray_engine.py
 
-interop: $(INSTALLED)  ## imports of files that other tools write: TRL, in an environment of its own
+interop:  ## with other tools, in an environment of its own: TRL's trainers, trackers, DuckDB
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/pip install --quiet --requirement requirements.lock trl
-	$(BIN)/python -m pytest -m interop
+	.venv-interop/bin/pip install --quiet --requirement requirements.lock --requirement requirements-interop.lock
+	.venv-interop/bin/python -m pytest -m interop
 
 test-install: $(INSTALLED)  ## the wheel in empty environments: a plain one from the package index, and the demo
 	$(BIN)/python -m pytest -m install

@@ -76,6 +76,7 @@ def test_type_checkers_and_running_programs_find_the_same_names_in_the_same_room
     }
     homes = {name: f"tip_analysis.{room}" for name, room in tip_analysis._HOMES.items()}
     rooms = dict.fromkeys(tip_analysis._ROOMS, "tip_analysis")
+    rooms["trl"] = "tip_analysis.training"  # where the alias leads
     assert seen == homes | rooms
     assert set(tip_analysis.__all__) == seen.keys() | {"__version__"}
 

@@ -17,6 +17,7 @@ says which name lives where.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
 TYPE_CHECKING = False  # as in `typing`, whose import would be most of this one's time
@@ -97,7 +98,8 @@ if TYPE_CHECKING:
     from tip_analysis.report.notebook import show_quadrants, show_rollout
     from tip_analysis.rollouts import Prompt, import_run, read_prompts, register_grader, rollout
     from tip_analysis.scoring import score
-    from tip_analysis.training import TrainingOptions, ablate, evaluate
+    from tip_analysis.training import TrainingOptions, ablate, evaluate, log_step
+    from tip_analysis.training import trl_trainer as trl
 
     __version__: str
 
@@ -148,6 +150,7 @@ __all__ = [
     "join_gradients",
     "load_model",
     "load_tokenizer",
+    "log_step",
     "make_small_run",
     "measure_gradients",
     "models",
@@ -182,6 +185,7 @@ __all__ = [
     "text_around",
     "to_masks",
     "training",
+    "trl",
     "widen",
     "write_report",
 ]
@@ -196,6 +200,7 @@ _ROOMS = {
     "rollouts": "rollouts",
     "scoring": "scoring",
     "training": "training",
+    "trl": "trl",
 }
 _HOMES = {
     "Cuts": "analysis",
@@ -270,9 +275,29 @@ _HOMES = {
     "TrainingOptions": "training",
     "ablate": "training",
     "evaluate": "training",
+    "log_step": "training",
 }
 """The room that each name lives in. Type checkers read the imports above, a running program this; a
 test holds the two together."""
+
+
+class _Alias(type(sys)):
+    """A module of the package's under another name, imported when one of its names is used."""
+
+    def __init__(self, alias: str, home: str) -> None:
+        super().__init__(f"tip_analysis.{alias}")
+        self._home = home
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # the import system asks for these, and needs no answer
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        from tip_analysis.core.optional import extras_named
+
+        with extras_named(f"{self.__name__}.{name}"):
+            return getattr(import_module(f"tip_analysis.{self._home}"), name)
+
+
+sys.modules["tip_analysis.trl"] = _Alias("trl", "training.trl_trainer")
 
 
 def __getattr__(name: str) -> Any:

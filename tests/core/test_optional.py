@@ -169,3 +169,30 @@ def test_rooms_that_load_models_name_the_extra_where_one_of_their_names_is_used(
     assert len(lines) == 2, ended.stderr
     assert all('pip install "tip-analysis[models]"' in line for line in lines)
     assert lines[0].startswith("tip_analysis.gradients.token_gradients needs the package ")
+
+
+def test_a_module_under_another_name_is_imported_when_it_is_used() -> None:
+    ended = without(
+        {"trl"},
+        """
+        import sys
+        import tip_analysis as tip
+        import tip_analysis.trl
+        print("torch" in sys.modules, tip.trl is tip_analysis.trl, hasattr(tip.trl, "__path__"))
+        for use in (
+            lambda: tip.trl.TIPDistillationTrainer,
+            lambda: exec("from tip_analysis.trl import TIPDistillationTrainer"),
+        ):
+            try:
+                use()
+            except ImportError as error:
+                print(type(error).__name__, error)
+        """,
+    )
+    first, *errors = ended.stdout.splitlines()
+    assert first == "False True False", ended.stderr
+    said = (
+        "MissingExtraError tip_analysis.trl.TIPDistillationTrainer needs the package 'trl', which"
+        ' is not installed; pip install "tip-analysis[trl]" brings it'
+    )
+    assert errors == [said, said]

@@ -54,6 +54,10 @@ class MissingExtraError(InputError, ImportError):
         return type(self), self._arguments  # so that it crosses from one process to another
 
 
+class UnsupportedVersionError(InputError, ImportError):
+    """A package is installed in a version that this one was not made for."""
+
+
 class RuleError(InputError):
     """A rule that a user registered fails; the original error is the cause."""
 

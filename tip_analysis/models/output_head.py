@@ -177,17 +177,36 @@ def _holds(module: nn.Module, wanted: nn.Module) -> bool:
     return any(part is wanted for part in module.modules())
 
 
+def logit_scale(config: Any) -> float:
+    """What an architecture multiplies the output of its last linear layer by (text config)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, …, Falcon-H1
+        if (scale := getattr(config, name, None)) is not None:
+            return float(scale)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
+    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
+
+
+def logit_cap(config: Any) -> float | None:
+    """The soft cap of an architecture's logits, c in c·tanh(z / c), after the scale; None for
+    none (text config)."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return cap or getattr(config, "logits_soft_cap", None) or None  # RecurrentGemma
+
+
 def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
     """What an architecture does to the output of its last linear layer; `OutputHead.verify` checks
     the outcome."""
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    if cap := cap or getattr(config, "logits_soft_cap", None):  # RecurrentGemma
-        return lambda logits: torch.tanh(logits / cap) * cap
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        return lambda logits: logits * scale
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        return lambda logits: logits / divisor
-    return lambda logits: logits
+    scale, cap = logit_scale(config), logit_cap(config)
+
+    def transform(logits: Tensor) -> Tensor:
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
 
 
 def _close(logits: Tensor, expected: Tensor) -> bool:

@@ -7,7 +7,7 @@ table of one step. Only the statistics that the rule reads are computed; a rule 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -30,11 +30,16 @@ from tip_analysis.logits.row_statistics import (
     rows_per_block,
     token_statistics,
 )
-from tip_analysis.models.output_head import OutputHead
 from tip_analysis.rollouts.encoded import Rollout
 
 KEY_COLUMNS = ("rollout_id", "prompt_id", "position", "batch_id", "token_id", "loss_mask")
 """What a row has without any statistic."""
+
+Head = Callable[[Tensor], Tensor]
+"""What makes logits [n, V] of n rows of whatever a model ends in, such as an `OutputHead`."""
+
+SCORED_FROM = frozenset({"student_entropy_norm", "reverse_kl", "forward_kl"})
+"""The statistics that `add_scores` reads."""
 
 _SINGLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "student_entropy": lambda student, teacher: entropy(student),
@@ -70,7 +75,7 @@ def needed_statistics(rule: str) -> frozenset[str]:
             f"rule {rule!r} reads {', '.join(sorted(unknown))}, which no training step computes"
         )
     if columns & set(SCORE_COLUMNS):
-        columns |= {"student_entropy_norm", "reverse_kl", "forward_kl"}
+        columns |= SCORED_FROM
     return frozenset(columns - set(SCORE_COLUMNS) - set(KEY_COLUMNS))
 
 
@@ -80,8 +85,8 @@ def step_statistics(
     *,
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    student_head: OutputHead,
-    teacher_head: OutputHead,
+    student_head: Head,
+    teacher_head: Head,
     vocab_size: int,
 ) -> dict[str, np.ndarray]:
     """The named statistics of N tokens, each [N], from last hidden states [N, D] and [N, D_T].
@@ -138,6 +143,41 @@ def select_step(
     """
     if rule_of(rule).keeps_all:
         return np.ones(sum(int(rollout.written.sum()) for rollout in rollouts), dtype=bool)
+    scored = step_table(
+        rollouts,
+        statistics,
+        step=step,
+        normalization_scope=normalization_scope,
+        divergence_clip=divergence_clip,
+    )
+    chosen = select_tokens(
+        scored,
+        rule=rule,
+        retention_ratio=retention_ratio,
+        selection_scope=selection_scope,
+        seed=seed,
+    ).select("selected")
+    return chosen.collect()["selected"].to_numpy()
+
+
+def step_table(
+    rollouts: Sequence[Rollout],
+    statistics: Mapping[str, np.ndarray],
+    *,
+    step: int,
+    normalization_scope: str = "batch",
+    divergence_clip: float | None = None,
+) -> pl.LazyFrame:
+    """The N written tokens of a step's rollouts as rows of the token table, in the order of
+    rollouts and positions; scores are added where the statistics that they are made of are there.
+
+    Args:
+        rollouts: those of the step.
+        statistics: [N] each, of the written tokens.
+        step: becomes `batch_id`.
+        normalization_scope: whose tokens share one min-max.
+        divergence_clip: quantile at which δ is clipped before its min-max.
+    """
     counts = [int(rollout.written.sum()) for rollout in rollouts]
     frame = pl.DataFrame(
         {
@@ -156,16 +196,8 @@ def select_step(
             **statistics,
         }
     ).with_columns(batch_id=pl.lit(step, pl.Int32), loss_mask=pl.lit(True))
-    scored: pl.LazyFrame = frame.lazy()
-    if {"student_entropy_norm", "reverse_kl", "forward_kl"} <= statistics.keys():
-        scored = add_scores(
-            frame, normalization_scope=normalization_scope, divergence_clip=divergence_clip
-        )
-    chosen = select_tokens(
-        scored,
-        rule=rule,
-        retention_ratio=retention_ratio,
-        selection_scope=selection_scope,
-        seed=seed,
-    ).select("selected")
-    return chosen.collect()["selected"].to_numpy()
+    if not statistics.keys() >= SCORED_FROM:
+        return frame.lazy()
+    return add_scores(
+        frame, normalization_scope=normalization_scope, divergence_clip=divergence_clip
+    )
