@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import trl  # pyright: ignore[reportMissingImports]
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
@@ -67,6 +67,10 @@ _OVERRIDDEN = {
 """Methods of TRL's own that are overridden or called, and the parameters that are counted on."""
 
 Statistics = dict[str, np.ndarray]
+Model = Any
+"""A model of transformers'."""
+Models = tuple[Model, Model]
+"""Student and teacher, without the wrappers of several processes."""
 
 
 def _check_trl() -> None:
@@ -238,7 +242,7 @@ class TIPDistillationTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------ states and statistics
 
-    def _states(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    def _states(self, model: Model, inputs: Mapping[str, Any]) -> Tensor:
         """Last hidden states [B, C, D] that predict the completions, as TRL takes them."""
         named = inspect.signature(self._get_last_hidden_state).parameters
         return self._get_last_hidden_state(
@@ -250,7 +254,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         )
 
     @torch.no_grad()
-    def _teacher_states(self, inputs: Mapping[str, Any]) -> tuple[nn.Module, Tensor]:
+    def _teacher_states(self, inputs: Mapping[str, Any]) -> tuple[Model, Tensor]:
         """The teacher without its wrapper, and its states [B, C, D_T]."""
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -260,9 +264,7 @@ class TIPDistillationTrainer(DistillationTrainer):
             self.teacher_model, teacher, self._states, teacher, inputs
         )
 
-    def _statistics(
-        self, models: tuple[nn.Module, nn.Module], student: Tensor, teacher: Tensor
-    ) -> Statistics:
+    def _statistics(self, models: Models, student: Tensor, teacher: Tensor) -> Statistics:
         """What the rule and the log read of N tokens, from both models' states [N, D]."""
         heads = [_Head(model, self.temperature, self._stop_ids) for model in models]
         with _gathered(*models):
@@ -276,7 +278,7 @@ class TIPDistillationTrainer(DistillationTrainer):
             )
 
     def _divergence(
-        self, models: tuple[nn.Module, nn.Module], student: Tensor, teacher: Tensor
+        self, models: Models, student: Tensor, teacher: Tensor
     ) -> tuple[Tensor, Tensor]:
         """TRL's divergence of each of N tokens, and the student's entropy, nats."""
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
@@ -310,7 +312,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         weights[written] = torch.from_numpy(ours).to(weights)
         return {"tip_weights": weights, "tip_teacher": torch.cat(kept)}
 
-    def _measure(self, student: nn.Module, inputs: Mapping[str, Any]) -> tuple[Statistics, Tensor]:
+    def _measure(self, student: Model, inputs: Mapping[str, Any]) -> tuple[Statistics, Tensor]:
         written = _written(inputs)
         teacher_model, teacher = self._teacher_states(inputs)
         states = self._states(student, inputs)[written]
@@ -368,7 +370,7 @@ class _Head:
     """Hidden states [n, D] to the logits [n, V] that TRL's loss compares: scale, soft cap,
     temperature; stop tokens as one where they are to be."""
 
-    def __init__(self, model: nn.Module, temperature: float, stop_ids: Tensor) -> None:
+    def __init__(self, model: Model, temperature: float, stop_ids: Tensor) -> None:
         self.model, self.temperature, self.stop_ids = model, temperature, stop_ids
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -380,27 +382,27 @@ class _Head:
         return merge_tokens(logits / self.temperature, self.stop_ids)
 
 
-def _head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _head_weights(model: Model) -> tuple[Tensor, Tensor | None]:
     """Weight [V, D] and bias [V] of the output layer, put together where they are sharded."""
-    head: Any = model.get_output_embeddings()
-    whole = [
-        value.full_tensor() if isinstance(value, DTensor) else value
-        for value in (head.weight, getattr(head, "bias", None))
-    ]
-    return whole[0], whole[1]
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    return _whole(head.weight), None if bias is None else _whole(bias)
 
 
-def _gathered(*models: nn.Module) -> Any:
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _gathered(*models: Model) -> Any:
     """Inside, DeepSpeed's ZeRO-3 has the output layers whole."""
     from trl.trainer.utils import maybe_gather_lm_head_ctx  # pyright: ignore[reportMissingImports]
 
-    heads: list[Any] = [model.get_output_embeddings() for model in models]
+    heads = [model.get_output_embeddings() for model in models]
     return maybe_gather_lm_head_ctx(*(p for head in heads for p in head.parameters()))
 
 
-def _config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()
+def _config(model: Model) -> Any:
+    return model.config.get_text_config()
 
 
 def _written(inputs: Mapping[str, Any]) -> Tensor:
