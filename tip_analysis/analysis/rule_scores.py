@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.analysis.rules import Rule
+from tip_analysis.analysis.rules import Rule, columns_read
 from tip_analysis.analysis.scores import TokenColumns
 from tip_analysis.core.atomic_files import first_line
 from tip_analysis.core.errors import OptionError, RuleError, SchemaError
@@ -61,13 +61,30 @@ def _check_scores(frame: pl.LazyFrame, chosen: Rule) -> None:
         raise SchemaError(
             f"rule {chosen.name!r} needs a score for every token that the student wrote;"
             f" {counts['missing']} of {counts['tokens']}, in {counts['rollouts']} rollout(s), have"
-            " none: keep only the rollouts that have it, or score in full"
+            f" none: {_what_to_do(frame, chosen)}"
         )
     if chosen.sampled and counts["negative"]:
         raise OptionError(
             f"rule {chosen.name!r} samples, so its score is a weight ≥ 0; {counts['negative']} are"
             " negative"
         )
+
+
+def _what_to_do(frame: pl.LazyFrame, chosen: Rule) -> str:
+    """The way out, with the columns that an approximate teacher leaves empty."""
+    schema = frame.collect_schema()
+    if "approximation" in schema:
+        read = sorted(columns_read(chosen) & set(schema.names()))
+        facts = frame.filter("loss_mask").select(
+            pl.col(read).null_count(), approximation=pl.col("approximation").drop_nulls().first()
+        )
+        row = facts.collect().row(0, named=True)
+        if row["approximation"] and (empty := [name for name in read if row[name]]):
+            return (
+                f"the teacher is approximate ({row['approximation']}), which gives no"
+                f" {', '.join(empty)}: choose another rule, or score with the teacher itself"
+            )
+    return "keep only the rollouts that have it, or score in full"
 
 
 def _counts(frame: pl.LazyFrame, name: str) -> dict[str, int]:

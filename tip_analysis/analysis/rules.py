@@ -160,7 +160,12 @@ RULES: dict[str, Rule] = {
             complete=False,
         ),
         Rule("position", importance.earliness, description="the first k tokens of the response"),
-        Rule("teacher_entropy", importance.teacher_entropy, description="top-k of teacher entropy"),
+        Rule(
+            "teacher_entropy",
+            importance.teacher_entropy,
+            description="top-k of teacher entropy",
+            complete=False,
+        ),
         Rule(
             "gradient_oracle",
             importance.descent_alignment,

@@ -29,6 +29,7 @@ _STAGE_COLUMNS = {
     "rows": pl.Int64,
     "seconds": pl.Float64,
     "finished": pl.String,
+    "note": pl.String,
 }
 
 
@@ -43,7 +44,14 @@ def _stage_row(stage: str, records: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": sum(shard["num_rows"] for shard in shards),
         "seconds": round(sum(record["wall_time_s"] for record in records), 1),
         "finished": max((time for time in finished if time), default=None),
+        "note": _note(records),
     }
+
+
+def _note(records: list[dict[str, Any]]) -> str | None:
+    """What a reader must know of the rows."""
+    why = {record["config"].get("approximate") for record in records} - {None}
+    return f"approximate: {', '.join(sorted(why))}" if why else None
 
 
 def next_steps(run: Run) -> list[str]:

@@ -22,6 +22,8 @@ def check_command(command: Any) -> None:
         InputError: the first thing that is wrong.
     """
     check_options(command)
+    if hasattr(command, "engines"):
+        _engine(command.engines)
     plans_only = getattr(command, "dry_run", False)
     for name, value in _given(command):
         if plans_only and name in ("student", "teacher"):
@@ -42,6 +44,15 @@ def _model(name: str) -> None:
     from tip_analysis.models.locating import check_model
 
     check_model(name)
+
+
+def _teacher(name: str) -> None:
+    from tip_analysis.rollouts.engines.settings import is_address, split_url
+
+    if is_address(name):
+        split_url(name, "--teacher")
+    else:
+        _model(name)
 
 
 def _prompts(source: str | Sequence[str]) -> None:
@@ -89,6 +100,10 @@ def _grader(name: str) -> None:
     from tip_analysis.rollouts.grading import resolve_grader
 
     resolve_grader(name)
+
+
+def _engine(options: Any) -> None:
+    options.settings().require()
 
 
 def _rules(entries: Sequence[str]) -> None:
@@ -145,7 +160,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "runs": _runs,
     "shard": _part,
     "student": _model,
-    "teacher": _model,
+    "teacher": _teacher,
     "template": _template,
     "chat_template_kwargs": _switches,
 }

@@ -6,15 +6,17 @@ help is quick.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from tip_analysis.cli.ranges import Cut, SomeCount, SomeSeconds, SomeShare
-from tip_analysis.core.names import Scope
+from tip_analysis.cli.option_values import parse_switches
+from tip_analysis.cli.ranges import Cut, Few, Processes, SomeCount, SomeSeconds, SomeShare, Wait
+from tip_analysis.core.names import SamplingEngine, Scope
 
 if TYPE_CHECKING:
     from tip_analysis.analysis.taxonomy import Taxonomy as Asked
+    from tip_analysis.rollouts.engines.settings import EngineSettings
 
 Flag = FlagCreatePairsOff[bool]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -48,6 +50,66 @@ class ModelOptions:
     def tokens_a_batch(self, default: int = 16384) -> int:
         """The budget that was named, or the default."""
         return default if self.token_budget is None else self.token_budget
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Wherever a model writes."""
+
+    engine: SamplingEngine = SamplingEngine.HF
+    """What the model writes with: this package's own sampler, vLLM, or a server that is there
+    already (vllm serve)."""
+    server_url: str | None = None
+    """Address of the server, http://HOST:PORT, with #MODEL where it has several; a key goes into
+    TIP_SERVER_API_KEY."""
+    server_concurrency: Few = 16
+    """Requests that the server is given at once."""
+    server_timeout: Wait = 600.0
+    """Seconds that one answer of the server may take."""
+    tensor_parallel: Processes = 1
+    """GPUs that vLLM spreads the model over."""
+    engine_options: Pairs = ()
+    """Further arguments of vLLM's LLM, such as gpu_memory_utilization=0.8."""
+
+    def settings(self) -> "EngineSettings":
+        """The engine that these options ask for.
+
+        Raises:
+            OptionError: they contradict each other.
+        """
+        from tip_analysis.rollouts.engines.settings import EngineSettings
+
+        return EngineSettings(
+            self.engine,
+            self.server_url,
+            tensor_parallel=self.tensor_parallel,
+            options=parse_switches(self.engine_options, "--engine-options"),
+            concurrency=self.server_concurrency,
+            timeout_s=self.server_timeout,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingEngineOptions:
+    """What a student that is trained writes with."""
+
+    engine: Literal[SamplingEngine.HF, SamplingEngine.VLLM] = SamplingEngine.HF
+    """What the student writes with: this package's own sampler, or vLLM, which is given its weights
+    before each step."""
+    tensor_parallel: Processes = 1
+    """GPUs that vLLM spreads the model over."""
+    engine_options: Pairs = ()
+    """Further arguments of vLLM's LLM, such as gpu_memory_utilization=0.4."""
+
+    def settings(self) -> "EngineSettings":
+        """The engine that these options ask for.
+
+        Raises:
+            OptionError: they contradict each other.
+        """
+        return EngineOptions(
+            self.engine, tensor_parallel=self.tensor_parallel, engine_options=self.engine_options
+        ).settings()
 
 
 @dataclass(frozen=True)
@@ -87,6 +149,8 @@ class CommonOptions:
     """Seconds to wait for another process that is at work on the same thing; 60 by default."""
 
 
+Engines = OmitArgPrefixes[EngineOptions]
+TrainingEngines = OmitArgPrefixes[TrainingEngineOptions]
 Models = OmitArgPrefixes[ModelOptions]
 Taxonomy = OmitArgPrefixes[TaxonomyOptions]
 Common = OmitArgPrefixes[CommonOptions]

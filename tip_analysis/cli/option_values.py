@@ -7,7 +7,7 @@ from typing import Any
 from tip_analysis.core.errors import OptionError
 
 
-def parse_switches(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_switches(pairs: Sequence[str], option: str = "--chat-template-kwargs") -> dict[str, Any]:
     """`KEY=VALUE` pairs as a mapping; a value that is JSON (true, 3 …) counts as such, any other as
     text.
 
@@ -18,7 +18,7 @@ def parse_switches(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            raise OptionError(f"--chat-template-kwargs takes KEY=VALUE pairs, found {pair!r}")
+            raise OptionError(f"{option} takes KEY=VALUE pairs, found {pair!r}")
         try:
             switches[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -182,6 +182,7 @@ SHARE = Range(0, 1, whole=False, above=True)
 PART = Range(0, 1, whole=False)
 POSITIVE = Range(0, 1e6, whole=False, above=True)
 SECONDS = Range(0, MANY, whole=False)
+WAIT = Range(0, 86_400, whole=False, above=True)
 TEMPERATURE = Range(0, 100, whole=False)
 RATE = Range(0, 10, whole=False)
 RANK = Range(0, 4096)
@@ -198,6 +199,7 @@ Share = Annotated[float, SHARE, SHARE.parser()]
 Part = Annotated[float, PART, PART.parser()]
 Temperature = Annotated[float, TEMPERATURE, TEMPERATURE.parser()]
 ToyPrompts = Annotated[int, TOY_PROMPTS, TOY_PROMPTS.parser()]
+Wait = Annotated[float, WAIT, WAIT.parser()]
 TopK = Annotated[int, TOP_K, TOP_K.parser()]
 Cut = Annotated[str, CUT, CUT.parser()]
 SomeSeconds = Annotated[float | None, SECONDS, SECONDS.parser()]

@@ -102,6 +102,10 @@ class LogitsError(InputError, ArithmeticError):
     """The first such row of the array that was given."""
 
 
+class EngineError(InputError):
+    """An engine or a server does not answer, or answers what it must not."""
+
+
 class RunError(InputError):
     """A run folder is missing, unreadable, or lacks the stage that is needed first."""
 

@@ -137,6 +137,13 @@ class Artefact(Name):
     """A single divergence that sets the scale: without it the min-max changes by more than 10%."""
 
 
+class Approximation(Name):
+    """Why a token's divergences are not exact."""
+
+    TOP_K = "top-k"
+    """Only the teacher's most likely tokens are known; all others count as one token."""
+
+
 class ScreenedPart(Name):
     """What a screen takes the share of artefacts in."""
 
@@ -256,6 +263,17 @@ class TeacherContext(Name):
     NONE = "none"
     SOLUTION = "solution"
     """The reference solution, in the user's turn."""
+
+
+class SamplingEngine(Name):
+    """Who writes rollouts."""
+
+    HF = "hf"
+    """This package's own sampler, on a transformers model."""
+    VLLM = "vllm"
+    """vLLM in this process."""
+    SERVER = "server"
+    """A server that speaks OpenAI's completions, such as `vllm serve`."""
 
 
 class ScoringEngine(Name):

@@ -16,6 +16,7 @@ from tip_analysis.core.errors import MissingExtraError
 
 EXTRA_OF = {
     "accelerate": "models",
+    "httpx": "models",
     "huggingface_hub": "models",
     "math_verify": "models",
     "numba": "models",

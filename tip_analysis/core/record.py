@@ -89,6 +89,7 @@ class Config(TypedDict, total=False):
     head_fingerprint: str
     form: Annotated[str, AfterValidator(TeacherStoreForm)]
     store_k: Annotated[int, Field(ge=1)]
+    approximate: str
     lower_bounds: list[str]
     not_available: list[str]
 

@@ -181,6 +181,7 @@ class Run:
             shards,
             table,
             vocab_size=scored.get("shared_vocabulary") if table == "tokens" else None,
+            not_available=scored.get("not_available", []) if table == "tokens" else None,
             hashes=self._refuses_altered,
         )
 

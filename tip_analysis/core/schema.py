@@ -14,6 +14,7 @@ import dataframely as dy
 import polars as pl
 
 from tip_analysis.core.names import (
+    Approximation,
     Artefact,
     FinishReason,
     IdsOrigin,
@@ -45,6 +46,10 @@ class RolloutTable(dy.Schema):
     source = dy.String(
         description="What wrote it: `sampled`, or the format that it was imported from"
     )
+    engine = dy.String(
+        nullable=True,
+        description="What sampled it: `hf`, `vllm` or `server`; null if it was imported",
+    )
     step = dy.Int32(
         nullable=True, min=0, description="Training step of the author, where the source says so"
     )
@@ -71,7 +76,7 @@ class RolloutTable(dy.Schema):
     sampled_logprobs = dy.List(
         dy.Float32(nullable=True),
         nullable=True,
-        description="ln P of each sampled token at temperature 1, as generation saw it",
+        description="ln P of each sampled token at temperature 1, as its engine saw it",
     )
     finish_reason = dy.Enum(FinishReason, description="`stop`, `length` or `given`")
     temperature = dy.Float32(
@@ -233,6 +238,11 @@ class TokenTable(dy.Schema):
         nullable=True,
         description="Why the token only looks important; null where nothing speaks against it",
     )
+    approximation = dy.Enum(
+        Approximation,
+        nullable=True,
+        description="`top-k`: divergences are lower bounds, from the teacher's top tokens",
+    )
     planted_label = dy.Enum(
         PlantedLabel, nullable=True, description="True label of the token; arithmetic pair only"
     )
@@ -240,6 +250,25 @@ class TokenTable(dy.Schema):
     @dy.rule()
     def statistics_where_the_student_wrote(cls) -> pl.Expr:
         return pl.col("student_entropy").is_not_null() == pl.col("loss_mask")
+
+
+ALWAYS_THERE = (
+    "student_entropy_norm",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "hellinger",
+    "student_logprob",
+    "teacher_logprob",
+    "student_top1_prob",
+    "teacher_top1_prob",
+    "top1_agree",
+    "teacher_mass_on_student_topk",
+    "forward_kl_logit_grad_norm",
+)
+"""Columns of `TokenTable` that every written token has, unless the table's record names them as
+not available: its teacher is approximate."""
 
 
 class VocabularyTable(dy.Schema):

@@ -24,7 +24,7 @@ from tip_analysis.core.atomic_files import file_hash
 from tip_analysis.core.contract_checks import first_fault
 from tip_analysis.core.errors import RunError, SchemaError
 from tip_analysis.core.record import COMMAND_OF_STAGE, SHARD_SUFFIX, Record, stage_of
-from tip_analysis.core.schema import TABLES
+from tip_analysis.core.schema import ALWAYS_THERE, TABLES
 from tip_analysis.core.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,12 @@ def _first_difference(first: pl.Schema, found: pl.Schema) -> str:
 
 
 def check_whole(
-    shards: Sequence[Shard], table: str, *, vocab_size: int | None = None, hashes: bool = True
+    shards: Sequence[Shard],
+    table: str,
+    *,
+    vocab_size: int | None = None,
+    not_available: Sequence[str] | None = None,
+    hashes: bool = True,
 ) -> None:
     """Read a table whole, and refuse what its stage cannot have written.
 
@@ -199,6 +204,8 @@ def check_whole(
         shards: all shards of the table, with sound footers.
         table: its name.
         vocab_size: |V|, where it is on record: no token id may reach it.
+        not_available: of a token table: columns that the record says are null; others of
+            `schema.ALWAYS_THERE` may not be, where the student wrote.
         hashes: refuse altered bytes too, even where rows are sound.
 
     Raises:
@@ -210,7 +217,7 @@ def check_whole(
         return
     altered = {shard.path for shard in shards if shard.is_altered()}
     for shard in shards:
-        _check_rows(shard, table, vocab_size)
+        _check_rows(shard, table, vocab_size, not_available)
         if hashes and shard.path in altered:
             raise RunError(
                 f"{shard.name} was altered since it was written (its SHA-256 is not that on"
@@ -221,10 +228,16 @@ def check_whole(
         _whole.add(stamps)
 
 
-def _check_rows(shard: Shard, table: str, vocab_size: int | None) -> None:
+def _check_rows(
+    shard: Shard, table: str, vocab_size: int | None, not_available: Sequence[str] | None
+) -> None:
     with readable(shard):
         frame = read(shard.path)
-        fault = first_fault(frame, TABLES[table]) or _outside_vocabulary(frame, vocab_size)
+        fault = (
+            first_fault(frame, TABLES[table])
+            or _outside_vocabulary(frame, vocab_size)
+            or _without_value(frame, not_available)
+        )
     if fault is not None:
         raise SchemaError(f"{shard.name}, {fault}; {shard.again}")
 
@@ -240,6 +253,17 @@ def _outside_vocabulary(frame: pl.DataFrame, vocab_size: int | None) -> str | No
                 f"row {rows[0]}: {name} holds {largest[rows[0]]}, outside the vocabulary of"
                 f" {vocab_size} tokens"
             )
+    return None
+
+
+def _without_value(frame: pl.DataFrame, not_available: Sequence[str] | None) -> str | None:
+    if not_available is None:
+        return None
+    written = frame["loss_mask"]
+    for name in ALWAYS_THERE:
+        rows = (written & frame[name].is_null()).arg_true()
+        if name not in not_available and rows.len():
+            return f"row {rows[0]}: {name} must not be null, unless the teacher is approximate"
     return None
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from tip_analysis.core.errors import ContextLengthError, OptionError
 from tip_analysis.models.abilities import abilities
 from tip_analysis.models.batching import pad_sequences
-from tip_analysis.models.loading import LanguageModel
+from tip_analysis.models.token_model import TokenModel
 
 Tokens = Sequence[int]
 
@@ -260,7 +260,7 @@ class Continuation:
         return self.hidden
 
 
-def check_context(model: LanguageModel, rollout_ids: Iterable[str], lengths: Iterable[int]) -> None:
+def check_context(model: TokenModel, rollout_ids: Iterable[str], lengths: Iterable[int]) -> None:
     """Refuse sequences longer than a model's context.
 
     Raises:

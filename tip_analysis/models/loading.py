@@ -30,6 +30,7 @@ from tip_analysis.core.errors import (
 from tip_analysis.core.text import first_line
 from tip_analysis.models.locating import DEVICE_TYPES, DTYPE_NAMES, locate
 from tip_analysis.models.output_head import OutputHead, causal_model
+from tip_analysis.models.token_model import TokenModel
 from tip_analysis.models.weights import LOADING_ERRORS, load_tokenizer_files, load_weights
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -62,12 +63,7 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """The longest sequence that the model accepts, where its config says so."""
-        config = self.model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if longest is not None and rope.get("rope_type") == "dynamic":
-            return int(longest * rope.get("factor", 1.0))  # it is the length before scaling
-        return longest
+        return config_context_length(self.model.config)
 
     @cached_property
     def token_ids(self) -> frozenset[int]:
@@ -87,10 +83,7 @@ class LanguageModel:
     def stop_token_ids(self) -> frozenset[int]:
         """Tokens that end a rollout: those of the generation config and the tokenizer's end of
         sequence."""
-        configured: Any = getattr(self.model.generation_config, "eos_token_id", None)
-        ends: Any = self.tokenizer.eos_token_id
-        ids = [configured] if isinstance(configured, int) else list(configured or [])
-        return frozenset(ids if ends is None else [*ids, ends])
+        return stop_tokens(self.model.generation_config, self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` records: name, fingerprints, |V|, dtype, architecture."""
@@ -103,6 +96,25 @@ class LanguageModel:
             "vocab_size": self.vocab_size,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def stop_tokens(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a rollout: those of the generation config and the tokenizer's end of
+    sequence."""
+    configured: Any = getattr(generation_config, "eos_token_id", None)
+    ends: Any = tokenizer.eos_token_id
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    return frozenset(ids if ends is None else [*ids, ends])
+
+
+def config_context_length(config: Any) -> int | None:
+    """The longest sequence that a model of this config accepts, where it says so."""
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if longest is not None and rope.get("rope_type") == "dynamic":
+        return int(longest * rope.get("factor", 1.0))  # it is the length before scaling
+    return longest
 
 
 def load_model(
@@ -185,7 +197,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
 
 
-def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
+def shared_vocabulary(student: TokenModel, teacher: TokenModel) -> int:
     """|V|, the number of logit rows that student and teacher share; heads padded to different sizes
     are cut to it.
 
@@ -309,6 +321,11 @@ def resolve_dtype(name: str, dtype: str, placement: torch.device | str) -> torch
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, ["auto", *DTYPES])
     return DTYPES[dtype]
+
+
+def default_dtype(name: str, dtype: str) -> str:
+    """The name of the dtype that `auto` stands for on this machine, or the named one."""
+    return str(resolve_dtype(name, dtype, _placement("auto"))).removeprefix("torch.")
 
 
 def _native_bfloat16(placement: torch.device | str) -> bool:

@@ -12,6 +12,8 @@ from tip_analysis.core.resources import data_path
 ARITHMETIC_PAIR = ("arithmetic-student", "arithmetic-teacher")
 BUILT_IN = (*ARITHMETIC_PAIR, "smollm2-135m-instruct")
 
+SERVED = "served:"
+"""How a record's name of a model behind a server begins; its address is no part of it."""
 DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 HUB_ANSWERS_S = 1.5
@@ -28,6 +30,11 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
         ModelError: the name can stand for no model.
         UnknownNameError: it begins as a built-in name does, and is none.
     """
+    if name.lower().startswith(("http://", "https://", SERVED)):
+        raise ModelError(
+            f"{name.partition('#')[0]} is a model behind a server, which only `score --teacher`"
+            f" takes; expected {_FORMS}"
+        )
     if name.startswith("arithmetic-"):
         if name not in BUILT_IN:
             raise UnknownNameError("built-in model", name, BUILT_IN)

@@ -4,6 +4,7 @@ sentences."""
 from collections.abc import Iterator
 
 from tip_analysis.analysis.confidence import warn_about_confidence
+from tip_analysis.analysis.logprob_gap import WARN_FROM_NATS, gap_in_words
 from tip_analysis.analysis.quadrants import warn_about_cuts
 from tip_analysis.analysis.rollout_facts import RolloutCounts, count_rollouts
 from tip_analysis.analysis.run_view import RunView
@@ -30,7 +31,7 @@ def warnings_of(view: RunView) -> list[str]:
 
 
 def _table_warnings(view: RunView) -> list[str]:
-    makers = (_altered, _infinite, _bounded, _clipped, _unfinished)
+    makers = (_altered, _infinite, _bounded, _of_another_engine, _clipped, _unfinished)
     return [text for make in makers if (text := make(view))]
 
 
@@ -60,9 +61,15 @@ def _bounded(view: RunView) -> str:
     if not (bounds := view.stages.get("score", {}).get("config", {}).get("lower_bounds")):
         return ""
     return (
-        f"The teacher was stored as its top tokens and the mass of the rest: {listed(bounds)}"
-        " are lower bounds, and columns without such a bound are empty."
+        "Approximate: top-k. Of the teacher its top tokens are known, and the mass of the rest:"
+        f" {listed(bounds)} are lower bounds, and columns without such a bound are empty."
     )
+
+
+def _of_another_engine(view: RunView) -> str:
+    summary = view.stages.get("score", {}).get("summary", {})
+    is_wide = summary.get("logprob_gap_median", 0.0) > WARN_FROM_NATS
+    return f"{sentence(gap_in_words(summary))}" if is_wide else ""
 
 
 def _clipped(view: RunView) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tip_analysis.core.names import OnBadRow
+from tip_analysis.core.names import OnBadRow, SamplingEngine
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.loading import load_tokenizer, tokenizer_fingerprint
-from tip_analysis.models.named import ModelLike, as_model
+from tip_analysis.models.named import ModelLike
 from tip_analysis.rollouts.bad_rows import BadRows
+from tip_analysis.rollouts.engines.opening import EngineLike, Loading, opened
 from tip_analysis.rollouts.importers.formats import import_rollouts
 from tip_analysis.rollouts.prompts import Prompt, read_prompts, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
@@ -41,6 +42,8 @@ def rollout(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     grader: str | None = None,
     prompts_per_batch: int = 8,
+    engine: EngineLike = SamplingEngine.HF,
+    server_url: str | None = None,
     token_budget: int = 16384,
     dtype: str = "auto",
     device: str = "auto",
@@ -65,6 +68,9 @@ def rollout(
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default one that suits the prompts.
         prompts_per_batch: prompts whose rollouts make one optimizer step.
+        engine: what writes: `hf` (this package's own sampler), `vllm`, `server`, `EngineSettings`,
+            or an engine that is open.
+        server_url: of the engine `server`: `http://HOST:PORT`, with `#MODEL` where it has several.
         token_budget: tokens a batch; halves itself when memory runs out.
         dtype: of a student that is named.
         device: likewise.
@@ -77,27 +83,28 @@ def rollout(
         ConfigurationMismatchError: the folder holds rollouts of another configuration.
         PromptFileError: the prompts cannot be used.
         ModelError: there is no such model.
+        EngineError: the engine fails; whole shards are kept, and the call may be made again.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     resolve_template(template)
     bad_rows = BadRows(on_bad_row)
     asked = as_prompts(prompts, limit=limit, on_bad_row=bad_rows)
-    loaded = as_model(student, dtype=dtype, device=device)
-    folder = create_run(run)
-    found = sample_rollouts(
-        folder,
-        student=loaded,
-        prompts=asked,
-        sampling=sampling,
-        num_rollouts=num_rollouts,
-        template=template,
-        chat_template_kwargs=chat_template_kwargs,
-        grader=grader,
-        prompts_per_batch=prompts_per_batch,
-        token_budget=token_budget,
-        on_bad_row=bad_rows,
-        overwrite=overwrite,
-    )
+    with opened(engine, student, Loading(dtype, device, token_budget), server_url) as writer:
+        folder = create_run(run)
+        found = sample_rollouts(
+            folder,
+            student=writer.author,
+            prompts=asked,
+            sampling=sampling,
+            engine=writer,
+            num_rollouts=num_rollouts,
+            template=template,
+            chat_template_kwargs=chat_template_kwargs,
+            grader=grader,
+            prompts_per_batch=prompts_per_batch,
+            on_bad_row=bad_rows,
+            overwrite=overwrite,
+        )
     return StageSummary(folder, "rollouts", found)
 
 

@@ -16,7 +16,7 @@ from tip_analysis.core.errors import (
     VocabularyMismatchError,
 )
 from tip_analysis.core.names import TeacherContext
-from tip_analysis.models.loading import LanguageModel
+from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.prompts import Message, Prompt
 from tip_analysis.rollouts.rendering import (
@@ -134,7 +134,7 @@ def _rollout(row: Mapping[str, Any]) -> Rollout:
 
 
 def encode_usable(
-    prompts: Iterable[Prompt], bad_rows: BadRows, *, student: LanguageModel, **how: Any
+    prompts: Iterable[Prompt], bad_rows: BadRows, *, student: TokenModel, **how: Any
 ) -> list[EncodedPrompt]:
     """Token ids of prompts; what is done with those that cannot be shown, `bad_rows` decides.
 
@@ -160,11 +160,7 @@ def encode_usable(
 
 
 def with_room(
-    prompts: Iterable[EncodedPrompt],
-    bad_rows: BadRows,
-    *,
-    student: LanguageModel,
-    max_new_tokens: int,
+    prompts: Iterable[EncodedPrompt], bad_rows: BadRows, *, student: TokenModel, max_new_tokens: int
 ) -> list[EncodedPrompt]:
     """Prompts that leave room for a response in the model's context.
 
@@ -191,7 +187,7 @@ def with_room(
     return kept
 
 
-def _check_room(prompt: EncodedPrompt, student: LanguageModel, max_new_tokens: int) -> None:
+def _check_room(prompt: EncodedPrompt, student: TokenModel, max_new_tokens: int) -> None:
     limit, length = student.context_length, len(prompt.token_ids)
     if limit is not None and length + max_new_tokens > limit:
         raise ContextLengthError(
@@ -204,8 +200,8 @@ def _check_room(prompt: EncodedPrompt, student: LanguageModel, max_new_tokens: i
 def encode_prompts(
     prompts: Iterable[Prompt],
     *,
-    student: LanguageModel,
-    teacher: LanguageModel | None = None,
+    student: TokenModel,
+    teacher: TokenModel | None = None,
     template: str = "plain",
     teacher_context: TeacherContext | str = TeacherContext.NONE,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -243,8 +239,8 @@ def encode_prompts(
 
 def _encode(
     prompt: Prompt,
-    student: LanguageModel,
-    teacher: LanguageModel | None,
+    student: TokenModel,
+    teacher: TokenModel | None,
     template: str,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> EncodedPrompt:
@@ -261,7 +257,7 @@ def _encode(
     return EncodedPrompt(prompt, messages, shown, to_teacher)
 
 
-def _check_rows(prompt: Prompt, token_ids: Sequence[int], model: LanguageModel) -> None:
+def _check_rows(prompt: Prompt, token_ids: Sequence[int], model: TokenModel) -> None:
     """Refuse a prompt with a token of the tokenizer's that its model has no row for."""
     if max(token_ids) >= model.vocab_size:
         raise VocabularyMismatchError(

@@ -23,7 +23,6 @@ from tip_analysis.models.abilities import abilities
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import Continuation
 from tip_analysis.models.loading import LanguageModel, overflow_hint
-from tip_analysis.rollouts.encoded import EncodedPrompt
 
 GREEDY_BELOW = 1e-30
 """Temperatures at which float32 logits would overflow: the limit of sampling is the most likely
@@ -62,36 +61,36 @@ class Generation:
     finish_reason: FinishReason
 
 
-def sample(
+def sample_sequences(
     model: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
+    sequences: Sequence[Sequence[int]],
     names: Sequence[str],
     sampling: Sampling,
     budget: TokenBudget,
     advance: Advance | None = None,
 ) -> list[Generation]:
-    """One response for each prompt, in batches that the budget allows, in the order of `prompts`.
+    """One continuation for each sequence, in batches that the budget allows, in their order.
 
     Args:
         model: the model that writes.
-        prompts: what it is shown; one entry for each response.
-        names: of the responses; each one's random numbers belong to it.
+        sequences: token ids of what it is shown; one entry for each continuation.
+        names: of the continuations; each one's random numbers belong to it.
         sampling: temperature, nucleus, length limit and seed.
-        budget: tokens a batch, room for responses included.
-        advance: told of progress, in responses.
+        budget: tokens a batch, room for continuations included.
+        advance: told of progress, in continuations.
     """
 
     def work(rows: list[int]) -> list[Generation]:
-        shown = [prompts[row].token_ids for row in rows]
+        shown = [sequences[row] for row in rows]
         return generate(model, shown, [names[row] for row in rows], sampling)
 
-    lengths = [len(prompt.token_ids) + sampling.max_new_tokens for prompt in prompts]
+    lengths = [len(sequence) + sampling.max_new_tokens for sequence in sequences]
     made: dict[int, Generation] = {}
     for rows, batch in budget.run(lengths, work):
         made |= zip(rows, batch, strict=True)
         if advance is not None:
             advance(len(rows), tokens=sum(len(generation.token_ids) for generation in batch))
-    return [made[row] for row in range(len(prompts))]
+    return [made[row] for row in range(len(sequences))]
 
 
 @torch.inference_mode()

@@ -26,13 +26,16 @@ from tip_analysis.core.schema import RolloutTable
 from tip_analysis.core.toy_pairs import ToyPair, pair_with_vocabulary
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
+from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.bad_rows import BadRows, as_bad_rows
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
+from tip_analysis.rollouts.engines.engine import Engine, Request
+from tip_analysis.rollouts.engines.hf import HFEngine
 from tip_analysis.rollouts.grading import default_grader, grade, resolve_grader
 from tip_analysis.rollouts.importers.formats import ImportReport
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.rendering import RenderedPrompt, resolve_template, unused_switches
-from tip_analysis.rollouts.sampling import Generation, Sampling, sample
+from tip_analysis.rollouts.sampling import Generation, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +45,10 @@ ROLLOUTS_PER_SHARD = 64
 def sample_rollouts(
     run: Run,
     *,
-    student: LanguageModel,
+    student: TokenModel,
     prompts: Sequence[Prompt],
     sampling: Sampling,
+    engine: Engine | None = None,
     num_rollouts: int = 4,
     template: str = "plain",
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -58,9 +62,10 @@ def sample_rollouts(
 
     Args:
         run: the run folder.
-        student: the model that writes.
+        student: the model that writes; without its weights where `engine` holds them.
         prompts: what it is asked.
         sampling: temperature, nucleus, length limit, seed.
+        engine: what it writes with; by default this package's own sampler.
         num_rollouts: k, the rollouts of each prompt.
         template: the text around a problem: a name of `rendering.TEMPLATES`, or a text with
             `{problem}`.
@@ -68,7 +73,7 @@ def sample_rollouts(
         grader: a name of `grading.GRADERS`, `module:function` or `file.py:function`; None chooses
             by the prompts.
         prompts_per_batch: prompts whose rollouts make one optimizer step: they share a `batch_id`.
-        token_budget: tokens a batch, prompts and room for responses included.
+        token_budget: tokens a batch of the own sampler, prompts and room for responses included.
         on_bad_row: `fail`, or `skip`: a prompt that the template refuses, or that leaves no room
             for a response, is left out and counted; or what counted rows of the file already.
         overwrite: start afresh, whatever the folder holds.
@@ -78,11 +83,12 @@ def sample_rollouts(
 
     Raises:
         ConfigurationMismatchError: the folder holds rollouts of another configuration.
+        EngineError: the engine failed; whole shards are kept, and the command may be run again.
         ContextLengthError: a prompt leaves no room for `max_new_tokens`.
     """
     if num_rollouts < 1 or prompts_per_batch < 1:
         raise OptionError("--num-rollouts and --prompts-per-batch must be at least 1")
-    budget = TokenBudget(token_budget)
+    engine = engine or own_sampler(student, token_budget)
     switches = dict(chat_template_kwargs or {})
     _warn_of_what_the_template_ignores(student, prompts, switches)
     bad_rows = as_bad_rows(on_bad_row)
@@ -91,6 +97,7 @@ def sample_rollouts(
     )
     tasks = with_room(tasks, bad_rows, student=student, max_new_tokens=sampling.max_new_tokens)
     prompts = [task.prompt for task in tasks]
+    engine.expect(longest_sequence(tasks, sampling))
     grader = grader or _suitable_grader(student, prompts)
     resolve_grader(grader)
     stage = run.begin(
@@ -103,28 +110,40 @@ def sample_rollouts(
             "chat_template_kwargs": switches,
             "grader": grader,
             "prompts_per_batch": prompts_per_batch,
+            **engine.identity(),
         },
         inputs={"prompts": _hash_of(prompts)},
-        settings={
-            "device": str(student.device),
-            "token_budget": token_budget,
-            "num_prompts": len(prompts),
-            **bad_rows.record(),
-        },
+        settings={**engine.facts(), "num_prompts": len(prompts), **bad_rows.record()},
         overwrite=overwrite,
     )
-    shards = _jobs_by_shard(tasks, num_rollouts, prompts_per_batch)
+    shards = _jobs_by_shard(tasks, num_rollouts, prompts_per_batch, engine.rollouts_per_shard)
     missing = stage.missing(len(shards))
     done = sum(map(len, shards)) - sum(len(shards[index]) for index in missing)
     with track("sampling", num_rollouts * len(tasks), done=done) as advance:
         for index in missing:
-            rows = _sample_shard(student, shards[index], sampling, grader, budget, advance)
+            rows = _sample_shard(engine, shards[index], sampling, grader, advance)
             stage.write(index, rows)
     return stage.finish(**summarize(run), **bad_rows.summary())
 
 
+def longest_sequence(prompts: Sequence[EncodedPrompt], sampling: Sampling) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
+
+
+def own_sampler(student: TokenModel, token_budget: int) -> HFEngine:
+    """This package's own sampler.
+
+    Raises:
+        OptionError: the student has no weights.
+    """
+    if not isinstance(student, LanguageModel):
+        raise OptionError(f"{student.name} is not loaded: name the engine that holds its weights")
+    return HFEngine(student, TokenBudget(token_budget))
+
+
 def _warn_of_what_the_template_ignores(
-    student: LanguageModel, prompts: Sequence[Prompt], switches: Mapping[str, Any]
+    student: TokenModel, prompts: Sequence[Prompt], switches: Mapping[str, Any]
 ) -> None:
     if unused := unused_switches(student.tokenizer, switches):
         logger.warning(
@@ -151,7 +170,7 @@ def _hash_of(prompts: Sequence[Prompt]) -> str:
     )
 
 
-def _suitable_grader(student: LanguageModel, prompts: Sequence[Prompt]) -> str:
+def _suitable_grader(student: TokenModel, prompts: Sequence[Prompt]) -> str:
     has_answer = any(prompt.answer is not None for prompt in prompts)
     return default_grader(has_answer=has_answer, is_toy=toy_pair_of(student) is not None)
 
@@ -170,10 +189,10 @@ class _Job:
 
 
 def _jobs_by_shard(
-    tasks: Sequence[EncodedPrompt], num_rollouts: int, prompts_per_batch: int
+    tasks: Sequence[EncodedPrompt], num_rollouts: int, prompts_per_batch: int, shard_size: int
 ) -> list[list[_Job]]:
     """The rollouts to sample, whole prompts to a shard, in the order of prompts and samples."""
-    per_shard = max(1, ROLLOUTS_PER_SHARD // num_rollouts)
+    per_shard = max(1, shard_size // num_rollouts)
     return [
         [
             _Job(task, (start + place) // prompts_per_batch, sample)
@@ -185,24 +204,13 @@ def _jobs_by_shard(
 
 
 def _sample_shard(
-    student: LanguageModel,
-    jobs: Sequence[_Job],
-    sampling: Sampling,
-    grader: str,
-    budget: TokenBudget,
-    advance: Advance,
+    engine: Engine, jobs: Sequence[_Job], sampling: Sampling, grader: str, advance: Advance
 ) -> pl.DataFrame:
     """The rollouts of one shard, in the order of its tasks and samples."""
-    generations = sample(
-        student,
-        [job.task for job in jobs],
-        [job.rollout_id for job in jobs],
-        sampling,
-        budget,
-        advance,
-    )
+    requests = [Request(job.rollout_id, job.task.token_ids) for job in jobs]
+    generations = engine.generate(requests, sampling, advance)
     rows = [
-        _row(student, job, generation, sampling, grader)
+        _row(engine, job, generation, sampling, grader)
         for job, generation in zip(jobs, generations, strict=True)
     ]
     return pl.DataFrame(rows, schema=polars_schema(RolloutTable))
@@ -248,9 +256,10 @@ def store_imported(
 
 
 def _row(
-    student: LanguageModel, job: _Job, generation: Generation, sampling: Sampling, grader: str
+    engine: Engine, job: _Job, generation: Generation, sampling: Sampling, grader: str
 ) -> dict[str, Any]:
     """One row of the rollout table."""
+    student = engine.author
     task, prompt, token_ids = job.task, job.task.prompt, generation.token_ids
     text, bare_text = (
         str(student.tokenizer.decode(token_ids, skip_special_tokens=skip)) for skip in (False, True)
@@ -261,6 +270,7 @@ def _row(
         "sample_index": job.sample,
         "batch_id": job.batch_id,
         "source": "sampled",
+        "engine": engine.kind,
         "messages": json.dumps(task.messages, ensure_ascii=False),
         "tools": json.dumps(prompt.tools, ensure_ascii=False) if prompt.tools else None,
         "prompt_text": task.shown.text,
@@ -289,7 +299,7 @@ def _template_origin(shown: RenderedPrompt) -> TemplateOrigin:
 
 
 def planted_labels(
-    student: LanguageModel, prompt: Prompt, token_ids: Sequence[int]
+    student: TokenModel, prompt: Prompt, token_ids: Sequence[int]
 ) -> list[str] | None:
     """The true label of each response token, for a student that speaks the language of a toy
     pair."""
@@ -301,7 +311,7 @@ def planted_labels(
     )
 
 
-def toy_pair_of(student: LanguageModel) -> ToyPair | None:
+def toy_pair_of(student: TokenModel) -> ToyPair | None:
     """The toy pair whose language a model speaks, so that its tokens have true labels; None for any
     other model."""
     return pair_with_vocabulary(student.tokenizer.get_vocab())

@@ -12,13 +12,14 @@ from tip_analysis.core.names import TeacherContext
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.hidden_states import check_context
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
+from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.rendering import render, teacher_messages, with_tools
 
 
 def prepare_rollouts(
     run: Run,
     student: LanguageModel | None,
-    teacher: LanguageModel,
+    teacher: TokenModel,
     teacher_context: TeacherContext | str,
 ) -> pl.DataFrame:
     """The run's rollouts, each with the prompt that the teacher is shown.
@@ -58,7 +59,7 @@ def prepare_rollouts(
     return rollouts
 
 
-def _check_ids(rollouts: pl.DataFrame, model: LanguageModel, columns: list[str]) -> None:
+def _check_ids(rollouts: pl.DataFrame, model: TokenModel, columns: list[str]) -> None:
     """Refuse token ids that a model has no row for."""
     for column in columns:
         beyond = rollouts.filter(pl.col(column).list.max() >= model.vocab_size)
@@ -70,10 +71,10 @@ def _check_ids(rollouts: pl.DataFrame, model: LanguageModel, columns: list[str])
             )
 
 
-def _refuse_what_is_no_token(rollouts: pl.DataFrame, reader: LanguageModel) -> None:
+def _refuse_what_is_no_token(rollouts: pl.DataFrame, reader: TokenModel) -> None:
     """Refuse ids that the tokenizer does not have (padding rows of the head, gaps, beyond the end);
     names rollout and position."""
-    known = list(reader.token_ids)
+    known = sorted(reader.tokenizer.get_vocab().values())
     columns = ("prompt_token_ids", "teacher_prompt_token_ids", "response_token_ids")
     for column, text in zip(columns, ("prompt", "teacher's prompt", "response"), strict=True):
         strange = (
@@ -92,7 +93,7 @@ def _refuse_what_is_no_token(rollouts: pl.DataFrame, reader: LanguageModel) -> N
 
 def with_teacher_prompts(
     rollouts: pl.DataFrame,
-    teacher: LanguageModel,
+    teacher: TokenModel,
     teacher_context: TeacherContext | str,
     switches: Mapping[str, Any] | None = None,
 ) -> pl.DataFrame:
@@ -131,7 +132,7 @@ def with_teacher_prompts(
 
 
 def _with_solution(
-    teacher: LanguageModel,
+    teacher: TokenModel,
     messages: str,
     solution: str,
     tools: str | None,

@@ -23,7 +23,11 @@ from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.head_alone import head_rows, load_head
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.models.named import ModelLike, as_model, as_pair, name_of
-from tip_analysis.scoring.stage import Scorer, score_rollouts
+from tip_analysis.models.token_model import TokenModel
+from tip_analysis.rollouts.engines.completions import CompletionsClient
+from tip_analysis.rollouts.engines.settings import EngineSettings, is_address
+from tip_analysis.scoring.served_teacher import ServedTeacher
+from tip_analysis.scoring.stage import Scorer, TeacherSource, score_rollouts
 from tip_analysis.scoring.teacher_states import TeacherStore, store_teacher_states
 
 
@@ -40,6 +44,8 @@ def score(
     phase: ScoringPhase | str = ScoringPhase.BOTH,
     teacher_store: TeacherStoreForm | str = TeacherStoreForm.HIDDEN,
     store_k: int = 64,
+    server_concurrency: int = 16,
+    server_timeout: float = 600.0,
     discard_teacher_states: bool = False,
     engine: ScoringEngine | str = ScoringEngine.LOCAL,
     ray_workers: int | None = None,
@@ -52,7 +58,8 @@ def score(
 
     Args:
         run: a run folder with rollouts.
-        teacher: loaded, or named as a student is.
+        teacher: loaded, or named as a student is; or `http://HOST:PORT#MODEL`, a model behind a
+            server: divergences become lower bounds, from its top tokens.
         student: by default the model that wrote the rollouts.
         teacher_context: what the teacher sees besides the prompt: `none` or `solution`.
         top_k: how many of each model's most likely tokens are kept.
@@ -61,7 +68,9 @@ def score(
         part: (i, n): every n-th shard, from the i-th on, as one of n jobs.
         phase: `both` models at once; or first `teacher`, whose states are stored, then `student`.
         teacher_store: what phase `teacher` stores: `hidden` states, or `topk` tokens.
-        store_k: tokens that `topk` keeps.
+        store_k: tokens that `topk` keeps, or that a server is asked for.
+        server_concurrency: requests that a server is given at once.
+        server_timeout: seconds that one answer may take.
         discard_teacher_states: in phase `student`, delete them once every token is scored.
         engine: `local`, or `ray` actors that share the work.
         ray_workers: actors; by default one for each GPU.
@@ -83,7 +92,8 @@ def score(
     form = TeacherStoreForm(teacher_store)
     folder = open_run(run)
     folder.rollouts()
-    _check(engine, phase, part)
+    served = _is_address(teacher)
+    _check(engine, phase, part, served=served)
     job = _Job(
         folder,
         recorded_student(folder) if student is None else student,
@@ -98,6 +108,9 @@ def score(
         device,
         overwrite,
     )
+    if served:
+        settings = EngineSettings(concurrency=server_concurrency, timeout_s=server_timeout)
+        return StageSummary(folder, "tokens", _with_server(job, settings, store_k))
     if engine is ScoringEngine.RAY:
         return StageSummary(folder, "tokens", _with_ray(job, ray_workers))
     if phase is ScoringPhase.TEACHER:
@@ -141,7 +154,18 @@ class _Job:
     overwrite: bool
 
 
-def _check(engine: ScoringEngine, phase: ScoringPhase, part: tuple[int, int]) -> None:
+def _is_address(teacher: ModelLike) -> bool:
+    return not isinstance(teacher, LanguageModel) and is_address(str(teacher))
+
+
+def _check(
+    engine: ScoringEngine, phase: ScoringPhase, part: tuple[int, int], *, served: bool
+) -> None:
+    if served and (engine is ScoringEngine.RAY or phase is not ScoringPhase.BOTH):
+        raise OptionError(
+            "a teacher behind a server goes with --engine local and --phase both: the server does"
+            " the teacher's part; --shard i/n spreads the rest over array jobs"
+        )
     if engine is not ScoringEngine.RAY:
         return
     if part != (0, 1):
@@ -156,7 +180,7 @@ def _check(engine: ScoringEngine, phase: ScoringPhase, part: tuple[int, int]) ->
 
 
 def _score(
-    job: _Job, student: LanguageModel, teacher: Any, stored: TeacherStore | None = None
+    job: _Job, student: LanguageModel, teacher: TokenModel, stored: TeacherSource | None = None
 ) -> dict[str, Any]:
     """In this process, with the teacher's body or with its stored states."""
     return score_rollouts(
@@ -170,6 +194,17 @@ def _score(
         overwrite=job.overwrite,
         stored=stored,
     )
+
+
+def _with_server(job: _Job, settings: EngineSettings, k: int) -> dict[str, Any]:
+    """The student here, the teacher behind a server."""
+    client = CompletionsClient.at(str(job.teacher), settings, "--teacher")
+    try:
+        student = as_model(job.student, dtype=job.dtype, device=job.device)
+        teacher = ServedTeacher(client, student, k)
+        return _score(job, student, teacher.model, teacher)
+    finally:
+        client.close()
 
 
 def _student_phase(job: _Job, discard: bool) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.hidden_states import chosen_hidden_states
 from tip_analysis.models.loading import LanguageModel, overflow_hint, shared_vocabulary, token_texts
 from tip_analysis.models.output_head import OutputHead
+from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
 from tip_analysis.scoring.artefacts import PADDED_MASS, label_artefacts, mass_outside
 
@@ -78,7 +79,8 @@ class Scorer:
     """Student and teacher, ready to turn rollouts into token rows."""
 
     student: LanguageModel
-    teacher: LanguageModel
+    teacher: TokenModel
+    """Without its body where its side comes from a store or a server."""
     budget: TokenBudget = field(default_factory=lambda: TokenBudget(16384))
     top_k: int = 5
     share_prompts: bool | None = None
@@ -154,19 +156,24 @@ class Scorer:
     ) -> Columns:
         """Columns of one batch's counted tokens."""
         student = counted_states(self.student, rows, share_prompts=self.share_prompts)
-        if stored is None:
-            hidden = counted_states(
-                self.teacher, rows, teacher=True, share_prompts=self.share_prompts
-            )
-            teacher: TeacherSide = HiddenSide(hidden, self.teacher.head)
-        else:
-            teacher = stored.side([rollout.rollout_id for rollout in rows])
+        teacher = (
+            self._body(rows)
+            if stored is None
+            else stored.side([rollout.rollout_id for rollout in rows])
+        )
         try:
             return self._statistics(student, teacher, counted_tokens(rows), compiled)
         except LogitsError as error:
             raise located(
                 error, rows, {"student": self.student, "teacher": self.teacher}
             ) from error
+
+    def _body(self, rows: Sequence[Rollout]) -> HiddenSide:
+        """The teacher's side from its own body."""
+        if not isinstance(self.teacher, LanguageModel):
+            raise OptionError(f"{self.teacher.name} has no body here, and no stored side was given")
+        hidden = counted_states(self.teacher, rows, teacher=True, share_prompts=self.share_prompts)
+        return HiddenSide(hidden, self.teacher.head)
 
     def _statistics(
         self, student: Tensor, teacher: TeacherSide, token_ids: Tensor, compiled: bool
@@ -286,13 +293,13 @@ def longer_lengths(rollouts: pl.DataFrame) -> pl.Series:
 
 
 def located(
-    error: LogitsError, rollouts: Sequence[Rollout], models: Mapping[str, LanguageModel]
+    error: LogitsError, rollouts: Sequence[Rollout], models: Mapping[str, TokenModel]
 ) -> LogitsError:
     """The same error, saying which rollout and position it is, and the usual cause in float16."""
     places = [(rollout.rollout_id, at) for rollout in rollouts for at in rollout.positions]
     rollout_id, position = places[error.row or 0]
     guilty = models.get(error.model or "")
-    hint = "" if guilty is None else overflow_hint(guilty)
+    hint = overflow_hint(guilty) if isinstance(guilty, LanguageModel) else ""
     return LogitsError(
         f"rollout {rollout_id!r}, position {position}: {error}{hint}",
         model=error.model,

@@ -10,21 +10,21 @@ here. The table is the same.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import polars as pl
 
+from tip_analysis.analysis.logprob_gap import logprob_gap, warn_about_gap
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError
-from tip_analysis.core.names import TeacherContext
+from tip_analysis.core.names import StopTokens, TeacherContext
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.run_folder import Run, Stage, open_run
 from tip_analysis.core.schema import VocabularyTable
 from tip_analysis.models.batching import padding_waste, plan_batches
 from tip_analysis.models.loading import tokenizer_fingerprint
 from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part
-from tip_analysis.scoring.scorer import Scorer, longer_lengths
-from tip_analysis.scoring.teacher_states import TeacherStore
+from tip_analysis.scoring.scorer import Scorer, StoredTeacher, longer_lengths
 
 __all__ = [
     "Scorer",
@@ -36,6 +36,31 @@ __all__ = [
 ]
 
 
+class TeacherSource(Protocol):
+    """The teacher's side of a run, from elsewhere than its body."""
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """What the record says of the teacher."""
+        ...
+
+    def marks(self) -> dict[str, Any]:
+        """What the record says of columns that are not exact."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What is recorded besides."""
+        ...
+
+    def check(self, scorer: Scorer) -> None:
+        """Refuse a scorer that this side cannot serve."""
+        ...
+
+    def shard(self, index: int, rollouts: pl.DataFrame, scorer: Scorer) -> StoredTeacher:
+        """The side of one shard's rollouts."""
+        ...
+
+
 def score_rollouts(
     run: Run,
     scorer: Scorer,
@@ -44,7 +69,7 @@ def score_rollouts(
     shard_size: int = 64,
     part: tuple[int, int] = (0, 1),
     overwrite: bool = False,
-    stored: TeacherStore | None = None,
+    stored: TeacherSource | None = None,
 ) -> dict[str, Any]:
     """Score every rollout of `run`; shards that are whole already are left alone.
 
@@ -57,8 +82,8 @@ def score_rollouts(
         part: (i, n): make only every n-th shard, from the i-th on, as one of n processes that fill
             the run together.
         overwrite: start afresh.
-        stored: the teacher's states, where its phase came first; then only the head of
-            `scorer.teacher` is used.
+        stored: the teacher's side, where it comes from a store (then only the head of
+            `scorer.teacher` is used) or a server.
 
     Returns:
         The stage's summary, as `run.json` has it.
@@ -93,8 +118,8 @@ class ScoringWork:
     shard_size: int
     mine: range
     """Shards that this process is to make."""
-    stored: TeacherStore | None = None
-    """The teacher's states, where its phase came first."""
+    stored: TeacherSource | None = None
+    """The teacher's side, where it comes from a store or a server."""
 
     def shard(self, index: int) -> pl.DataFrame:
         """The rollouts of one shard."""
@@ -104,10 +129,10 @@ class ScoringWork:
 def score_shard(work: ScoringWork, index: int, advance: Advance | None = None) -> int:
     """Score one shard and write it; returns its number of token rows."""
     rollouts, scorer = work.shard(index), work.scorer
-    stored = (
-        None if work.stored is None else work.stored.shard(index, rollouts, scorer.teacher.head)
-    )
+    stored = None if work.stored is None else work.stored.shard(index, rollouts, scorer)
     table = scorer.token_table(rollouts, advance, stored)
+    if work.stored is not None and (why := work.stored.marks().get("approximate")):
+        table = table.with_columns(approximation=pl.lit(why, table.schema["approximation"]))
     lengths = longer_lengths(rollouts).to_list()
     plan = plan_batches(lengths, scorer.budget.tokens, groups=rollouts["prompt_id"].to_list())
     is_first = not work.stage.shards()  # an old vocabulary stays for as long as old rows do
@@ -126,7 +151,7 @@ def begin_scoring(
     part: tuple[int, int] = (0, 1),
     *,
     overwrite: bool | str = False,
-    stored: TeacherStore | None = None,
+    stored: TeacherSource | None = None,
 ) -> ScoringWork:
     """Check everything that can be checked before a model runs, and say what there is to do."""
     mine = shards_of_part(run, shard_size, part)
@@ -152,6 +177,7 @@ def begin_scoring(
             "device": str(scorer.student.device),
             "token_budget": scorer.budget.tokens,
             "phases": 1 if stored is None else 2,
+            **({} if stored is None else stored.facts()),
         },
         overwrite=overwrite,
     )
@@ -197,12 +223,22 @@ def finish_scoring(run: Run, stage: Stage) -> dict[str, Any]:
     if missing := stage.missing(total):
         return {"num_shards": total, "num_shards_missing": len(missing)}
     waste = [shard.get("padding_waste", 0.0) for shard in stage.shards()]
+    gap = logprob_gap(run, _merged_stops(stage))
+    warn_about_gap(gap)
     return stage.finish(
         num_shards=total,
         **summarize(run),
+        **gap,
         num_empty_rollouts=int((rollouts["num_tokens"] == 0).sum()),
         mean_padding_waste=round(sum(waste) / len(waste), 4) if waste else 0.0,
     )
+
+
+def _merged_stops(stage: Stage) -> list[int]:
+    """Stop tokens whose log-probability is that of all of them together."""
+    if stage.config.get("stop_tokens") != StopTokens.MERGED:
+        return []
+    return [*stage.config["student_stop_tokens"], *stage.config["teacher_stop_tokens"]]
 
 
 def summarize(run: Run) -> dict[str, Any]:

@@ -16,7 +16,6 @@ table, with their hashes and a signature (teacher, its head, context, rollouts, 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -43,6 +42,7 @@ from tip_analysis.logits.row_statistics import rows_per_block, token_statistics
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, weights_fingerprint
 from tip_analysis.models.output_head import HEAD_TOLERANCE, OutputHead
+from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.rollouts.teacher_prompts import num_shards, prepare_rollouts, shards_of_part
 from tip_analysis.scoring.scorer import (
@@ -52,36 +52,11 @@ from tip_analysis.scoring.scorer import (
     in_batches,
     located,
 )
+from tip_analysis.scoring.top_k_side import OF_THE_TEACHER, TopKSide, marks_of
 
 if TYPE_CHECKING:
     from tip_analysis.scoring.scorer import Scorer
 
-LOWER_BOUNDS = ("reverse_kl", "forward_kl", "jsd", "hellinger")
-"""Columns that a stored top-k bounds from below."""
-NOT_STORED = (
-    "teacher_mass_on_student_topk",
-    "reverse_kl_logit_grad_norm",
-    "forward_kl_logit_grad_norm",
-    "logit_curvature",
-    "w_local",
-    "k1_variance",
-    "k1_variance_centred",
-    "k1_snr",
-    "ier",
-    "topk_bias",
-    "topk_bias_no_tail",
-    "teacher_stop_mass",
-    "stop_mismatch",
-)
-"""Columns that a stored top-k leaves null."""
-_OF_THE_TEACHER = (
-    "teacher_topk_ids",
-    "teacher_topk_logprobs",
-    "teacher_entropy",
-    "teacher_top1_prob",
-    "teacher_logprob",
-)
-"""Columns that the teacher's row gives on its own: exact in either form."""
 _NUM_CHECKED = 256
 
 
@@ -190,7 +165,7 @@ def _summary(logits: Tensor, token_ids: Tensor, k: int) -> Columns:
     except LogitsError as error:
         message = str(error).replace("student logits", "teacher logits")
         raise LogitsError(message, model="teacher", row=error.row) from error
-    kept = {name: columns[name] for name in _OF_THE_TEACHER}
+    kept = {name: columns[name] for name in OF_THE_TEACHER}
     wide = logits.to(kept["teacher_entropy"].dtype)
     rest = wide.scatter(1, kept["teacher_topk_ids"], -math.inf)
     kept["teacher_topk_ids"] = kept["teacher_topk_ids"].int()
@@ -259,9 +234,12 @@ class TeacherStore:
             return {}
         return {
             "teacher_store": {name: self.config[name] for name in ("form", "store_k")},
-            "lower_bounds": list(LOWER_BOUNDS),
-            "not_available": list(NOT_STORED),
+            **marks_of(OF_THE_TEACHER),
         }
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing besides."""
+        return {}
 
     def require(self, **expected: Any) -> None:
         """Refuse states that were made otherwise than is asked for now.
@@ -294,7 +272,7 @@ class TeacherStore:
         Raises:
             ModelError, RunError, OptionError: says what differs.
         """
-        if weights_fingerprint(scorer.teacher.head.linear) != self.config["head_fingerprint"]:
+        if weights_fingerprint(head_of(scorer.teacher).linear) != self.config["head_fingerprint"]:
             raise ModelError(
                 f"the output head of {scorer.teacher.name} is not that of the teacher whose states"
                 " are stored: store them again with --phase teacher --overwrite"
@@ -313,7 +291,7 @@ class TeacherStore:
                 " stored"
             )
 
-    def shard(self, index: int, rollouts: pl.DataFrame, head: OutputHead) -> "ShardStates":
+    def shard(self, index: int, rollouts: pl.DataFrame, scorer: "Scorer") -> "ShardStates":
         """The states of one shard's rollouts.
 
         Raises:
@@ -325,7 +303,7 @@ class TeacherStore:
                 f"{self.stage.path(index)} is missing, altered or discarded: run `score` with"
                 " --phase teacher again, which makes it again"
             )
-        return ShardStates(self, index, rollouts, head)
+        return ShardStates(self, index, rollouts, head_of(scorer.teacher))
 
     def discard(self) -> None:
         """Delete the states; how they were made stays on record, so that the same command may run
@@ -387,41 +365,17 @@ class ShardStates:
             if name != "checked_logits"
         }
         return (
-            HiddenSide(columns["hidden"], self._head) if "hidden" in columns else TopKSide(columns)
+            HiddenSide(columns["hidden"], self._head)
+            if "hidden" in columns
+            else TopKSide(columns, OF_THE_TEACHER)
         )
 
 
-@dataclass(frozen=True)
-class TopKSide:
-    """The teacher's side as its K most likely tokens, the mass of the tail, and what its row gave
-    on its own."""
-
-    columns: Columns
-
-    def logits(self, rows: slice, student_logits: Tensor) -> Tensor:
-        """ln of a distribution [n, V] that has the stored top-k and tail mass, its tail shaped like
-        the student's."""
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        ids, logprobs, log_tail_mass = (
-            self.columns[name][rows].to(student_logits.device)
-            for name in ("teacher_topk_ids", "teacher_topk_logprobs", "log_tail_mass")
-        )
-        rest = student_logits.to(dtype).scatter(1, ids.long(), -math.inf)
-        mass = rest.logsumexp(-1, keepdim=True)
-        uniform = -math.log(max(1, rest.shape[1] - ids.shape[1]))  # where the student has no tail
-        shape = torch.where(mass.isfinite(), rest - mass, uniform)
-        return (shape + log_tail_mass.to(dtype).unsqueeze(1)).scatter(
-            1, ids.long(), logprobs.to(dtype)
-        )
-
-    def settle(self, columns: Columns) -> Columns:
-        """The columns with the teacher's own put in, and without those that are not stored."""
-        top_k = columns["student_topk_ids"].shape[1]
-        own = {name: self.columns[name] for name in _OF_THE_TEACHER}
-        own |= {name: column[:, :top_k] for name, column in own.items() if column.ndim == 2}
-        agree = columns["student_topk_ids"][:, 0] == own["teacher_topk_ids"][:, 0]
-        kept = {name: column for name, column in columns.items() if name not in NOT_STORED}
-        return kept | own | {"top1_agree": agree}
+def head_of(teacher: TokenModel) -> OutputHead:
+    """The teacher's head, which a store of hidden states needs."""
+    if not isinstance(teacher, LanguageModel):
+        raise OptionError(f"{teacher.name} has no output head here, which stored states need")
+    return teacher.head
 
 
 def _some_logits(head: OutputHead, hidden: Tensor) -> Tensor:

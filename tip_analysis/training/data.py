@@ -27,7 +27,9 @@ from tip_analysis.core.run_folder import Run
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
 from tip_analysis.rollouts.encoded import EncodedPrompt, Rollout, rollouts_in_memory
-from tip_analysis.rollouts.sampling import Generation, Sampling, sample, uniforms
+from tip_analysis.rollouts.engines.engine import Engine, Request
+from tip_analysis.rollouts.engines.hf import HFEngine
+from tip_analysis.rollouts.sampling import Generation, Sampling, uniforms
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,9 @@ class OnPolicyRollouts:
     rollouts_per_prompt: int
     budget: TokenBudget
     """Tokens a batch of the sampler may hold, room for the response included."""
+    engine: Engine | None = None
+    """What the student writes with, given its weights before each step; by default this package's
+    own sampler."""
 
     def rollouts(self, step: int, student: LanguageModel) -> list[Rollout]:
         """The rollouts of one step: prompts × samples, named `step/prompt_id/sample_index`."""
@@ -75,7 +80,12 @@ class OnPolicyRollouts:
         ]
         names = [f"{step}/{prompt.id}/{sample}" for prompt, sample in jobs]
         written = [prompt for prompt, _ in jobs]
-        generations = sample(student, written, names, self.sampling, self.budget)
+        engine = self.engine or HFEngine(student, self.budget)
+        engine.update(student)
+        requests = [
+            Request(name, prompt.token_ids) for name, prompt in zip(names, written, strict=True)
+        ]
+        generations = engine.generate(requests, self.sampling)
         return [
             sampled_rollout(prompt, name, generation)
             for prompt, name, generation in zip(written, names, generations, strict=True)

@@ -15,12 +15,14 @@ import polars as pl
 from tip_analysis.analysis.arms import parse_arms
 from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import OnBadRow, TeacherContext
+from tip_analysis.core.names import OnBadRow, SamplingEngine, TeacherContext
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
-from tip_analysis.models.named import ModelLike, as_model
+from tip_analysis.models.named import ModelLike
 from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.door import PromptsLike, as_prompts
+from tip_analysis.rollouts.engines.opening import EngineLike, Loading, opened, settings_of
+from tip_analysis.rollouts.engines.settings import EngineSettings
 from tip_analysis.rollouts.grading import default_grader
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
@@ -51,6 +53,8 @@ def evaluate(
     template: str = "plain",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     grader: str | None = None,
+    engine: EngineLike = SamplingEngine.HF,
+    server_url: str | None = None,
     token_budget: int = 16384,
     dtype: str = "auto",
     device: str = "auto",
@@ -75,6 +79,8 @@ def evaluate(
         template: what stands around a problem.
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default `math`, or `exact` for the arithmetic pair.
+        engine: what writes, as for `rollout`.
+        server_url: of the engine `server`.
         token_budget: tokens a batch; halves itself when memory runs out.
         dtype: of a model that is named.
         device: likewise.
@@ -89,26 +95,26 @@ def evaluate(
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
     benchmarks = _benchmarks(prompts, limit, OnBadRow(on_bad_row))
-    loaded = as_model(model, dtype=dtype, device=device)
-    is_toy = toy_pair_of(loaded) is not None
-    folder = create_run(run)
-    found = {
-        name: evaluate_model(
-            folder,
-            model=loaded,
-            prompts=benchmark.problems,
-            num_samples=num_samples,
-            sampling=sampling,
-            template=template,
-            chat_template_kwargs=chat_template_kwargs,
-            grader=grader or default_grader(has_answer=True, is_toy=is_toy),
-            token_budget=token_budget,
-            on_bad_row=benchmark.bad_rows,
-            overwrite=overwrite,
-        )
-        for name, benchmark in benchmarks.items()
-    }
-    return StageSummary(folder, f"evaluation of {loaded.name}", _side_by_side(found))
+    with opened(engine, model, Loading(dtype, device, token_budget), server_url) as writer:
+        is_toy = toy_pair_of(writer.author) is not None
+        folder = create_run(run)
+        found = {
+            name: evaluate_model(
+                folder,
+                model=writer.author,
+                prompts=benchmark.problems,
+                engine=writer,
+                num_samples=num_samples,
+                sampling=sampling,
+                template=template,
+                chat_template_kwargs=chat_template_kwargs,
+                grader=grader or default_grader(has_answer=True, is_toy=is_toy),
+                on_bad_row=benchmark.bad_rows,
+                overwrite=overwrite,
+            )
+            for name, benchmark in benchmarks.items()
+        }
+    return StageSummary(folder, f"evaluation of {writer.author.name}", _side_by_side(found))
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,7 @@ def ablate(
     teacher_context: TeacherContext | str = TeacherContext.NONE,
     jobs: int = 1,
     threads: int = 1,
+    engine: EngineSettings | SamplingEngine | str = SamplingEngine.HF,
     token_budget: int = 65_536,
     dtype: str = "auto",
     device: str = "auto",
@@ -199,6 +206,8 @@ def ablate(
         teacher_context: what the teacher sees besides the prompt.
         jobs: arms trained at once, each in a process of its own.
         threads: of each such process.
+        engine: what the student writes with on policy and in evaluations: `hf`, or `vllm`, which is
+            given its weights before each step.
         token_budget: tokens a batch of the sampler.
         dtype: of the models.
         device: likewise.
@@ -227,6 +236,7 @@ def ablate(
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
         teacher_context=teacher_context,
+        engine=settings_of(engine) or EngineSettings(),
         dtype=dtype,
         device=device,
         token_budget=token_budget,

@@ -22,14 +22,15 @@ from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.schema import EvaluationTable
 from tip_analysis.core.table_files import scan
-from tip_analysis.models.batching import TokenBudget
-from tip_analysis.models.loading import LanguageModel
+from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.bad_rows import BadRows, as_bad_rows
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
+from tip_analysis.rollouts.engines.engine import Engine, Request
 from tip_analysis.rollouts.grading import grade, resolve_grader
 from tip_analysis.rollouts.prompts import Prompt, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
-from tip_analysis.rollouts.sampling import Generation, Sampling, sample
+from tip_analysis.rollouts.sampling import Generation, Sampling
+from tip_analysis.rollouts.stage import longest_sequence, own_sampler
 
 PROBLEMS_PER_SHARD = 32
 
@@ -65,25 +66,23 @@ class Samples:
 
 
 def sample_problems(
-    model: LanguageModel,
+    engine: Engine,
     problems: Sequence[EncodedPrompt],
     *,
     num_samples: int,
     sampling: Sampling,
     grader: str,
-    budget: TokenBudget,
     benchmarks: Sequence[str] | None = None,
     advance: Advance | None = None,
 ) -> Samples:
     """Sample and grade `num_samples` responses to each problem.
 
     Args:
-        model: the model.
+        engine: the model, and what it writes with.
         problems: what it is asked.
         num_samples: k.
         sampling: temperature (1.0 in the paper), length limit and seed.
         grader: name of a grader.
-        budget: tokens a batch, room for responses included.
         benchmarks: the evaluation set of each problem; by default one nameless set.
         advance: told of progress, in samples.
 
@@ -93,9 +92,11 @@ def sample_problems(
     if num_samples < 1:
         raise OptionError(f"--num-samples must be at least 1, found {num_samples}")
     jobs = [(problem, index) for problem in problems for index in range(num_samples)]
-    names = [f"evaluation/{problem.id}/{index}" for problem, index in jobs]
-    ordered = sample(model, [problem for problem, _ in jobs], names, sampling, budget, advance)
-    texts = model.tokenizer.batch_decode(
+    requests = [
+        Request(f"evaluation/{problem.id}/{index}", problem.token_ids) for problem, index in jobs
+    ]
+    ordered = engine.generate(requests, sampling, advance)
+    texts = engine.author.tokenizer.batch_decode(
         [generation.token_ids for generation in ordered], skip_special_tokens=True
     )
     rewards = [
@@ -140,8 +141,9 @@ def evaluation_rows(samples: Samples, *, model: str, seed: int) -> pl.DataFrame:
 def evaluate_model(
     run: Run,
     *,
-    model: LanguageModel,
+    model: TokenModel,
     prompts: Sequence[Prompt],
+    engine: Engine | None = None,
     num_samples: int = 16,
     sampling: Sampling | None = None,
     template: str = "plain",
@@ -155,14 +157,15 @@ def evaluate_model(
 
     Args:
         run: the run folder.
-        model: the model to evaluate.
+        model: the model to evaluate; without its weights where `engine` holds them.
         prompts: problems with answers, all of one benchmark.
+        engine: what it writes with; by default this package's own sampler.
         num_samples: k, samples of each problem.
         sampling: temperature, nucleus, length limit and seed; temperature 1 by default.
         template: the text around a problem.
         chat_template_kwargs: switches for the chat template.
         grader: name of a grader.
-        token_budget: tokens a batch, room for responses included.
+        token_budget: tokens a batch of the own sampler, room for responses included.
         on_bad_row: `fail`, or `skip`: a problem that cannot be used is left out and counted; or
             what counted rows of the file already.
         overwrite: make the rows of this configuration again.
@@ -176,6 +179,7 @@ def evaluate_model(
         ContextLengthError: a prompt leaves no room for the response.
     """
     sampling = sampling or Sampling()
+    engine = engine or own_sampler(model, token_budget)
     resolve_grader(grader)
     benchmark = _only_benchmark(prompts)
     bad_rows = as_bad_rows(on_bad_row)
@@ -185,6 +189,7 @@ def evaluate_model(
     )
     problems = with_room(problems, bad_rows, student=model, max_new_tokens=sampling.max_new_tokens)
     asked = [problem.prompt for problem in problems]
+    engine.expect(longest_sequence(problems, sampling))
     stage = run.begin(
         "evaluate",
         config={
@@ -195,9 +200,10 @@ def evaluate_model(
             "template": resolve_template(template),
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
             "grader": grader,
+            **engine.identity(),
         },
         inputs={"prompts": config_hash([[p.id, p.problem, p.messages, p.answer] for p in asked])},
-        settings={"device": str(model.device), "token_budget": token_budget, **bad_rows.record()},
+        settings={**engine.facts(), **bad_rows.record()},
         overwrite=overwrite,
         additive=True,
     )
@@ -206,17 +212,15 @@ def evaluate_model(
         for start in range(0, len(problems), PROBLEMS_PER_SHARD)
     ]
     missing = stage.missing(len(shards))
-    budget = TokenBudget(token_budget)
     done = num_samples * (len(problems) - sum(len(shards[index]) for index in missing))
     with track("evaluating", num_samples * len(problems), unit="samples", done=done) as advance:
         for index in missing:
             samples = sample_problems(
-                model,
+                engine,
                 shards[index],
                 num_samples=num_samples,
                 sampling=sampling,
                 grader=grader,
-                budget=budget,
                 benchmarks=[benchmark] * len(shards[index]),
                 advance=advance,
             )

@@ -13,6 +13,8 @@ from tip_analysis.cli.option_groups import (
     Pairs,
     RunFolder,
     Texts,
+    TrainingEngineOptions,
+    TrainingEngines,
 )
 from tip_analysis.cli.option_values import parse_switches
 from tip_analysis.cli.ranges import (
@@ -173,6 +175,7 @@ class Ablate:
     """How far apart two arms may be and still count as equal (claims with ≈): a share."""
     dry_run: Flag = False
     """Show the plan with estimated memory, tokens and device hours, and stop; loads no model."""
+    engines: TrainingEngines = field(default_factory=TrainingEngineOptions)
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
 
@@ -200,6 +203,7 @@ class Ablate:
             teacher_context=self.teacher_context,
             jobs=self.jobs,
             threads=self.threads,
+            engine=self.engines.settings(),
             **self.models.loading(65_536),
         )
         self._show_results(rows, preset)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from tip_analysis.cli.option_groups import (
     Common,
     CommonOptions,
+    EngineOptions,
+    Engines,
     Flag,
     ModelOptions,
     Models,
@@ -51,6 +53,7 @@ class Evaluate:
     arithmetic pair."""
     overwrite: Flag = False
     """Make the rows of this configuration again."""
+    engines: Engines = field(default_factory=EngineOptions)
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
 
@@ -73,6 +76,7 @@ class Evaluate:
             template=self.template,
             chat_template_kwargs=parse_switches(self.chat_template_kwargs),
             grader=self.grader,
+            engine=self.engines.settings(),
             overwrite=self.overwrite,
             **self.models.loading(),
         )

@@ -9,6 +9,8 @@ from tyro.conf import arg
 from tip_analysis.cli.option_groups import (
     Common,
     CommonOptions,
+    EngineOptions,
+    Engines,
     Flag,
     ModelOptions,
     Models,
@@ -60,6 +62,7 @@ class Rollout:
     """Prompts whose rollouts make one optimizer step (column batch_id)."""
     overwrite: Flag = False
     """Start afresh: removes the run's rollouts and what was built on them."""
+    engines: Engines = field(default_factory=EngineOptions)
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
 
@@ -84,6 +87,7 @@ class Rollout:
             chat_template_kwargs=parse_switches(self.chat_template_kwargs),
             grader=self.grader,
             prompts_per_batch=self.prompts_per_batch,
+            engine=self.engines.settings(),
             overwrite=self.overwrite,
             **self.models.loading(),
         )

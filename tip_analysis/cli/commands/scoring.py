@@ -11,7 +11,7 @@ from tip_analysis.cli.option_groups import (
     RunFolder,
 )
 from tip_analysis.cli.option_values import parse_part
-from tip_analysis.cli.ranges import Count, SomeProcesses, TopK
+from tip_analysis.cli.ranges import Count, Few, SomeProcesses, TopK, Wait
 from tip_analysis.core.names import (
     ScoringEngine,
     ScoringPhase,
@@ -29,7 +29,8 @@ class Score:
     run: RunFolder
     """Run folder with rollouts."""
     teacher: str
-    """The teacher: named as the student is."""
+    """The teacher: named as the student is; or http://HOST:PORT#MODEL, a model behind a server,
+    whose top tokens make divergences lower bounds."""
     student: str | None = None
     """The student; by default the one that wrote the rollouts."""
     teacher_context: TeacherContext = TeacherContext.NONE
@@ -51,7 +52,11 @@ class Score:
     """What --phase teacher stores: hidden states (exact), or the top tokens (smaller; divergences
     become lower bounds)."""
     store_k: Count = 64
-    """Tokens that --teacher-store topk keeps."""
+    """Tokens that --teacher-store topk keeps, or that a teacher's server is asked for."""
+    server_concurrency: Few = 16
+    """Requests that a teacher's server is given at once."""
+    server_timeout: Wait = 600.0
+    """Seconds that one answer of it may take."""
     discard_teacher_states: Flag = False
     """With --phase student: delete the teacher's states once every token is scored."""
     engine: ScoringEngine = ScoringEngine.LOCAL
@@ -80,6 +85,8 @@ class Score:
             phase=self.phase,
             teacher_store=self.teacher_store,
             store_k=self.store_k,
+            server_concurrency=self.server_concurrency,
+            server_timeout=self.server_timeout,
             discard_teacher_states=self.discard_teacher_states,
             engine=self.engine,
             ray_workers=self.ray_workers,

@@ -26,7 +26,7 @@ from tip_analysis.analysis.arms import ALL, Arm
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.locks import locked
-from tip_analysis.core.names import Mode, Scope, TeacherContext, set_names
+from tip_analysis.core.names import Mode, SamplingEngine, Scope, TeacherContext, set_names
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.schema import AblationTable
@@ -36,9 +36,14 @@ from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, load_model
 from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
+from tip_analysis.rollouts.engines.engine import Engine
+from tip_analysis.rollouts.engines.hf import HFEngine
+from tip_analysis.rollouts.engines.opening import Loading, open_engine
+from tip_analysis.rollouts.engines.settings import EngineSettings
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Sampling
+from tip_analysis.rollouts.stage import longest_sequence
 from tip_analysis.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from tip_analysis.training.data import (
     FixedRollouts,
@@ -107,7 +112,9 @@ class StudyOptions:
     device: str = "auto"
     """Device on which models are loaded."""
     token_budget: int = 65_536
-    """Tokens a batch of the sampler, room for responses included."""
+    """Tokens a batch of the own sampler, room for responses included."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """What students write with."""
 
     def __post_init__(self) -> None:
         set_names(self, mode=Mode, teacher_context=TeacherContext)
@@ -135,6 +142,7 @@ class StudyOptions:
             "teacher_context": self.teacher_context,
             "chat_template_kwargs": dict(self.chat_template_kwargs),
             "max_prompt_tokens": self.max_prompt_tokens,
+            **({} if self.engine.engine is SamplingEngine.HF else {"engine": self.engine.engine}),
         }
 
 
@@ -165,6 +173,7 @@ class ArmRunner:
             study.evaluation_sampling,
         )
         self.benchmarks = [problem.prompt.benchmark for problem in self.problems]
+        self.engine = None if study.engine.engine is SamplingEngine.HF else self._open(student)
         self.author = student if study.mode == Mode.OFFLINE else None  # drift is measured from it
 
     def _load(self, model: str | LanguageModel) -> LanguageModel:
@@ -173,6 +182,19 @@ class ArmRunner:
             if isinstance(model, LanguageModel)
             else load_model(model, dtype=self.study.dtype, device=self.study.device)
         )
+
+    def _open(self, student: LanguageModel) -> Engine:
+        """The engine of all arms, long enough for every prompt and problem."""
+        study = self.study
+        engine = open_engine(study.engine, student, Loading(study.dtype, study.device))
+        engine.expect(longest_sequence(self.prompts, study.sampling))
+        engine.expect(longest_sequence(self.problems, study.evaluation_sampling))
+        return engine
+
+    def close(self) -> None:
+        """Stop the engine."""
+        if self.engine is not None:
+            self.engine.close()
 
     def _encode(
         self,
@@ -333,7 +355,12 @@ class ArmRunner:
         sampling = replace(study.sampling, seed=options.seed)
         budget = TokenBudget(study.token_budget)
         return OnPolicyRollouts(
-            self.prompts, sampling, options.prompts_per_step, options.rollouts_per_prompt, budget
+            self.prompts,
+            sampling,
+            options.prompts_per_step,
+            options.rollouts_per_prompt,
+            budget,
+            self.engine,
         )
 
     def _evaluate(self, trainer: Trainer, seed: int) -> list[dict[str, Any]]:
@@ -342,12 +369,11 @@ class ArmRunner:
         study = self.study
         with trainer.precision():
             samples = sample_problems(
-                trainer.student,
+                self._engine_of(trainer.student),
                 self.problems,
                 num_samples=study.num_samples,
                 sampling=replace(study.evaluation_sampling, seed=seed),
                 grader=study.grader,
-                budget=TokenBudget(study.token_budget),
                 benchmarks=self.benchmarks,
             )
         drift = self._drift(trainer)
@@ -372,6 +398,12 @@ class ArmRunner:
             "problem_accuracy": samples.rewards.mean(1).tolist(),
             "problem_best": samples.rewards.max(1).tolist(),
         }
+
+    def _engine_of(self, student: LanguageModel) -> Engine:
+        """What the student writes with, its weights as they are now."""
+        engine = self.engine or HFEngine(student, TokenBudget(self.study.token_budget))
+        engine.update(student)
+        return engine
 
     def _drift(self, trainer: Trainer) -> dict[str, float | None]:
         """How far the student is from the author of fixed rollouts; null on policy."""

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from tip_analysis.analysis.arms import UNTRAINED, Arm
 from tip_analysis.core.errors import OptionError, PromptFileError, TipAnalysisError
-from tip_analysis.core.names import Mode
+from tip_analysis.core.names import Mode, SamplingEngine
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.terminal import stderr_console
 from tip_analysis.rollouts.prompts import Prompt
@@ -76,9 +76,10 @@ def run_ablation(
     with _board(tasks) as board:
         if jobs == 1:
             runner = ArmRunner(run, study, board)
-            for arm, seed in tasks:
-                board.begin(arm, seed)
-                board.end(arm, seed, runner.run_arm(arm, seed))
+            with contextlib.closing(runner):
+                for arm, seed in tasks:
+                    board.begin(arm, seed)
+                    board.end(arm, seed, runner.run_arm(arm, seed))
             keys = [runner.arm_key(arm, seed) for arm, seed in tasks]
         else:
             keys = _run_in_processes(run, study, tasks, board, jobs, threads)
@@ -141,6 +142,14 @@ def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs:
             raise PromptFileError(f"evaluation prompt {prompt.id!r} has no answer to grade against")
     if jobs < 1:
         raise OptionError(f"--jobs must be at least 1, found {jobs}")
+    if study.engine.engine is SamplingEngine.SERVER:
+        raise OptionError(
+            "ablate trains the student, whose weights a server cannot be given: --engine hf or vllm"
+        )
+    if jobs > 1 and study.engine.engine is SamplingEngine.VLLM:
+        raise OptionError(
+            "--engine vllm takes the device for itself: train arms one after another, --jobs 1"
+        )
     if jobs > 1 and not (isinstance(study.student, str) and isinstance(study.teacher, str)):
         raise OptionError(
             "with --jobs above 1, models must be given by name: each process loads its own"
