@@ -67,6 +67,13 @@ _LONG_ROPE = {
 }
 _DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": SWITCH,
+}
+
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     # dense
     "qwen3": ("Qwen3", _DENSE | _HEAD),
@@ -115,6 +122,22 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         _DENSE | _HEAD | {"rope_parameters": _DYNAMIC_ROPE, "max_position_embeddings": SWITCH},
     ),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 6,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "llama_yarn": ("Llama", _DENSE | _HEAD | {"rope_parameters": _YARN}),
+    "llama_longrope": (
+        "Llama",
+        _DENSE | _HEAD | {"rope_parameters": _LONG_ROPE | {"attention_factor": 1.3}},
+    ),
     # mixtures of experts
     "qwen3_moe": ("Qwen3Moe", _DENSE | _HEAD | _MIXTURE),
     "mixtral": ("Mixtral", _DENSE | _HEAD | _MIXTURE),
@@ -135,6 +158,11 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
             "interleave_moe_layer_step": 2,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        _DENSE | _MIXTURE | _LATENT | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "mimo": ("MiMoV2Flash", _DENSE | _HEAD | _MIXTURE | {"sliding_window": 6}),
     # recurrent and hybrid
     "mamba": (
         "Mamba",
@@ -200,6 +228,76 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         "Lfm2",
         _DENSE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        _DENSE | _MIXTURE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    "bamba": ("Bamba", _DENSE | _STATE_SPACE | {"attn_layer_indices": [1]}),
+    "zamba2": (
+        "Zamba2",
+        _DENSE
+        | {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "num_key_value_heads": 4,
+            "num_mem_blocks": 1,
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "mamba_headdim": 8,
+            "n_mamba_heads": 8,
+            "chunk_size": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        _DENSE
+        | _HEAD
+        | {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "minimax": (
+        "MiniMax",
+        _DENSE
+        | _HEAD
+        | _MIXTURE
+        | {"layer_types": ["linear_attention", "full_attention"], "block_size": 4},
+    ),
+    "kimi_linear": (
+        "KimiLinear",
+        _DENSE
+        | _MIXTURE
+        | _LATENT
+        | {
+            "head_dim": 16,
+            "q_lora_rank": None,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "num_experts_per_token": 2,
+        },
+    ),
+    "olmo_hybrid": ("OlmoHybrid", _DENSE | _GATED_DELTA),
+    "xlstm": (
+        "xLSTM",
+        {
+            "hidden_size": 32,
+            "num_heads": 4,
+            "num_blocks": 2,
+            "num_hidden_layers": 2,
+            "chunk_size": 8,
+            "mode": "inference",
+        },
+    ),
 }
 """Name of the config class (without `Config`) and its arguments, by the name of a case."""
 
@@ -215,6 +313,7 @@ SHORT = (
     "llama4",
     "mamba",
     "rwkv",
+    "xlstm",
     "qwen3_5",
     "falcon_h1",
 )

@@ -81,10 +81,11 @@ def test_samples_are_those_of_each_sequence_alone(name):
 def test_a_key_value_cache_is_shared_between_rollouts_and_others_are_not():
     assert abilities(tiny_model("qwen3")).keeps_only_keys
     assert abilities(tiny_model("gemma2")).keeps_only_keys
-    for name in ("mamba", "qwen3_5", "falcon_h1", "rwkv"):
+    for name in ("mamba", "qwen3_5", "falcon_h1", "rwkv", "xlstm"):
         assert not abilities(zoo_model(name)).keeps_only_keys
     assert abilities(zoo_model("qwen3_5")).can_continue
-    assert not abilities(zoo_model("rwkv")).can_continue
+    for name in ("rwkv", "xlstm"):  # their caches are of classes of their own
+        assert not abilities(zoo_model(name)).can_continue
 
 
 def test_a_cache_that_does_not_step_as_one_pass_is_not_used(monkeypatch):

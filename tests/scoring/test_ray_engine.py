@@ -182,6 +182,7 @@ class TestCluster:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is an optional extra")
 def test_the_command_starts_ray_by_itself_and_is_quiet(run, models):
     command = [
         sys.executable,

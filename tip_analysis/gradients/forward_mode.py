@@ -317,8 +317,9 @@ class ForwardMode:
     ) -> Tensor:
         """A norm over the last dimension: its gain and bias differ by row and are broadcast over
         the rest."""
-        rows = len(self.directions)
-        if self.recording or rows == 1 or inputs.shape[0] != rows:
+        rows, width = len(self.directions), inputs.shape[-1:]
+        by_width = all(p.shape == width for p in module.parameters(recurse=False))
+        if self.recording or rows == 1 or inputs.shape[0] != rows or not by_width:
             return self._any(own, module, original, inputs)
         duals = {}
         for key, parameter in module.named_parameters(recurse=False):

@@ -35,6 +35,11 @@ _OF_KEYS_AND_VALUES = tuple(
 )
 """Layers of a cache of which nothing but keys and values are kept; a class derived from them may
 keep more."""
+_OTHER_CACHE = (
+    *(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError),
+    *(IndexError, KeyError),
+)
+"""What bodies raise that expect another cache."""
 _SAME = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-6}
 """How far a step from the cache may be from a full pass, relative to the largest hidden state."""
 
@@ -59,11 +64,31 @@ class Abilities:
 
     @cached_property
     def keeps_only_keys(self) -> bool:
-        """Whether the cache holds keys and values and nothing else."""
+        """Whether the cache holds keys and values and nothing else, and the body fills it."""
         if self.cache_argument is None:
             return False
-        layers = self.new_cache().layers
-        return bool(layers) and all(type(layer) in _OF_KEYS_AND_VALUES for layer in layers)
+        cache = self.new_cache()
+        if not all(type(layer) in _OF_KEYS_AND_VALUES for layer in cache.layers):
+            return False
+        return self._fills(cache)
+
+    @torch.no_grad()
+    def _fills(self, cache: DynamicCache) -> bool:
+        """Whether two tokens leave two keys; a body with a cache of a class of its own may fail."""
+        tokens = torch.arange(2, device=self._device)[None]
+        try:
+            self.run(tokens, cache=cache)
+            return any(layer.get_seq_length() == 2 for layer in cache.layers)
+        except _OTHER_CACHE as error:
+            self._says_no(error)
+            return False
+
+    @property
+    def _device(self) -> Any:
+        return self.body.get_input_embeddings().weight.device
+
+    def _says_no(self, error: Exception) -> None:
+        logger.debug("no use of the cache of %s: %s", type(self.body).__name__, error)
 
     @cached_property
     def can_continue(self) -> bool:
@@ -86,8 +111,8 @@ class Abilities:
                 self.run(tokens.flip(0)[:, at : at + 1], cache=cache).last_hidden_state.flip(0)
                 for at in range(5, 8)
             ]
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            logger.debug("no use of the cache of %s: %s", type(self.body).__name__, error)
+        except _OTHER_CACHE as error:
+            self._says_no(error)
             return False
         distance = (torch.cat(steps, 1) - whole).abs().max() / whole.abs().max().clamp(min=1e-12)
         right = bool(distance <= _SAME.get(whole.dtype, 1e-3))
