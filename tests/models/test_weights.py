@@ -52,10 +52,11 @@ def test_a_weight_of_another_shape_is_named(folder):
         load_model(str(folder))
 
 
-def test_weights_that_nobody_uses_are_told(folder, caplog):
+def test_weights_that_nobody_uses_are_told(folder, caplog, capfd):
     change_weights(folder, lambda weights: weights.update({"model.other.weight": torch.ones(2)}))
     load_model(str(folder))
     assert "does not use the weight model.other.weight" in caplog.text
+    assert "LOAD REPORT" not in capfd.readouterr().err  # one line is enough
 
 
 def test_a_tied_head_and_buffers_need_not_be_stored(tmp_path):

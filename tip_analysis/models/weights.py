@@ -8,7 +8,8 @@ buffers, which need not be stored.
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,24 @@ def load_weights(
     else:
         kwargs = kwargs | {"use_safetensors": True}
         loader = _loader(folder, options)
-    model, report = loader.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options, **kwargs
-    )
+    with _without_table():
+        model, report = loader.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options, **kwargs
+        )
     _check(model, report)
     check_stops(model.generation_config)
     return model
+
+
+@contextmanager
+def _without_table() -> Iterator[None]:
+    """Keep transformers from printing its report on weights, which `_check` puts in one line."""
+    shown = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(shown)
 
 
 def read_config(folder: str, options: Mapping[str, Any]) -> PreTrainedConfig:
