@@ -132,6 +132,18 @@ def test_an_adapter_with_resized_embeddings(folder, tmp_path):
     torch.testing.assert_close(head.head(last_hidden_states(loaded.model, TOKENS)[0]), own[0])
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_an_embedding_or_the_head(folder, tmp_path, target):
+    """PEFT stores such a layer whole beside its adapter."""
+    model = adapted(folder, tmp_path / "adapter", target_modules=["q_proj", target])
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(".base_layer." in name for name in stored)
+    loaded = load_model(str(tmp_path / "adapter"), dtype="float32")
+    own = model(TOKENS).logits
+    torch.testing.assert_close(loaded.model(TOKENS).logits, own)
+    torch.testing.assert_close(loaded.head(last_hidden_states(loaded.model, TOKENS)[0]), own[0])
+
+
 def test_an_adapter_that_is_a_pickle_is_refused(folder, tmp_path):
     adapted(folder, tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"

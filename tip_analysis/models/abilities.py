@@ -78,7 +78,8 @@ class Abilities:
         tokens = torch.arange(2, device=self._device)[None]
         try:
             self.run(tokens, cache=cache)
-            return any(layer.get_seq_length() == 2 for layer in cache.layers)
+            lengths: list[Any] = [getattr(layer, "get_seq_length", None) for layer in cache.layers]
+            return any(length is not None and length() == 2 for length in lengths)
         except _OTHER_CACHE as error:
             self._says_no(error)
             return False

@@ -155,9 +155,15 @@ def load_model(
         raise ModelError(f"cannot load the model {name!r}: {first_line(error)}") from error
     model = model.eval().requires_grad_(False)
     avoid_grouped_kernels(model)
-    head = OutputHead(model)
-    head.verify()
-    head.verify_causal()
+    try:
+        head = OutputHead(model)
+        head.verify()
+        head.verify_causal()
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model {name!r} fails on a short input: {first_line(error)}; another --dtype may"
+            " help"
+        ) from error
     return LanguageModel(name, model, tokenizer, head)
 
 

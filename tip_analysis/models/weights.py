@@ -202,8 +202,11 @@ def adapted_rows(folder: Path) -> int | None:
 
 
 def _plain(name: str) -> str:
-    """The name that a module which an adapter stores whole has in the base model."""
-    return name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    """The name that a module which an adapter stores whole has in the base model: one that is
+    trained whole, or an embedding under an adapter of its own, which PEFT stores beside it."""
+    for wrapper in (".modules_to_save.", ".original_module.", ".base_layer."):
+        name = name.replace(wrapper, ".")
+    return name
 
 
 def _load_adapter(folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
