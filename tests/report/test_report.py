@@ -60,10 +60,10 @@ class _Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         self._stack.append(tag)
         if tag == "script":
-            self._script = dict(attrs).get("type", "code")
+            self._script = dict(attrs).get("id", "code")
         if dict(attrs).get("class") == "caption":
             self._caption_id = dict(attrs)["id"]
-        if tag == "table":
+        if tag == "table" and "aria-labelledby" in dict(attrs):
             self._caption = self._captions[dict(attrs)["aria-labelledby"]]
             self.tables[self._caption] = []
         if tag == "tr" and self._caption is not None:
@@ -78,7 +78,7 @@ class _Page(HTMLParser):
             self._script = None
 
     def handle_data(self, data):
-        if self._script == "application/json":
+        if self._script == "browser-data":
             self.data = json.loads(data)
         elif self._script is None and self._stack[-1:] != ["style"]:
             self.texts.append(data)
@@ -310,7 +310,7 @@ def test_cuts_of_the_options_are_used_and_named(run, tables):
 )
 def test_what_a_cut_fixes_takes_no_part_in_the_verdict(run, options, said):
     view = RunView(run, _options(**options))
-    finding = overview.overview([view]).parts[0].finding
+    finding = overview.quadrant_shares([view]).parts[0].finding
     verdict = finding.split("(Q4): ")[1]
     assert said in verdict
     judged = verdict.split(" (Q1+Q2 is what")[0]
@@ -340,7 +340,7 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
 
 def test_hostile_texts_stay_text(hostile):
     shown = _Page(hostile)
-    assert [tag for tag, _ in shown.tags].count("script") == 2
+    assert [tag for tag, _ in shown.tags].count("script") == 3
     assert not [
         tag
         for tag, _ in shown.tags
@@ -537,7 +537,7 @@ def test_page_reads_in_order_of_headings(page):
 
 def test_titles_are_escaped(hostile):
     title = re.search("<title>(.*?)</title>", hostile)[1]
-    assert html.unescape(title) == "Which tokens matter in <img src=x onerror=alert(1)>"
+    assert html.unescape(title) == "Token importance in <img src=x onerror=alert(1)>"
 
 
 def test_cuts_in_the_text_are_those_measured(page, run):

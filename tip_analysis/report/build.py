@@ -108,7 +108,7 @@ def build_report(
     )
     return render(
         build_sections(views, output),
-        title=f"Which tokens matter in {names}",
+        title=f"Token importance in {names}",
         subtitle=subtitle,
         sources=names,
         citation=paper.CITATION,
@@ -121,9 +121,10 @@ def section_makers(
 ) -> list[tuple[str, str, Callable[[], Section]]]:
     """Key, title and maker of each section, in their order; nothing is made yet."""
     return [
-        ("overview", "Overview", lambda: overview.overview(views)),
+        ("overview", "The finding", lambda: overview.overview(views)),
         ("map", "Quadrant map", lambda: taxonomy.quadrant_map(views)),
         ("browser", "Token browser", lambda: browser.browser(views)),
+        ("shares", "Shares of the quadrants", lambda: overview.quadrant_shares(views)),
         ("sensitivity", "Sensitivity to the cuts", lambda: taxonomy.sensitivity(views)),
         ("gradients", "Gradient norms and alignment", lambda: gradients.gradients(views)),
         ("selection", "Selection rules", lambda: selections.selections(views)),

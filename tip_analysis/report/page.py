@@ -24,6 +24,10 @@ from matplotlib.figure import Figure
 from tip_analysis import figures
 from tip_analysis.core.words import sentence
 from tip_analysis.figures import style
+from tip_analysis.report import glossary
+
+OPEN_ROWS = 8
+"""A longer table is folded away."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ class Table:
     numeric: frozenset[int] = frozenset()
     dense: bool = False
     """For long lists of settings."""
+    folded: str = ""
+    """Where the table is folded away whatever its length: what opens it."""
+
+    @property
+    def opener(self) -> str:
+        """What opens a folded table; empty where it is open."""
+        if self.folded or len(self.rows) <= OPEN_ROWS:
+            return self.folded
+        return f"Show the {len(self.rows)} rows"
 
 
 @dataclass(frozen=True)
@@ -251,6 +264,23 @@ def json_block(value: Any) -> Markup:
     return Markup(text)
 
 
+SCRIPTS = (
+    "base.js",
+    "page.js",
+    "binary.js",
+    "link.js",
+    "grid.js",
+    "tokens.js",
+    "csv.js",
+    "map.js",
+    "table.js",
+    "explore.js",
+    "browser.js",
+    "keys.js",
+)
+"""The page's script, in order: each file adds one member to `tip`, and the last starts it."""
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -261,6 +291,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["sentence"] = sentence
+    environment.filters["plain"] = lambda text: text.replace("*", "").replace("`", "")
     environment.tests["block"] = lambda value, kind: type(value).__name__ == kind
     return environment
 
@@ -273,7 +304,7 @@ def asset(name: str) -> str:
 def render(sections: Sequence[Section], **context: Any) -> str:
     """The whole page."""
     numbers: dict[int, int] = {}
-    script = "\n".join(asset(name) for name in ("page.js", "browser.js"))
+    script = "\n".join(map(asset, SCRIPTS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         _environment()
@@ -284,6 +315,8 @@ def render(sections: Sequence[Section], **context: Any) -> str:
             script=Markup(script),
             script_hash=f"sha256-{digest}",
             json_block=json_block,
+            terms=glossary.TERMS,
+            headers=glossary.HEADERS,
             ident=lambda item: f"table-{numbers.setdefault(id(item), len(numbers))}",
             **context,
         )

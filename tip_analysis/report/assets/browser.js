@@ -1,39 +1,23 @@
-// The token browser. Everything from the data is put in place with textContent; nothing is parsed as markup.
-(() => {
-  const holder = document.getElementById("browser-data");
-  if (!holder) { return; }
-  const data = JSON.parse(holder.textContent);
-  const at = (id) => document.getElementById(id);
+/** The token browser: rollouts of a sample, to be read token by token. */
+tip.browser = (() => {
+  const data = tip.data("browser-data");
+  if (!data) { return null; }
+  const { at, make, option, percent, number: show } = tip;
   const root = at("token-browser");
   const tokensBox = at("b-tokens"), detail = at("b-detail"), live = at("b-live");
-  const names = ["not the student’s", "Q1", "Q2", "Q3", "Q4"];
+  const names = tip.QUADRANTS;
   const state = { run: 0, rollout: 0, token: 0, color: "quadrant", shown: new Set([0, 1, 2, 3, 4]), search: "", reward: "all" };
   let spans = [];
 
-  const make = (tag, className, text) => {
-    const element = document.createElement(tag);
-    if (className) { element.className = className; }
-    if (text !== undefined) { element.textContent = text; }
-    return element;
-  };
   const run = () => data.runs[state.run];
   const rollout = () => run().rollouts[state.rollout];
   const textOf = (index) => run().texts[index][0];
-  const percent = (value) => `${(100 * value).toFixed(1)}%`;
-  const show = (value) => {
-    if (value === null || value === undefined) { return "–"; }
-    if (typeof value === "string") { return value; }
-    if (value === 0) { return "0"; }
-    const size = Math.abs(value);
-    return (size < 1e-3 || size >= 1e6 ? value.toExponential(2) : String(Number(value.toPrecision(3)))).replaceAll("-", "−");
-  };
   const rewardKey = (item) => (item.reward === null || item.reward === undefined ? "ungraded" : String(Number(item.reward.toFixed(4))));
   const joined = (item) => (item.joined ??= item.t.map(textOf).join("").toLowerCase());
   const passes = (item) => (state.reward === "all" || rewardKey(item) === state.reward)
     && (!state.search || joined(item).includes(state.search));
   const visibleRollouts = () => run().rollouts.map((_, index) => index).filter((index) => passes(run().rollouts[index]));
 
-  const option = (select, value, text) => { const item = make("option", "", text); item.value = value; select.append(item); };
   const fillChoices = () => {
     at("pick-run").hidden = data.runs.length < 2;
     data.runs.forEach((item, index) => option(at("b-run"), index, item.name));
@@ -183,12 +167,12 @@
     for (const [rule, ratios] of chosen) { const line = make("li"); line.append(make("span", "", rule), make("span", "", show(ratios[place]))); list.append(line); }
     if (chosen.length) { box.append(list); }
     const link = make("a", "", "link to this token");
-    link.href = hashOf(place);
+    link.href = `#token=${valueOf(place)}`;
     const last = make("p", "where"); last.append(link);
     box.append(last);
     return box;
   };
-  const hashOf = (place) => `#token=${state.run}/${encodeURIComponent(rollout().id)}/${rollout().p[place]}`;
+  const valueOf = (place) => tip.link.tokenValue(state.run, rollout().id, rollout().p[place]);
   const select = (place, { focus = true, remember = true } = {}) => {
     if (!spans.length) { detail.replaceChildren(make("p", "where", "This rollout has no token.")); return; }
     const before = spans[state.token];
@@ -199,7 +183,7 @@
     span.tabIndex = 0;
     if (focus) { span.focus({ preventScroll: true }); span.scrollIntoView({ block: "nearest" }); }
     detail.replaceChildren(describe(state.token));
-    if (remember) { try { history.replaceState(null, "", hashOf(state.token)); } catch { /* some viewers forbid it */ } }
+    if (remember) { tip.link.update({ token: valueOf(state.token) }); }
   };
   const openRollout = (index, place = 0, options = {}) => { state.rollout = index; state.token = place; draw(); select(state.token, options); };
   const step = (by) => {
@@ -225,17 +209,33 @@
     if (next[0] === state.rollout) { select(next[1]); } else { openRollout(next[0], next[1]); }
     live.textContent = `Strong Q3 token ${all.findIndex(([i, p]) => i === next[0] && p === next[1]) + 1} of ${all.length}: ${textOf(rollout().t[next[1]])}`;
   };
+  /** Where the searched text begins: rollout and token, over all rollouts that fit. */
+  const hits = () => (state.search ? visibleRollouts().flatMap((index) => {
+    const item = run().rollouts[index], marked = [...searchHits(item)].sort((a, b) => a - b);
+    return marked.filter((place, k) => place !== marked[k - 1] + 1).map((place) => [index, place]);
+  }) : []);
+  const jumpToHit = (by) => {
+    const all = hits(), status = at("b-hits");
+    if (!all.length) { status.textContent = state.search ? "no hit" : ""; return; }
+    const rank = new Map(visibleRollouts().map((index, place) => [index, place]));
+    const order = ([index, place]) => rank.get(index) * 1e6 + place, here = order([state.rollout, state.token]);
+    const next = by > 0 ? all.findIndex((hit) => order(hit) > here) : all.findLastIndex((hit) => order(hit) < here);
+    const chosen = next >= 0 ? next : by > 0 ? 0 : all.length - 1;
+    const [index, place] = all[chosen];
+    if (index === state.rollout) { select(place, { focus: false }); } else { openRollout(index, place, { focus: false }); }
+    spans[place].scrollIntoView({ block: "nearest" });
+    status.textContent = `hit ${chosen + 1} of ${all.length}`;
+  };
+  const placeOf = (number, id) => data.runs[number]?.rollouts.findIndex((item) => item.id === id) ?? -1;
   const follow = () => {
-    const parts = /^#token=(\d+)\/([^/]+)\/(\d+)$/.exec(location.hash);
-    if (!parts || !data.runs[Number(parts[1])]) { return; }
-    let name;
-    try { name = decodeURIComponent(parts[2]); } catch { return; }
-    const index = data.runs[Number(parts[1])].rollouts.findIndex((item) => item.id === name);
-    if (index < 0) { live.textContent = "That rollout is not in this page."; at("browser").scrollIntoView(); return; }
-    Object.assign(state, { run: Number(parts[1]), reward: "all", search: "" });
+    const token = tip.link.token(tip.link.get("token"));
+    if (!token || !data.runs[token.run]) { return; }
+    const index = placeOf(token.run, token.rollout);
+    if (index < 0) { live.textContent = "That rollout is not among those that can be read here."; return; }
+    Object.assign(state, { run: token.run, reward: "all", search: "" });
     at("b-run").value = state.run; at("b-search").value = "";
     fillRewards();
-    const place = data.runs[state.run].rollouts[index].p.indexOf(Number(parts[3]));
+    const place = data.runs[state.run].rollouts[index].p.indexOf(token.position);
     openRollout(index, Math.max(0, place), { focus: true, remember: false });
     (matchMedia("(max-width: 859px)").matches ? at("b-about") : root).scrollIntoView({ block: "start", behavior: "instant" });
   };
@@ -260,7 +260,17 @@
   at("b-rollout").addEventListener("change", (event) => openRollout(Number(event.target.value), 0, { focus: false }));
   at("b-reward").addEventListener("change", (event) => { state.reward = event.target.value; draw(); });
   at("b-color").addEventListener("change", (event) => { state.color = event.target.value; if (spans.length) { paint(); } });
-  at("b-search").addEventListener("input", (event) => { state.search = event.target.value.toLowerCase(); draw(); });
+  at("b-search").addEventListener("input", (event) => {
+    state.search = event.target.value.toLowerCase();
+    draw();
+    const all = hits();
+    at("b-hits").textContent = state.search ? (all.length === 1 ? "1 hit" : `${all.length} hits`) : "";
+    if (all.length && !(all[0][0] === state.rollout && all[0][1] === state.token)) { state.token = 0; if (all[0][0] !== state.rollout) { openRollout(all[0][0], all[0][1], { focus: false }); } else { select(all[0][1], { focus: false }); } spans[state.token]?.scrollIntoView({ block: "nearest" }); }
+  });
+  at("b-search").addEventListener("keydown", (event) => {
+    if (event.key === "Enter") { event.preventDefault(); jumpToHit(event.shiftKey ? -1 : 1); }
+    if (event.key === "Escape" && state.search) { event.preventDefault(); event.target.value = ""; state.search = ""; at("b-hits").textContent = ""; draw(); select(state.token); }
+  });
   at("b-prev").addEventListener("click", () => step(-1));
   at("b-next").addEventListener("click", () => step(1));
   at("b-stronger").addEventListener("click", () => jump(1));
@@ -273,11 +283,10 @@
       if (spans.length) { paint(); }
     });
   }
-  window.addEventListener("hashchange", follow);
-
   root.hidden = false;
   fillChoices();
   fillRewards();
   if (run().rollouts.length) { draw(); } else { detail.replaceChildren(make("p", "where", "No rollout has tokens.")); fillRollouts(); }
-  follow();
+  tip.link.listen(follow);
+  return { has: (number, id) => placeOf(number, id) >= 0 };
 })();

@@ -1,6 +1,5 @@
-"use strict";
-// Theme button and the mark of the section being read. Data is handled in browser.js.
-(() => {
+/** The theme button, and the mark of the section being read. */
+tip.page = (() => {
   const root = document.documentElement;
   const button = document.getElementById("theme");
   const order = ["auto", "light", "dark"];
@@ -16,6 +15,15 @@
     try { localStorage.setItem("tip-theme", next); } catch { /* no storage: the choice lasts as long as the page */ }
     apply(next);
   });
+
+  const unfold = () => {
+    if (!location.hash || location.hash.includes("=")) { return; }
+    const target = document.getElementById(location.hash.slice(1));
+    for (let fold = target?.closest("details"); fold; fold = fold.parentElement.closest("details")) { fold.open = true; }
+    if (target?.closest("details")) { target.scrollIntoView({ block: "center", behavior: "instant" }); }
+  };
+  window.addEventListener("hashchange", unfold);
+  unfold();
 
   const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
   const seen = new Set();

@@ -198,7 +198,8 @@ def _claims_block(judged: pl.DataFrame) -> Table:
         f" itself; “{MEAN_OVER_BENCHMARKS}” gives each the same weight."
     )
     rows = [_claim_cells(row) for row in judged.iter_rows(named=True)]
-    return Table(_CLAIM_COLUMNS, rows, caption, frozenset({4, 5}))
+    opener = f"Show the {len(rows)} comparisons"
+    return Table(_CLAIM_COLUMNS, rows, caption, frozenset({4, 5}), folded=opener)
 
 
 _CLAIM_COLUMNS = [

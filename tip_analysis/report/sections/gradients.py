@@ -92,7 +92,10 @@ def _part(view: RunView, label: str) -> Part:
         return Part("No measurement of gradients is preferred.", unsettled, run=label)
     tables = {loss: gradient_statistics(view, loss) for loss in losses}
     blocks: list[Block] = [_profile_picture(view, tables), _energy_picture(view, tables)]
-    blocks += [_quadrant_block(view, loss, table) for loss, table in tables.items()]
+    blocks += [
+        _quadrant_block(view, loss, table, folded=loss != losses[0])
+        for loss, table in tables.items()
+    ]
     blocks.append(_correlation_block(view, losses[0]))
     blocks += unsettled
     return Part(
@@ -187,7 +190,7 @@ def _energy_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
     )
 
 
-def _quadrant_block(view: RunView, loss: str, table: pl.DataFrame) -> Table:
+def _quadrant_block(view: RunView, loss: str, table: pl.DataFrame, *, folded: bool) -> Table:
     rewards = "positive_reward_alignment_share" in table.columns
     rows = []
     for row in table.iter_rows(named=True):
@@ -210,7 +213,8 @@ def _quadrant_block(view: RunView, loss: str, table: pl.DataFrame) -> Table:
         f"Gradients of the {measurement_words(view, loss)}: shares and ratios with 95% intervals."
         " The median of φ/M is corrected for probe noise."
     )
-    return Table(columns, rows, caption, frozenset(range(1, len(columns))))
+    opener = f"Show the {LOSS_NAMES.get(loss, loss)}" if folded else ""
+    return Table(columns, rows, caption, frozenset(range(1, len(columns))), folded=opener)
 
 
 def _correlation_block(view: RunView, loss: str) -> Table | Warnings:
@@ -235,6 +239,7 @@ def _correlation_block(view: RunView, loss: str) -> Table | Warnings:
         rows,
         caption,
         frozenset({2, 3, 4}),
+        folded="Show the correlations",
     )
 
 

@@ -1,5 +1,5 @@
-"""The section on the run as a whole: shares of the quadrants beside the paper's ranges, and
-warnings."""
+"""The sections on the run as a whole: its finding with warnings, and the shares of the quadrants
+beside the paper's ranges."""
 
 from collections.abc import Sequence
 from zlib import crc32
@@ -34,11 +34,19 @@ FEW_TOKENS = 20
 
 
 def overview(views: Sequence[RunView]) -> Section:
-    """Shares of the quadrants beside the paper's ranges, and what to know before trusting them."""
+    """The finding, four numbers, and what to know before trusting them."""
+    parts = [
+        Part(_finding(view), _overview_blocks(view), run=label_of(view, views)) for view in views
+    ]
+    return Section("overview", "The finding", parts)
+
+
+def quadrant_shares(views: Sequence[RunView]) -> Section:
+    """Shares of the quadrants beside the paper's ranges, and what their tokens are like."""
     parts = [
         Part(
-            _finding(view),
-            _overview_blocks(view, alone=len(views) == 1),
+            _shares_finding(view),
+            _share_blocks(view, alone=len(views) == 1),
             population(view),
             label_of(view, views),
         )
@@ -47,16 +55,16 @@ def overview(views: Sequence[RunView]) -> Section:
     if len(views) > 1:
         parts.insert(0, _comparison(views))
     return Section(
-        "overview",
-        "Overview",
+        "shares",
+        "Shares of the quadrants",
         parts,
         shows=(
-            "which share of the written tokens falls into each quadrant at the cuts named,"
-            " and how far that is from the shares that the paper reports over its pairs."
+            "the share of the tokens that the student wrote in each quadrant at the cuts named,"
+            " beside the shares that the paper reports for its pairs."
         ),
         shows_not=(
-            "that a quadrant’s tokens are worth training on: shares depend on the cuts (see the"
-            " sensitivity), and the paper does not state its own."
+            "that the tokens of a quadrant are worth training on: shares depend on the cuts, and"
+            " the paper does not state its own."
         ),
     )
 
@@ -84,17 +92,30 @@ def population(view: RunView) -> str:
     )
 
 
+NOTHING = (
+    "No response token has statistics: every rollout is empty, or the student wrote none of the"
+    " tokens."
+)
+
+
 def _finding(view: RunView) -> str:
-    shares = view.share_of
+    return _headline(view) if view.population.num_tokens else NOTHING
+
+
+def _shares_finding(view: RunView) -> str:
+    """The shares with their intervals, beside the paper's ranges."""
     if not view.population.num_tokens:
-        return (
-            "No response token has statistics: every rollout is empty, or nothing was written by"
-            " the student."
-        )
-    uncertain = shares["Q1"] + shares["Q2"]
+        return NOTHING
+    ends = {
+        name: interval(low, high)
+        for _, name, _, low, high in view.share_table.iter_rows()
+        if low is not None
+    }
+    uncertain = percent(view.share_of["Q1"] + view.share_of["Q2"])
+    settled = f"{percent(view.share_of['Q4'])} {ends.get('Q4', '')}".strip()
     return (
-        f"{_headline(view)} {percent(uncertain)} of the tokens are uncertain (Q1 and Q2),"
-        f" {percent(shares['Q4'])} are settled (Q4): {_verdict(view)}."
+        f"Of {plural(view.population.num_tokens, 'token')}, {uncertain} are uncertain (Q1 and Q2)"
+        f" and {settled} are settled (Q4): {_verdict(view)}."
     )
 
 
@@ -147,28 +168,48 @@ def _in_paper_range(name: str, share: float) -> bool:
     return low <= share <= high
 
 
-def _overview_blocks(view: RunView, *, alone: bool) -> list[Block]:
-    student, teacher = view.model_names()
+def _overview_blocks(view: RunView) -> list[Block]:
     counted = view.population
-    entries = [
-        ("student", visible(student, 40), ""),
-        ("teacher", visible(teacher, 40), ""),
-        (
-            "tokens",
-            count(counted.num_tokens),
-            f"{count(counted.num_masked)} not the student’s" if counted.num_masked else "",
-        ),
-        ("rollouts", count(counted.num_rollouts), plural(counted.num_prompts, "prompt")),
-    ]
+    entries = [("tokens", count(counted.num_tokens), _written_words(view))]
+    if counted.num_tokens:
+        entries += _q3_entries(view)
+    entries.append(_reward_entry(view))
+    return [Numbers(entries), Warnings(warnings_of(view))]
+
+
+def _written_words(view: RunView) -> str:
+    counted = view.population
+    words = f"{plural(counted.num_rollouts, 'rollout')}, {plural(counted.num_prompts, 'prompt')}"
+    if counted.num_masked:
+        words += f"; {count(counted.num_masked)} more are not the student’s"
+    return words
+
+
+def _q3_entries(view: RunView) -> list[tuple[str, str, str]]:
+    """Q3's share of the tokens and, where it is not too small for that, of the loss."""
+    row = view.share_table.row(by_predicate=pl.col("quadrant") == "Q3", named=True)
+    ends = interval(row["share_low"], row["share_high"])
+    entries = [("in Q3: confident, disagreeing", percent(row["share"]), ends)]
+    if _num_q3(view) < FEW_TOKENS:
+        return entries
+    loss = widen(view.quadrant_means).row(by_predicate=pl.col("quadrant") == "Q3", named=True)
+    ends = interval(loss["share_reverse_kl_low"], loss["share_reverse_kl_high"])
+    return [*entries, ("of the loss lies in Q3", percent(loss["share_reverse_kl"]), ends)]
+
+
+def _reward_entry(view: RunView) -> tuple[str, str, str]:
+    """The mean reward, or where nothing was graded the cuts."""
     rewards = view.rollouts["reward"].drop_nulls()
     if rewards.len():
         mean = number(float(rewards.to_numpy().mean()))
-        entries.append(("mean reward", mean, f"over {plural(rewards.len(), 'graded rollout')}"))
-    blocks: list[Block] = [Numbers(entries), Warnings(warnings_of(view))]
-    if alone:
-        blocks.append(_shares_picture(view))
+        return "mean reward", mean, f"of {plural(rewards.len(), 'graded rollout')}"
+    return "graded rollouts", "none", "no reward is on record"
+
+
+def _share_blocks(view: RunView, *, alone: bool) -> list[Block]:
+    blocks: list[Block] = [_shares_picture(view)] if alone else []
     blocks.append(_shares_block(view))
-    if counted.num_tokens:
+    if view.population.num_tokens:
         blocks.append(_carried_block(view))
     if view.has_planted_labels:
         blocks.append(_planted_block(view))
@@ -275,10 +316,10 @@ def _planted_block(view: RunView) -> Table:
             percent(found["q3_recall"]),
             (
                 f"of {count(found['num_confident'])} planted errors with student top-1 ≥ 0.9"
-                " lie in Q3"
+                " are in Q3"
             ),
         ],
-        ["precision", percent(found["q3_precision"]), "of the Q3 tokens are planted errors"],
+        ["precision", percent(found["q3_precision"]), "of Q3 tokens are planted errors"],
         [
             "AUC",
             number(found["auc"]),

@@ -26,6 +26,7 @@ from tip_analysis.report.page import (
     TopToken,
     picture,
 )
+from tip_analysis.report.sections import exploring
 from tip_analysis.report.sections.overview import label_of, population, slug_of
 
 STRONG_TITLES = {
@@ -51,6 +52,8 @@ def quadrant_map(views: Sequence[RunView]) -> Section:
         shows_not=(
             "rates: opacity is logarithmic, so that rare tokens stay visible beside common ones."
         ),
+        template="exploring.html.j2",
+        extra={"payload": exploring.payload(views)},
     )
 
 
