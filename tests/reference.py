@@ -46,6 +46,7 @@ def token_scores(
     """Eq. 7 and Section 7.3 over the rows of one normalisation scope; None where the student did
     not write."""
     entropy_hat, divergence_hat = min_max(h, 0.98), min_max(delta, divergence_clip)
+    forward_hat = min_max(forward, divergence_clip)
     soft_or, q3 = [], []
     for e, d, f in zip(entropy_hat, divergence_hat, forward, strict=True):
         if e is None or d is None:
@@ -57,6 +58,7 @@ def token_scores(
     return {
         "entropy_hat": entropy_hat,
         "divergence_hat": divergence_hat,
+        "forward_hat": forward_hat,
         "soft_or": soft_or,
         "q3_score": q3,
     }
@@ -111,6 +113,26 @@ def random_exponential(seed: int, rollout_id: str, position: int) -> float:
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & wrap
     state ^= state >> 31
     return -math.log(((state >> 11) + 0.5) / 2.0**53)
+
+
+def window(m: int, k: int, u: float) -> range:
+    """The places of a window of k among m that begins at ⌊u·(m − k + 1)⌋."""
+    start = math.floor(u * (m - k + 1))
+    return range(start, start + k)
+
+
+def between_percentiles(values: list[float]) -> list[float]:
+    """From the 5th percentile (0) to the 95th (1), clipped; +inf takes no part and is 1."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return [1.0 for _ in values]
+    low, high = quantile_linear(finite, 0.05), quantile_linear(finite, 0.95)
+    if high <= low:
+        return [1.0 if math.isinf(value) else 0.0 for value in values]
+    return [
+        1.0 if math.isinf(value) else min(1.0, max(0.0, (value - low) / (high - low)))
+        for value in values
+    ]
 
 
 # -------- Logit layer: statistics of two rows of logits. Typed twice: in 80 decimal digits from the

@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import token_frames
 
-from tip_analysis.analysis.scores import (
-    SCORE_COLUMNS,
-    SCORES,
-    TokenColumns,
-    add_scores,
-    entropy_jsd,
-    resolve_normalization,
-    score_expression,
-)
+from tip_analysis.analysis.score_functions import SCORE_COLUMNS, TokenColumns, entropy_jsd
+from tip_analysis.analysis.scores import SCORES, add_scores, resolve_normalization, score_expression
 from tip_analysis.core.errors import InputError, SchemaError, UnknownNameError
 
 
@@ -164,6 +157,7 @@ def test_every_score_is_float64_over_a_scored_table(name: str) -> None:
                 "jsd",
                 "hellinger",
                 "teacher_mass_on_student_topk",
+                "ier",
             ]
         }
     ).with_columns(

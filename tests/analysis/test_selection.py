@@ -19,13 +19,16 @@ from tip_analysis.analysis import counter_random, rules
 from tip_analysis.analysis.arms import Arm
 from tip_analysis.analysis.counter_random import random_exponentials
 from tip_analysis.analysis.retention import exact_ratio, num_selected
-from tip_analysis.analysis.rules import RULES, columns_read, register_rule, rule_names
-from tip_analysis.analysis.scores import TokenColumns, add_scores, resolve_normalization
+from tip_analysis.analysis.rule_kind import columns_read
+from tip_analysis.analysis.rules import RULES, register_rule, rule_names
+from tip_analysis.analysis.score_functions import TokenColumns
+from tip_analysis.analysis.scores import add_scores, resolve_normalization
 from tip_analysis.analysis.selection import masks_by_part, select_tokens, to_masks
 from tip_analysis.core.errors import OptionError, RuleError, SchemaError, UnknownNameError
 from tip_analysis.core.schema import MaskTable
 
 COMPLETE = [name for name, rule in RULES.items() if rule.complete]
+BY_SCORE = [name for name in COMPLETE if not RULES[name].window]
 RATIOS = ["0.1", "0.2", "0.3", "0.5", "0.7", "1"]
 SCOPES = {"rollout": "rollout_id", "batch": "batch_id", "run": None}
 
@@ -71,6 +74,11 @@ def oracle_score(rule: str, row: dict, seed: int) -> float:
         "hellinger": row["hellinger"],
         "entropy_jsd_sampling": h * (jsd / math.log(2.0)),
         "position": -row["position"],
+        "last": row["position"],
+        "soft_or_product": row["entropy_hat"] * row["divergence_hat"],
+        "soft_or_max": max(row["entropy_hat"], row["divergence_hat"]),
+        "soft_or_sum": row["entropy_hat"] + row["divergence_hat"],
+        "soft_or_forward": 1.0 - (1.0 - row["entropy_hat"]) * (1.0 - row["forward_hat"]),
         "teacher_entropy": row["teacher_entropy"],
     }
     if rule == "teachability":
@@ -89,7 +97,7 @@ def oracle_score(rule: str, row: dict, seed: int) -> float:
 @settings(deadline=None, max_examples=100)
 @given(
     token_frames(),
-    st.sampled_from(COMPLETE),
+    st.sampled_from(BY_SCORE),
     st.sampled_from(RATIOS),
     st.sampled_from(list(SCOPES)),
     st.integers(0, 3),

@@ -16,7 +16,8 @@ from strategies import token_frames
 from tip_analysis.analysis import grids as module
 from tip_analysis.analysis.grids import ColumnGrid, bins_of, exact_quantiles, measure_grids
 from tip_analysis.analysis.quadrants import assign_quadrants, quadrant_shares
-from tip_analysis.analysis.scores import SCORE_COLUMNS, add_scores
+from tip_analysis.analysis.score_functions import SCORE_COLUMNS
+from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.survey import survey_tokens
 from tip_analysis.analysis.taxonomy import resolve_cuts
 from tip_analysis.core.errors import SchemaError

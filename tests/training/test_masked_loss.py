@@ -162,5 +162,7 @@ def test_bad_options_are_refused():
     options = {"student_head": student_head, "teacher_head": teacher_head, "vocab_size": 61}
     with pytest.raises(OptionError, match="chunk_size"):
         weighted_divergence(hidden, hidden, torch.ones(5), chunk_size=0, **options)
-    with pytest.raises(UnknownNameError, match="reverse_kl, forward_kl, jsd"):
+    with pytest.raises(UnknownNameError, match="valid names: reverse_kl, forward_kl, jsd"):
         weighted_divergence(hidden, hidden, torch.ones(5), loss=Loss.NEGATIVE_LOGPROB, **options)
+    with pytest.raises(OptionError, match="k1 needs the tokens"):
+        weighted_divergence(hidden, hidden, torch.ones(5), loss="k1", **options)

@@ -21,11 +21,16 @@ def random_exponentials(rollout_ids: pl.Series, positions: pl.Series, seed: int)
     Returns:
         [N] float64 > 0.
     """
+    return _negative_log(random_uniforms(rollout_ids, positions, seed))
+
+
+def random_uniforms(rollout_ids: pl.Series, positions: pl.Series, seed: int) -> np.ndarray:
+    """The u in (0, 1) of each token that `random_exponentials` is made of, [N] float64."""
     key = _rollout_keys(rollout_ids, seed)
     bits = _splitmix64(
         key + (positions.cast(pl.UInt64).to_numpy() + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     )
-    return _negative_log(((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def _rollout_keys(rollout_ids: pl.Series, seed: int) -> np.ndarray:

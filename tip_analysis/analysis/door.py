@@ -29,6 +29,7 @@ def select(
     divergence_clip: float | None = None,
     measurement: Preference | None = None,
     overwrite: bool = False,
+    **cuts: Unpack[CutOptions],
 ) -> pl.DataFrame:
     """Select tokens by one or more rules, and add the masks to the run folder.
 
@@ -42,6 +43,7 @@ def select(
         divergence_clip: quantile at which the divergence is clipped before it.
         measurement: which gradients a rule that needs them reads, where several were measured.
         overwrite: make masks again that are there already.
+        cuts: `entropy_cut`, `divergence_cut` and `cut_scope`, for rules that read quadrants.
 
     Returns:
         The masks that were asked for (`schema.MaskTable`), one row per selected token.
@@ -57,6 +59,7 @@ def select(
         selection_scope=selection_scope,
         normalization_scope=normalization_scope,
         divergence_clip=divergence_clip,
+        cuts=cuts,
         measurement=measurement,
         overwrite=overwrite,
     )

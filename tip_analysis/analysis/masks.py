@@ -18,15 +18,21 @@ from tip_analysis.analysis.measurements import (
     run_measurement,
     with_gradients,
 )
+from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.retention import exact_ratio
+from tip_analysis.analysis.rule_kind import columns_read, columns_weighed
 from tip_analysis.analysis.rules import rule
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import to_masks
+from tip_analysis.analysis.taxonomy import CutOptions, Taxonomy
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.progress import track
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.table_files import read
+
+CUT_NAMES = ("entropy_cut", "divergence_cut", "cut_scope")
+"""Options of the cuts, as a mask's record names them."""
 
 
 def write_masks(
@@ -38,6 +44,7 @@ def write_masks(
     seeds: Sequence[int] = (0,),
     normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
+    cuts: CutOptions | None = None,
     measurement: Preference | None = None,
     overwrite: bool = False,
 ) -> pl.DataFrame:
@@ -47,6 +54,8 @@ def write_masks(
         run: a run folder with scored tokens.
         rules, retention_ratios, selection_scope, seeds: as in `selection.select_tokens`.
         normalization_scope, divergence_clip: as in `scores.add_scores`.
+        cuts: `entropy_cut`, `divergence_cut`, `cut_scope` as in `Taxonomy`, for the rules that read
+            quadrants; their masks' records name them.
         measurement: whose φ `gradient_oracle` selects by, where several were measured; by default
             the run's own preference. The mask's record names it.
         overwrite: make masks again that are there.
@@ -64,15 +73,22 @@ def write_masks(
     wanted = _wanted(rules, retention_ratios, seeds)
     how = {"normalization_scope": Scope(normalization_scope), "divergence_clip": divergence_clip}
     scope = SelectionScope(selection_scope)
+    kinds = {name: (rule(name).needs_gradients, reads_quadrants(name)) for name in rules}
     tables = {
-        needs: candidates(run, needs_gradients=needs, measurement=measurement, **how)
-        for needs in {rule(name).needs_gradients for name in rules}
+        (needs, quadrants): candidates(
+            run,
+            needs_gradients=needs,
+            measurement=measurement,
+            cuts=(cuts or {}) if quadrants else None,
+            **how,
+        )
+        for needs, quadrants in set(kinds.values())
     }
     masks = []
     with track("selecting", len(wanted), unit="masks") as advance:
         for name, ratio, seed in wanted:
             key = {"rule": name, "retention_ratio": ratio, "selection_scope": scope}
-            among = tables[rule(name).needs_gradients]
+            among = tables[kinds[name]]
             masks.append(_write_mask(run, key | {"seed": seed}, how, among, overwrite=overwrite))
             advance()
     return pl.concat(masks)
@@ -108,11 +124,18 @@ class Candidates:
     """Hashes of the tables that it was made from."""
     measurement: Measurement | None = None
     """Whose φ, where the rule needs it."""
+    taxonomy: Taxonomy | None = None
+    """Whose quadrants, where the rule reads them."""
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What a mask's record says of the measurement; nothing without one."""
-        return {} if self.measurement is None else {"measurement": asdict(self.measurement)}
+        """What a mask's record says of the measurement and of the cuts; nothing without them."""
+        found: dict[str, Any] = {}
+        if self.measurement is not None:
+            found["measurement"] = asdict(self.measurement)
+        if self.taxonomy is not None:
+            found |= {name: str(getattr(self.taxonomy, name)) for name in CUT_NAMES}
+        return found
 
 
 def candidates(
@@ -122,9 +145,10 @@ def candidates(
     measurement: Preference | None = None,
     normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
+    cuts: CutOptions | None = None,
 ) -> Candidates:
     """The tokens of a run that a rule selects among: all, or those whose gradients of the reverse
-    KL were measured (`measurements.run_measurement`).
+    KL were measured (`measurements.run_measurement`); with quadrants where `cuts` are given.
 
     Raises:
         RunError: tokens are not scored, or no gradients were measured.
@@ -138,7 +162,15 @@ def candidates(
     if chosen is not None:
         scored = with_gradients(scored, run.gradients(), chosen)
         inputs["gradients"] = measurement_hash(run, chosen)
-    return Candidates(scored.collect().lazy(), inputs, chosen)
+    taxonomy = None if cuts is None else Taxonomy(**cuts)
+    if taxonomy is not None:
+        scored = assign_quadrants(scored, cuts=taxonomy.measure(run.tokens()))
+    return Candidates(scored.collect().lazy(), inputs, chosen, taxonomy)
+
+
+def reads_quadrants(name: str) -> bool:
+    """Whether a rule reads the quadrants that two cuts make."""
+    return "quadrant" in columns_read(rule(name)) | columns_weighed(rule(name))
 
 
 def recorded_measurements(run: Run) -> list[Measurement]:

@@ -4,8 +4,8 @@ from typing import Any
 
 import polars as pl
 
-from tip_analysis.analysis.rules import Rule, columns_read
-from tip_analysis.analysis.scores import TokenColumns
+from tip_analysis.analysis.rule_kind import Rule, columns_read
+from tip_analysis.analysis.score_functions import TokenColumns
 from tip_analysis.core.atomic_files import first_line
 from tip_analysis.core.errors import OptionError, RuleError, SchemaError
 
@@ -56,7 +56,7 @@ def _as_series(values: Any, name: str) -> pl.Series:
 
 
 def _check_scores(frame: pl.LazyFrame, chosen: Rule) -> None:
-    counts = _counts(frame, chosen.name)
+    counts = _counts(frame, chosen)
     if counts["missing"]:
         raise SchemaError(
             f"rule {chosen.name!r} needs a score for every token that the student wrote;"
@@ -87,9 +87,9 @@ def _what_to_do(frame: pl.LazyFrame, chosen: Rule) -> str:
     return "keep only the rollouts that have it, or score in full"
 
 
-def _counts(frame: pl.LazyFrame, name: str) -> dict[str, int]:
+def _counts(frame: pl.LazyFrame, chosen: Rule) -> dict[str, int]:
     score = pl.col("_score")
-    missing = score.is_null() | score.is_nan()
+    missing = score.is_nan() if chosen.partial else score.is_null() | score.is_nan()
     counted = frame.filter("loss_mask").select(
         missing.sum().alias("missing"),
         pl.len().alias("tokens"),
@@ -100,5 +100,5 @@ def _counts(frame: pl.LazyFrame, name: str) -> dict[str, int]:
         return counted.collect(engine="streaming").row(0, named=True)
     except Exception as error:  # a function of the user's own may run inside
         raise RuleError(
-            f"rule {name!r} failed: {type(error).__name__}: {first_line(error)}"
+            f"rule {chosen.name!r} failed: {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -1,182 +1,26 @@
 """Selection rules: a flat registry of scores with what must be known about each.
 
 Reads and writes nothing; `selection` makes masks of them. Adding a rule takes `register_rule`, or
-an entry point in the group `tip_analysis.rules` that points at a score or a `Rule`. What a rule
-needs and gives is declared, never found out by calling it.
+an entry point in the group `tip_analysis.rules` that points at a score or a `Rule`.
 
-Deviations from the paper: `random` is a control that it lacks; `all` ignores ρ.
+The rules of the package: `built_in_rules`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 import polars as pl
 
-from tip_analysis.analysis import scores as importance
-from tip_analysis.analysis.scores import RecordedColumns, ScoreFunction, TokenColumns
-from tip_analysis.core.atomic_files import first_line
-from tip_analysis.core.errors import OptionError, RuleError, TipAnalysisError, UnknownNameError
+from tip_analysis.analysis.built_in_rules import BUILT_IN
+from tip_analysis.analysis.rule_kind import Rule
+from tip_analysis.analysis.score_functions import ScoreFunction
+from tip_analysis.core.errors import OptionError, UnknownNameError
 
 ENTRY_POINT_GROUP = "tip_analysis.rules"
 
-ENTROPY_COLUMNS = frozenset({"student_entropy", "student_entropy_norm", "entropy_hat"})
-"""Columns that say nothing but the student's entropy."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How tokens are chosen: the k with the largest score, or k drawn with probability ∝ score."""
-
-    name: str
-    score: Callable[[Any], Any]
-    """From the columns of the table to one number a token: a polars expression, or values."""
-    sampled: bool = False
-    """The score is a weight ≥ 0, and tokens are drawn without replacement: a mask has a seed."""
-    description: str = ""
-    complete: bool = True
-    """Every token has this score by the table's contract; elsewhere it is checked."""
-    values: bool = False
-    """`score` takes the collected DataFrame and gives [N] numbers; else it takes columns as
-    expressions and gives an expression."""
-    columns: frozenset[str] = frozenset()
-    """What a rule of values reads, where it is declared."""
-    keeps_all: bool = False
-    """Every token is selected, whatever ρ: there is one mask, at ρ = 1."""
-    needs_gradients: bool = False
-    """It selects among the tokens whose gradients were measured, and no others."""
-    reference: str = ""
-    """What it is to read other rules against, such as `lower reference`; empty for a rule that is
-    meant to be used."""
-    reference_of: str = ""
-    """The column whose sum it is a reference for; empty for any."""
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether it is there to read other rules against."""
-        return bool(self.reference)
-
-    def reference_for(self, columns: Iterable[str]) -> str:
-        """`reference` where the sum is of one of these columns, else nothing: top-k of φ bounds Σφ
-        and no other sum."""
-        return self.reference if self.reference_of in ("", *columns) else ""
-
-    @property
-    def is_entropy_only(self) -> bool:
-        """Whether it looks at the student's entropy alone: what Proposition 2 is about."""
-        read = columns_read(self)
-        return bool(read) and read <= ENTROPY_COLUMNS
-
-    def retention(self, retention_ratio: float) -> float:
-        """The ρ that its mask is stored under."""
-        return 1.0 if self.keeps_all else float(retention_ratio)
-
-    def seed(self, seed: int) -> int:
-        """The seed that its mask is stored under: 0 for a rule that does not sample."""
-        return seed if self.sampled else 0
-
-    def apply(self, columns: Any) -> Any:
-        """What the score gives on these columns.
-
-        Raises:
-            RuleError: it fails; the original error is the cause.
-        """
-        try:
-            return self.score(columns)
-        except TipAnalysisError:
-            raise
-        except Exception as error:
-            raise RuleError(
-                f"rule {self.name!r} failed: {type(error).__name__}:"
-                f" {first_line(error)}{self._hint()}"
-            ) from error
-
-    def _hint(self) -> str:
-        if self.values:
-            return ""
-        return (
-            "; it was given columns as polars expressions: a rule that needs values (numpy, control"
-            " flow) is registered with values=True"
-        )
-
-
-def _uniform(columns: TokenColumns) -> pl.Expr:
-    return pl.lit(1.0) + 0.0 * columns["position"]
-
-
-def _soft_or_bottom(columns: TokenColumns) -> pl.Expr:
-    return -importance.soft_or(columns)
-
-
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        Rule("all", _uniform, keeps_all=True, description="every token, whatever ρ"),
-        Rule(
-            "random",
-            _uniform,
-            sampled=True,
-            reference="lower reference",
-            description="uniform without replacement: the control",
-        ),
-        Rule("entropy", importance.entropy, description="top-k of student entropy"),
-        Rule(
-            "entropy_sampling",
-            importance.entropy,
-            sampled=True,
-            description="sampled in proportion to student entropy",
-        ),
-        Rule(
-            "soft_or",
-            importance.soft_or,
-            description="top-k of Soft-OR of entropy and divergence (Eq. 8)",
-        ),
-        Rule(
-            "soft_or_bottom",
-            _soft_or_bottom,
-            description="the lowest-scoring k of Soft-OR: the paper's control",
-        ),
-        Rule(
-            "q3",
-            importance.q3,
-            description="top-k of forward KL × (1 − normalised entropy): overconfident and wrong",
-        ),
-        Rule("divergence", importance.divergence, description="top-k of reverse KL alone"),
-        Rule("forward_kl", importance.forward_kl, description="top-k of forward KL alone"),
-        Rule("jsd", importance.jsd, description="top-k of Jensen-Shannon divergence alone"),
-        Rule("hellinger", importance.hellinger, description="top-k of Hellinger distance alone"),
-        Rule(
-            "entropy_jsd_sampling",
-            importance.entropy_jsd,
-            sampled=True,
-            description="sampled in proportion to student entropy × Jensen-Shannon divergence",
-        ),
-        Rule(
-            "teachability",
-            importance.teachability,
-            description="top-k of reverse KL × teacher's mass on the student's likeliest tokens",
-            complete=False,
-        ),
-        Rule("position", importance.earliness, description="the first k tokens of the response"),
-        Rule(
-            "teacher_entropy",
-            importance.teacher_entropy,
-            description="top-k of teacher entropy",
-            complete=False,
-        ),
-        Rule(
-            "gradient_oracle",
-            importance.descent_alignment,
-            needs_gradients=True,
-            reference="upper reference",
-            reference_of="grad_dot_loss",
-            description="top-k of φ = ⟨∇L, g⟩, where gradients were measured: an upper reference",
-            complete=False,
-        ),
-    )
-}
+RULES: dict[str, Rule] = {rule.name: rule for rule in BUILT_IN}
 """Every rule by name; those of entry points join when `rule` or `rule_names` is first called."""
 
 
@@ -188,6 +32,7 @@ def register_rule(
     columns: Sequence[str] = (),
     needs_gradients: bool = False,
     sampled: bool = False,
+    partial: bool = False,
     description: str = "",
     overwrite: bool = False,
 ) -> Rule:
@@ -207,6 +52,7 @@ def register_rule(
             among the tokens that have it.
         sampled: Draw k tokens with probability ∝ score (a weight ≥ 0) instead of taking the k
             largest.
+        partial: A token whose score is null is no candidate, and is never selected.
         description: One line for lists of rules.
         overwrite: Replace a rule of that name.
 
@@ -228,6 +74,7 @@ def register_rule(
         sampled,
         description or (score.__doc__ or "").strip().split("\n")[0],
         complete=False,
+        partial=partial,
         values=values,
         columns=frozenset(columns),
         needs_gradients=needs_gradients,
@@ -242,20 +89,6 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-@cache
-def columns_read(rule: Rule) -> frozenset[str]:
-    """The columns that a rule's score is made of; empty where a rule of values does not say.
-
-    Raises:
-        RuleError: the rule fails.
-    """
-    if rule.values:
-        return rule.columns
-    recorded = RecordedColumns()
-    rule.apply(recorded)
-    return frozenset(recorded.seen)
 
 
 @cache

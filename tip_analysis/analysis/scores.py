@@ -15,164 +15,42 @@ Deviations from the paper:
   of 0 is 0.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import polars as pl
 
+from tip_analysis.analysis import score_functions
 from tip_analysis.analysis.grids import exact_quantiles, is_large, measure_grids
+from tip_analysis.analysis.score_functions import ScoreFunction, TokenColumns, product_with_infinity
 from tip_analysis.core.contract_checks import require_columns
-from tip_analysis.core.errors import OptionError, SchemaError, UnknownNameError
+from tip_analysis.core.errors import OptionError, UnknownNameError
 from tip_analysis.core.names import Scope
 
 ENTROPY_CLIP = 0.98
 """Quantile of h at which it is clipped before its min-max (Section 5)."""
 
-SCORE_COLUMNS = ("entropy_hat", "divergence_hat", "soft_or", "q3_score")
-"""What `add_scores` adds."""
-
-_ORIGIN = {
-    **dict.fromkeys(SCORE_COLUMNS, "add_scores"),
-    "quadrant": "assign_quadrants",
-    "grad_dot_loss": "the gradients stage and join_gradients",
-    "grad_norm_sq": "the gradients stage and join_gradients",
-}
-
-
-class TokenColumns:
-    """The columns of a token table as expressions: `columns["jsd"]` is that column, floats in
-    float64."""
-
-    def __init__(self, schema: pl.Schema, purpose: str = "a score") -> None:
-        self._schema = schema
-        self._purpose = purpose
-
-    def __getitem__(self, name: str) -> pl.Expr:
-        """The column as an expression.
-
-        Raises:
-            SchemaError: the table has no such column; the message says which step adds it.
-        """
-        if name not in self._schema:
-            origin = f"; {_ORIGIN[name]} adds it" if name in _ORIGIN else ""
-            raise SchemaError(
-                f"{self._purpose} needs the column {name!r}{origin}; the table has"
-                f" {', '.join(self._schema)}"
-            )
-        column = pl.col(name)
-        return column.cast(pl.Float64) if self._schema[name].is_float() else column
-
-
-class RecordedColumns(TokenColumns):
-    """Columns of any table, which remember those that were asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(pl.Schema(), "a rule")
-        self.seen: set[str] = set()
-
-    def __getitem__(self, name: str) -> pl.Expr:
-        """The column as an expression, whatever its name."""
-        self.seen.add(name)
-        return pl.col(name)
-
-
-ScoreFunction = Callable[[TokenColumns], pl.Expr]
-
-
-def entropy(columns: TokenColumns) -> pl.Expr:
-    """h_t = H(P_S) / ln V, in [0, 1] (Eq. 2)."""
-    return columns["student_entropy_norm"]
-
-
-def entropy_hat(columns: TokenColumns) -> pl.Expr:
-    """ĥ: h clipped at its 98th percentile, then min-max, in [0, 1]."""
-    return columns["entropy_hat"]
-
-
-def divergence_hat(columns: TokenColumns) -> pl.Expr:
-    """δ̂: min-max of δ, in [0, 1]."""
-    return columns["divergence_hat"]
-
-
-def soft_or(columns: TokenColumns) -> pl.Expr:
-    """s = 1 − (1 − ĥ)(1 − δ̂), in [0, 1] (Eq. 7)."""
-    return columns["soft_or"]
-
-
-def q3(columns: TokenColumns) -> pl.Expr:
-    """δ^fwd·(1 − ĥ), nats (Section 7.3): overconfident and wrong."""
-    return columns["q3_score"]
-
-
-def divergence(columns: TokenColumns) -> pl.Expr:
-    """δ_t = KL(P_S ‖ P_T), nats (Eq. 3)."""
-    return columns["reverse_kl"]
-
-
-def forward_kl(columns: TokenColumns) -> pl.Expr:
-    """KL(P_T ‖ P_S), nats."""
-    return columns["forward_kl"]
-
-
-def jsd(columns: TokenColumns) -> pl.Expr:
-    """Jensen-Shannon divergence, nats, at most ln 2."""
-    return columns["jsd"]
-
-
-def hellinger(columns: TokenColumns) -> pl.Expr:
-    """Hellinger distance, in [0, 1]."""
-    return columns["hellinger"]
-
-
-def entropy_jsd(columns: TokenColumns, *, alpha: float = 1.0, gamma: float = 1.0) -> pl.Expr:
-    """h^α·(JSD / ln 2)^γ, in [0, 1]; an exponent of 1 is no power at all, so that the product is
-    the same everywhere."""
-
-    def power(base: pl.Expr, exponent: float) -> pl.Expr:
-        return base if exponent == 1.0 else base.pow(exponent)
-
-    return power(columns["student_entropy_norm"], alpha) * power(
-        columns["jsd"] / math.log(2.0), gamma
-    )
-
-
-def teachability(columns: TokenColumns) -> pl.Expr:
-    """δ times the teacher's mass on the student's most likely tokens, nats (after arXiv
-    2605.26844)."""
-    return _product(columns["reverse_kl"], columns["teacher_mass_on_student_topk"])
-
-
-def teacher_entropy(columns: TokenColumns) -> pl.Expr:
-    """H(P_T), nats (Appendix B.1)."""
-    return columns["teacher_entropy"]
-
-
-def earliness(columns: TokenColumns) -> pl.Expr:
-    """−position: the first tokens of a response come first (arXiv 2606.22600)."""
-    return -columns["position"].cast(pl.Float64)
-
-
-def descent_alignment(columns: TokenColumns) -> pl.Expr:
-    """φ_t = ⟨∇L, g_t⟩, where gradients were measured (Section 5.1)."""
-    return columns["grad_dot_loss"]
-
-
 SCORES: dict[str, ScoreFunction] = {
-    "entropy": entropy,
-    "entropy_hat": entropy_hat,
-    "divergence_hat": divergence_hat,
-    "soft_or": soft_or,
-    "q3": q3,
-    "divergence": divergence,
-    "forward_kl": forward_kl,
-    "jsd": jsd,
-    "hellinger": hellinger,
-    "entropy_jsd": entropy_jsd,
-    "teachability": teachability,
-    "teacher_entropy": teacher_entropy,
-    "earliness": earliness,
-    "descent_alignment": descent_alignment,
+    "entropy": score_functions.entropy,
+    "entropy_hat": score_functions.entropy_hat,
+    "divergence_hat": score_functions.divergence_hat,
+    "soft_or": score_functions.soft_or,
+    "soft_or_product": score_functions.soft_or_product,
+    "soft_or_max": score_functions.soft_or_max,
+    "soft_or_sum": score_functions.soft_or_sum,
+    "soft_or_forward": score_functions.soft_or_forward,
+    "q3": score_functions.q3,
+    "divergence": score_functions.divergence,
+    "forward_kl": score_functions.forward_kl,
+    "jsd": score_functions.jsd,
+    "hellinger": score_functions.hellinger,
+    "entropy_jsd": score_functions.entropy_jsd,
+    "teachability": score_functions.teachability,
+    "teachability_scaled": score_functions.teachability_scaled,
+    "ier": score_functions.information_ratio,
+    "teacher_entropy": score_functions.teacher_entropy,
+    "earliness": score_functions.earliness,
+    "lateness": score_functions.lateness,
+    "descent_alignment": score_functions.descent_alignment,
 }
 """Every score by name."""
 
@@ -218,7 +96,7 @@ class Normalization:
     divergence_clip: float | None
     bounds: pl.DataFrame
     """One row per batch (or one in all): batch_id, entropy_low, entropy_high (of h),
-    divergence_low, divergence_high (nats)."""
+    divergence_low, divergence_high, forward_low, forward_high (nats)."""
 
     def entropy_hat(self) -> pl.Expr:
         """ĥ in [0, 1]."""
@@ -226,13 +104,15 @@ class Normalization:
 
     def divergence_hat(self) -> pl.Expr:
         """δ̂ in [0, 1]; 1 where δ is +inf."""
-        scaled = self._min_max(pl.col("reverse_kl"), "divergence")
-        return (
-            pl.when(pl.col("reverse_kl").is_infinite())
-            .then(1.0)
-            .otherwise(scaled)
-            .alias("divergence_hat")
-        )
+        return self._divergence("reverse_kl", "divergence").alias("divergence_hat")
+
+    def forward_hat(self) -> pl.Expr:
+        """The forward KL likewise."""
+        return self._divergence("forward_kl", "forward").alias("forward_hat")
+
+    def _divergence(self, column: str, axis: str) -> pl.Expr:
+        scaled = self._min_max(pl.col(column), axis)
+        return pl.when(pl.col(column).is_infinite()).then(1.0).otherwise(scaled)
 
     def _min_max(self, column: pl.Expr, axis: str) -> pl.Expr:
         low, high = self._bound(f"{axis}_low"), self._bound(f"{axis}_high")
@@ -271,7 +151,9 @@ def resolve_normalization(
     check_clip(divergence_clip)
     tokens = tokens.lazy()
     require_columns(
-        tokens, ["batch_id", "loss_mask", "student_entropy_norm", "reverse_kl"], "add_scores"
+        tokens,
+        ["batch_id", "loss_mask", "student_entropy_norm", "reverse_kl", "forward_kl"],
+        "add_scores",
     )
     if scope is Scope.RUN and is_large(tokens):
         return Normalization(scope, divergence_clip, _streamed_bounds(tokens, divergence_clip))
@@ -284,18 +166,23 @@ def resolve_normalization(
     return Normalization(scope, divergence_clip, table.collect(engine="streaming"))
 
 
+_DIVERGENCES = {"divergence": "reverse_kl", "forward": "forward_kl"}
+"""The column of each divergence whose bounds are measured."""
+
+
 def _bounds(divergence_clip: float | None) -> list[pl.Expr]:
     h = pl.col("student_entropy_norm").cast(pl.Float64)
-    delta = pl.col("reverse_kl").cast(pl.Float64)
-    finite = delta.filter(delta.is_finite())
-    clipped = divergence_clip is not None
-    high = finite.quantile(divergence_clip, "linear") if clipped else finite.max()
-    return [
+    bounds = [
         h.min().alias("entropy_low"),
         h.quantile(ENTROPY_CLIP, "linear").alias("entropy_high"),
-        finite.min().alias("divergence_low"),
-        high.alias("divergence_high"),
     ]
+    for axis, column in _DIVERGENCES.items():
+        value = pl.col(column).cast(pl.Float64)
+        finite = value.filter(value.is_finite())
+        clipped = divergence_clip is not None
+        high = finite.quantile(divergence_clip, "linear") if clipped else finite.max()
+        bounds += [finite.min().alias(f"{axis}_low"), high.alias(f"{axis}_high")]
+    return bounds
 
 
 def check_clip(divergence_clip: float | None) -> None:
@@ -312,21 +199,23 @@ def check_clip(divergence_clip: float | None) -> None:
 
 
 def _streamed_bounds(tokens: pl.LazyFrame, divergence_clip: float | None) -> pl.DataFrame:
-    grids = measure_grids(tokens, ["student_entropy_norm", "reverse_kl"])
-    wanted = {
-        "student_entropy_norm": [ENTROPY_CLIP],
-        "reverse_kl": [] if divergence_clip is None else [divergence_clip],
-    }
+    columns = ["student_entropy_norm", *_DIVERGENCES.values()]
+    grids = measure_grids(tokens, columns)
+    clips = [] if divergence_clip is None else [divergence_clip]
+    wanted = {"student_entropy_norm": [ENTROPY_CLIP]}
+    wanted |= dict.fromkeys(_DIVERGENCES.values(), clips)
     found = exact_quantiles(tokens, grids, wanted)
-    entropy, divergence = grids["student_entropy_norm"], grids["reverse_kl"]
-    known = divergence.num_finite > 0
+    entropy = grids["student_entropy_norm"]
     row = {
         "batch_id": None,
         "entropy_low": entropy.low if entropy.num_finite else None,
         "entropy_high": found["student_entropy_norm"][0],
-        "divergence_low": divergence.low if known else None,
-        "divergence_high": (found["reverse_kl"] or [divergence.high])[0] if known else None,
     }
+    for axis, column in _DIVERGENCES.items():
+        grid = grids[column]
+        known = grid.num_finite > 0
+        row[f"{axis}_low"] = grid.low if known else None
+        row[f"{axis}_high"] = (found[column] or [grid.high])[0] if known else None
     return pl.DataFrame(
         [row], schema={"batch_id": pl.Int32, **dict.fromkeys(list(row)[1:], pl.Float64)}
     )
@@ -339,7 +228,7 @@ def add_scores(
     divergence_clip: float | None = None,
     normalization: Normalization | None = None,
 ) -> pl.LazyFrame:
-    """Add ĥ, δ̂, Soft-OR and the Q3 score, Float64; null where `loss_mask` is false.
+    """Add ĥ, δ̂, δ̂^fwd, Soft-OR and the Q3 score, Float64; null where `loss_mask` is false.
 
     Args:
         tokens: Rows of the token table.
@@ -351,8 +240,8 @@ def add_scores(
             options.
 
     Returns:
-        The rows in their order, with `entropy_hat`, `divergence_hat`, `soft_or` in [0, 1] and
-        `q3_score` in nats.
+        The rows in their order, with `entropy_hat`, `divergence_hat`, `forward_hat`, `soft_or` in
+        [0, 1] and `q3_score` in nats.
 
     Raises:
         UnknownNameError: there is no such scope.
@@ -373,12 +262,10 @@ def add_scores(
     return tokens.with_columns(
         pl.when("loss_mask").then(normalization.entropy_hat()).alias("entropy_hat"),
         pl.when("loss_mask").then(normalization.divergence_hat()).alias("divergence_hat"),
+        pl.when("loss_mask").then(normalization.forward_hat()).alias("forward_hat"),
     ).with_columns(
         (1.0 - (1.0 - entropy_hat) * (1.0 - divergence_hat)).alias("soft_or"),
-        _product(pl.col("forward_kl").cast(pl.Float64), 1.0 - entropy_hat).alias("q3_score"),
+        product_with_infinity(pl.col("forward_kl").cast(pl.Float64), 1.0 - entropy_hat).alias(
+            "q3_score"
+        ),
     )
-
-
-def _product(divergence: pl.Expr, factor: pl.Expr) -> pl.Expr:
-    """divergence·factor, with +inf·0 = 0: a factor of 0 says that the token does not count."""
-    return pl.when(factor == 0.0).then(factor).otherwise(divergence * factor)

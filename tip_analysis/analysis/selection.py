@@ -10,6 +10,9 @@ top-k without replacement, from a counter-based generator keyed by (seed, rollou
 (`counter_random`): a mask is a pure function of table, rule, ρ, scope and seed, whatever the row
 order, the process or the version of a library. For a given rule, scope and seed the mask of a
 smaller ρ lies inside that of a larger one. ρ is stored as it was given and compared exactly.
+
+A rule may leave tokens out whatever ρ (`Rule.partial`: those outside a quadrant, for one): they
+count towards m and are never selected, so that its mask has min(k, candidates) tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +21,10 @@ import polars as pl
 
 from tip_analysis.analysis.counter_random import random_exponentials
 from tip_analysis.analysis.retention import exact_ratio, within
+from tip_analysis.analysis.rule_kind import Rule
 from tip_analysis.analysis.rule_scores import score_tokens
-from tip_analysis.analysis.rules import Rule
 from tip_analysis.analysis.rules import rule as rule_of
+from tip_analysis.analysis.windows import window_order
 from tip_analysis.core.contract_checks import require_columns, validate
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import SelectionScope
@@ -52,10 +56,10 @@ def rank_tokens(
         SchemaError: a column is missing, or a score.
     """
     chosen, scope = rule_of(rule), SelectionScope(selection_scope)
-    return _ranked(_scored(scored.lazy(), chosen, scope), chosen, scope, seed)
+    return with_ranks(scored_by_rule(scored.lazy(), chosen, scope), chosen, scope, seed)
 
 
-def _scored(scored: pl.LazyFrame, chosen: Rule, scope: SelectionScope) -> pl.LazyFrame:
+def scored_by_rule(scored: pl.LazyFrame, chosen: Rule, scope: SelectionScope) -> pl.LazyFrame:
     """The table with `_score`; the rule is called once."""
     group = SCOPE_COLUMNS[scope]
     needed = ["rollout_id", "position", "loss_mask", *([group] if group else [])]
@@ -63,27 +67,54 @@ def _scored(scored: pl.LazyFrame, chosen: Rule, scope: SelectionScope) -> pl.Laz
     return score_tokens(scored, chosen)
 
 
-def _ranked(frame: pl.LazyFrame, chosen: Rule, scope: SelectionScope, seed: int) -> pl.LazyFrame:
-    priority = _plain_score()
-    if chosen.sampled:  # −E/weight with E ~ Exp(1): the k largest are k draws ∝ weight
-        frame = frame.with_columns(_exponential(seed).alias("_exponential"))
-        priority = -pl.col("_exponential") / priority  # −inf at weight 0
-    frame = frame.with_columns(pl.when("loss_mask").then(priority).alias("_score"))
+def with_ranks(
+    frame: pl.LazyFrame,
+    chosen: Rule,
+    scope: SelectionScope,
+    seed: int,
+    *,
+    keep_priority: bool = False,
+) -> pl.LazyFrame:
+    """`rank_tokens` of a table with `_score`; what is ranked by stays as `_priority` if asked."""
+    frame = _with_priority(frame, chosen, seed).with_columns(
+        (pl.col("loss_mask") & pl.col("_score").is_not_null()).alias("_candidate")
+    )
     group = SCOPE_COLUMNS[scope]
     order = [-pl.col("_score"), pl.col("position"), pl.col("rollout_id")]
-    keys = ["loss_mask", group] if group else ["loss_mask"]
+    groups = [group] if group else []
     rank = pl.int_range(pl.len(), dtype=pl.Int64).over(
-        keys, order_by=order[: 2 if scope is SelectionScope.ROLLOUT else 3]
+        ["_candidate", *groups], order_by=order[: 2 if scope is SelectionScope.ROLLOUT else 3]
     )
+    competing = pl.len().over(["loss_mask", *groups]).cast(pl.Int64)
     return frame.with_columns(
-        pl.when("loss_mask").then(rank).alias("selection_rank"),
-        pl.when("loss_mask").then(pl.len().over(keys)).cast(pl.Int64).alias("num_competing"),
-    ).drop("_score", "_exponential", strict=False)
+        pl.when("_candidate").then(rank).alias("selection_rank"),
+        pl.when("loss_mask").then(competing).alias("num_competing"),
+        *([pl.col("_score").alias("_priority")] if keep_priority else []),
+    ).drop("_score", "_exponential", "_candidate", strict=False)
+
+
+def _with_priority(frame: pl.LazyFrame, chosen: Rule, seed: int) -> pl.LazyFrame:
+    """`_score` as what tokens are ranked by, largest first; null where a token is no candidate."""
+    priority = _plain_score()
+    if chosen.window:
+        frame = frame.with_columns(_window(seed).alias("_score"))
+        priority = -pl.col("_score")
+    elif chosen.sampled:  # −E/weight with E ~ Exp(1): the k largest are k draws ∝ weight
+        frame = frame.with_columns(_exponential(seed).alias("_exponential"))
+        priority = -pl.col("_exponential") / priority  # −inf at weight 0
+    return frame.with_columns(pl.when("loss_mask").then(priority).alias("_score"))
 
 
 def _plain_score() -> pl.Expr:
     """−0 is 0, as a divisor too."""
     return pl.when(pl.col("_score") == 0.0).then(0.0).otherwise(pl.col("_score"))
+
+
+def _window(seed: int) -> pl.Expr:
+    """When the window of its rollout takes in each token (`windows.window_order`)."""
+    return pl.struct("rollout_id", "position", "loss_mask").map_batches(
+        lambda keys: window_order(keys.struct.unnest(), seed), return_dtype=pl.Float64
+    )
 
 
 def _exponential(seed: int) -> pl.Expr:
@@ -145,7 +176,8 @@ def masks_by_part(
 
     Args:
         parts: Scored tokens of whole rollouts, such as the shards of a run, each with `add_scores`
-            under one `Normalization` that was measured on all of them.
+            under one `Normalization` that was measured on all of them; of whole batches for a rule
+            that reads its batch (`ta_opd`).
         rules, retention_ratios, seeds: As in `to_masks`.
 
     Yields:
@@ -190,9 +222,9 @@ def _masks_of(
 ) -> Iterator[pl.DataFrame]:
     ratios = [1.0] if chosen.keeps_all else retention_ratios
     fractions = {float(ratio): exact_ratio(ratio) for ratio in ratios}
-    frame = _scored(scored, chosen, scope)
-    for seed in dict.fromkeys(seeds if chosen.sampled else list(seeds)[:1]):
-        ranked = _ranked(frame, chosen, scope, seed).select(
+    frame = scored_by_rule(scored, chosen, scope)
+    for seed in dict.fromkeys(seeds if chosen.has_seed else list(seeds)[:1]):
+        ranked = with_ranks(frame, chosen, scope, seed).select(
             "rollout_id", "position", "selection_rank", "num_competing"
         )
         narrow = ranked.collect()

@@ -204,6 +204,44 @@ class TrainingLoss(Name):
     REVERSE_KL = "reverse_kl"
     FORWARD_KL = "forward_kl"
     JSD = "jsd"
+    """Of any mixture β; ½ by default."""
+    SKEW_KL = "skew_kl"
+    """The teacher against a mixture of itself and the student."""
+    SKEW_REVERSE_KL = "skew_reverse_kl"
+    """The student against a mixture of itself and the teacher."""
+    TOPK_REVERSE_KL = "topk_reverse_kl"
+    """Over the most likely tokens only."""
+    ENTROPY_GATED = "entropy_gated"
+    """The reverse KL, and the forward KL where the teacher is uncertain."""
+    K1 = "k1"
+    """Policy gradient of the sampled token, without a baseline."""
+    K1_CENTRED = "k1_centred"
+    """The same with the exact expectation as its baseline."""
+    K2 = "k2"
+    """Half the squared log-ratio of the sampled token."""
+    K3 = "k3"
+    """The sampled token's r − 1 − ln r, r = P_T/P_S."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it looks at the sampled token alone: an estimator."""
+        return self in (self.K1, self.K1_CENTRED, self.K2, self.K3)
+
+
+class TopKSource(Name):
+    """Whose most likely tokens a loss is taken over."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+
+
+class TopKTail(Name):
+    """What becomes of the tokens that are not among the most likely."""
+
+    BUCKET = "bucket"
+    """One token that holds their probability."""
+    RENORMALISED = "renormalised"
+    """They are left out, and the others renormalised."""
 
 
 class LossNormalizer(Name):
@@ -211,6 +249,19 @@ class LossNormalizer(Name):
 
     SELECTED = "selected"
     ALL = "all"
+
+
+class WeightScale(Name):
+    """What the weights of a step's tokens are divided by."""
+
+    NONE = "none"
+    """Nothing: they are used as their source has them."""
+    MEAN_ONE = "mean_one"
+    """Their mean over the written tokens of the step."""
+    ALL_TOKENS = "all_tokens"
+    """Nothing; and the loss is divided by the number of all tokens, selected or not."""
+    ITS_SUM = "its_sum"
+    """Nothing; and the loss is divided by the sum of the weights."""
 
 
 class LossAggregation(Name):
@@ -300,6 +351,13 @@ class TeacherStoreForm(Name):
     """Hidden states: exact."""
     TOPK = "topk"
     """Top tokens: smaller; divergences become lower bounds."""
+
+
+class OptimizerName(Name):
+    """What turns a gradient into a step."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
 
 
 class Schedule(Name):

@@ -30,7 +30,7 @@ from tip_analysis.logits.probabilities import (
 )
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """A function of rows [N, V] by its value [N] and its gradient [N, V] in each differentiable
     argument."""
 
@@ -39,7 +39,7 @@ class _Form(NamedTuple):
 
 
 class _ClosedForm(torch.autograd.Function):
-    """Differentiates a `_Form` once, in reverse and forward mode and under `torch.func`.
+    """Differentiates a `Form` once, in reverse and forward mode and under `torch.func`.
 
     The gradients are written out because automatic ones cancel on nearly one-hot rows. Only the
     logits are kept for the backward pass, which makes the probabilities again.
@@ -48,7 +48,7 @@ class _ClosedForm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(form: _Form, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(form: Form, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return form.value(*inputs)
 
     @staticmethod
@@ -79,7 +79,12 @@ class _ClosedForm(torch.autograd.Function):
         return functools.reduce(torch.add, parts)
 
 
-def _about_top(p: Tensor, value: Tensor, x: Tensor) -> Tensor:
+def closed_form(form: Form, *inputs: Tensor) -> Tensor:
+    """A form's value [N], differentiable once with the form's own gradients."""
+    return _ClosedForm.apply(form, *inputs)  # pyright: ignore[reportReturnType]
+
+
+def about_top(p: Tensor, value: Tensor, x: Tensor) -> Tensor:
     """P (f − E f) of f [N, V], with f taken relative to its value at the top token."""
     centred = value - value.gather(-1, x.argmax(-1, keepdim=True))
     return p * (centred - (p * centred).sum(-1, keepdim=True))
@@ -94,7 +99,7 @@ def _reverse_kl_value(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _reverse_kl_gradient(student: Tensor, teacher: Tensor) -> Tensor:
     ratio, row_s, row_t = compare(student, teacher)
-    return _about_top(ratio.p, log_ratio(row_s, row_t), row_s.x)
+    return about_top(ratio.p, log_ratio(row_s, row_t), row_s.x)
 
 
 def _forward_kl_gradient(student: Tensor, teacher: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def _jsd_gradient(student: Tensor, teacher: Tensor) -> Tensor:
     ratio, row_s, _ = compare(student, teacher)
     u = ratio.difference / (ratio.p + ratio.q + torch.finfo(ratio.p.dtype).tiny)
     far = u.abs().log1p() + ratio.d.clamp(max=0.0)
-    return 0.5 * _about_top(
+    return 0.5 * about_top(
         ratio.p, torch.where(ratio.near, u.clamp(min=-0.5).log1p(), far), row_s.x
     )
 
@@ -134,7 +139,7 @@ def _entropy_value(logits: Tensor) -> Tensor:
 
 def _entropy_gradient(logits: Tensor) -> Tensor:
     row, p, _ = _normalise(logits)
-    return -_about_top(p, row.x, row.x)
+    return -about_top(p, row.x, row.x)
 
 
 def _negative_logprob_value(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ def _negative_logprob_value(logits: Tensor, token_ids: Tensor) -> Tensor:
     return (rest.log1p() - x).squeeze(-1)
 
 
-def _negative_logprob_gradient(logits: Tensor, token_ids: Tensor) -> Tensor:
+def negative_logprob_gradient(logits: Tensor, token_ids: Tensor) -> Tensor:
     """P − onehot; at the token itself, P − 1 as exp(ln P) − 1."""
     p = _normalise(logits)[1]
     index = token_ids.unsqueeze(-1)
@@ -153,13 +158,13 @@ def _negative_logprob_gradient(logits: Tensor, token_ids: Tensor) -> Tensor:
     )
 
 
-_REVERSE_KL = _Form(_reverse_kl_value, (_reverse_kl_gradient, _swapped(_forward_kl_gradient)))
-_FORWARD_KL = _Form(
+_REVERSE_KL = Form(_reverse_kl_value, (_reverse_kl_gradient, _swapped(_forward_kl_gradient)))
+_FORWARD_KL = Form(
     _swapped(_reverse_kl_value), (_forward_kl_gradient, _swapped(_reverse_kl_gradient))
 )
-_JSD = _Form(_jsd_value, (_jsd_gradient, _swapped(_jsd_gradient)))
-_ENTROPY = _Form(_entropy_value, (_entropy_gradient,))
-_NEGATIVE_LOGPROB = _Form(_negative_logprob_value, (_negative_logprob_gradient,))
+_JSD = Form(_jsd_value, (_jsd_gradient, _swapped(_jsd_gradient)))
+_ENTROPY = Form(_entropy_value, (_entropy_gradient,))
+_NEGATIVE_LOGPROB = Form(_negative_logprob_value, (negative_logprob_gradient,))
 
 
 def reverse_kl(*, student: Tensor, teacher: Tensor) -> Tensor:
@@ -170,29 +175,29 @@ def reverse_kl(*, student: Tensor, teacher: Tensor) -> Tensor:
     logits of −inf. Naive equivalent: `(log_softmax(student) -
     log_softmax(teacher)).mul(softmax(student)).sum(-1)`.
     """
-    return _ClosedForm.apply(_REVERSE_KL, student, teacher)  # pyright: ignore[reportReturnType]
+    return closed_form(_REVERSE_KL, student, teacher)
 
 
 def forward_kl(*, student: Tensor, teacher: Tensor) -> Tensor:
     """KL(P_T ‖ P_S) in nats, of logits [N, V] each: [N]. Its gradient in z is P_S − P_T (Eq.
     12)."""
-    return _ClosedForm.apply(_FORWARD_KL, student, teacher)  # pyright: ignore[reportReturnType]
+    return closed_form(_FORWARD_KL, student, teacher)
 
 
 def jsd(*, student: Tensor, teacher: Tensor) -> Tensor:
     """Jensen-Shannon divergence (β = ½) in nats, of logits [N, V] each: [N], in [0, ln 2]."""
-    return _ClosedForm.apply(_JSD, student, teacher)  # pyright: ignore[reportReturnType]
+    return closed_form(_JSD, student, teacher)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """H(P) in nats, of logits [N, V]: [N], in [0, ln V]; its gradient is −P (ln P + H)."""
-    return _ClosedForm.apply(_ENTROPY, logits)  # pyright: ignore[reportReturnType]
+    return closed_form(_ENTROPY, logits)
 
 
 def negative_logprob(student: Tensor, token_ids: Tensor) -> Tensor:
     """−ln P_S(y) in nats of tokens [N], of logits [N, V]: [N], ≥ 0; its gradient in z is P_S −
     onehot(y)."""
-    return _ClosedForm.apply(_NEGATIVE_LOGPROB, student, token_ids)  # pyright: ignore[reportReturnType]
+    return closed_form(_NEGATIVE_LOGPROB, student, token_ids)
 
 
 LOSSES: dict[Loss, Callable[..., Tensor]] = {

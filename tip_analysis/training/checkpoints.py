@@ -43,6 +43,10 @@ def write_checkpoint(trainer: Trainer, folder: Path, extra: Any = None) -> None:
         tables["masks"] = {
             name: torch.from_numpy(np.packbits(mask)) for name, mask in trainer.source.masks.items()
         }
+        if trainer.source.weights:
+            tables["token_weights"] = {
+                name: torch.from_numpy(weights) for name, weights in trainer.source.weights.items()
+            }
     for name, tensors in tables.items():
         path = part / f"{name}.safetensors"
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
@@ -102,10 +106,11 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> Any:
         RunError: there is none, it was damaged, or it is of another model.
         ConfigurationMismatchError: it was written under other options.
     """
-    fixed = isinstance(trainer.source, FixedRollouts)
+    source = trainer.source if isinstance(trainer.source, FixedRollouts) else None
     try:
         state = json.loads((folder / "state.json").read_bytes())
-        names = ["weights", "optimizer", *(["masks"] if fixed else [])]
+        names = ["weights", "optimizer", *(["masks"] if source else [])]
+        names += ["token_weights"] if source and source.weights else []
         tables = {name: _tensors(folder / f"{name}.safetensors", state) for name in names}
         options, step = state["options"], int(state["step"])
         history = [StepRecord(**record) for record in state["history"]]
@@ -118,10 +123,10 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> Any:
     mine = {name: value.shape for name, value in trainer.parameters.items()}
     if {name: value.shape for name, value in weights.items()} != mine:
         raise RunError(f"{folder} holds other parameters than the student trains")
-    if isinstance(trainer.source, FixedRollouts):
-        trainer.source = replace(
-            trainer.source, masks=_unpacked(trainer.source, tables["masks"], folder)
-        )
+    if source is not None:
+        weighed = {name: values.numpy() for name, values in tables.get("token_weights", {}).items()}
+        masks = _unpacked(source, tables["masks"], folder)
+        trainer.source = replace(source, masks=masks, weights=weighed)
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(weights[name])

@@ -12,15 +12,17 @@ where none was stored).
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from tip_analysis.analysis.masks import candidates
+from tip_analysis.analysis.masks import candidates, reads_quadrants
 from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.analysis.selection import select_tokens
+from tip_analysis.analysis.taxonomy import CutOptions
+from tip_analysis.analysis.weightings import NO_WEIGHTING, weigh_tokens, weighting_of
 from tip_analysis.core.errors import OptionError, RunError, VocabularyMismatchError
 from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.run_folder import Run
@@ -114,6 +116,8 @@ class FixedRollouts:
     seed: int
     masks: Mapping[str, np.ndarray]
     """Selected positions of each rollout, [R] bool; a rollout without an entry has none."""
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What each response token weighs, [R] ≥ 0; a rollout without an entry weighs 1 a token."""
 
     def rollouts(self, step: int, student: LanguageModel) -> list[Rollout]:
         """The rollouts of `prompts_per_step` prompts (all of them, where there are fewer)."""
@@ -125,6 +129,23 @@ class FixedRollouts:
         """Which tokens of a rollout carry loss, [R] bool."""
         return self.masks.get(rollout.rollout_id, np.zeros(len(rollout.response), dtype=bool))
 
+    def weight(self, rollout: Rollout) -> np.ndarray:
+        """What each token of a rollout weighs, [R]."""
+        return self.weights.get(rollout.rollout_id, np.ones(len(rollout.response)))
+
+    def changed(
+        self,
+        rollouts: Sequence[Rollout],
+        selected: Sequence[np.ndarray],
+        weights: Sequence[np.ndarray],
+    ) -> "FixedRollouts":
+        """The same with other masks and weights, given for the written tokens of each rollout."""
+        return replace(
+            self,
+            masks={r.rollout_id: _spread(r, s) for r, s in zip(rollouts, selected, strict=True)},
+            weights={r.rollout_id: _spread(r, w) for r, w in zip(rollouts, weights, strict=True)},
+        )
+
     def all_rollouts(self) -> list[Rollout]:
         """Every rollout, by prompt."""
         return [rollout for rollouts in self.by_prompt.values() for rollout in rollouts]
@@ -132,6 +153,13 @@ class FixedRollouts:
     def steps_per_epoch(self) -> int:
         """Optimizer steps that show each prompt once."""
         return max(1, len(self.by_prompt) // self.prompts_per_step)
+
+
+def _spread(rollout: Rollout, values: np.ndarray) -> np.ndarray:
+    """Values of the written tokens over all response tokens, 0 elsewhere."""
+    spread = np.zeros(len(rollout.response), dtype=values.dtype)
+    spread[rollout.written] = values
+    return spread
 
 
 def fixed_rollouts(
@@ -146,11 +174,13 @@ def fixed_rollouts(
     seed: int,
     normalization_scope: Scope | str = Scope.RUN,
     divergence_clip: float | None = None,
+    weighting: str = NO_WEIGHTING,
+    cuts: CutOptions | None = None,
 ) -> FixedRollouts:
-    """The rollouts of a run and one of its masks.
+    """The rollouts of a run, one of its masks, and what their tokens weigh.
 
     The mask is that of `masks/` where the run has it, else made from `tokens/` by the same
-    function. `all` needs neither.
+    function. `all` needs neither. Weights are always made from `tokens/` (and `gradients/`).
 
     Raises:
         RunError: the run has no rollouts, or no tokens where a mask must be made.
@@ -173,33 +203,76 @@ def fixed_rollouts(
             " train on"
         )
     every = [rollout for rollouts in by_prompt.values() for rollout in rollouts]
+    key = {
+        "rule": rule,
+        "retention_ratio": retention_ratio,
+        "selection_scope": SelectionScope(selection_scope),
+        "seed": mask_seed,
+    }
+    how = _How(normalization_scope, divergence_clip, cuts or {})
     if rule_of(rule).keeps_all:
         masks = {rollout.rollout_id: rollout.written for rollout in every}
     else:
-        key = {
-            "rule": rule,
-            "retention_ratio": retention_ratio,
-            "selection_scope": SelectionScope(selection_scope),
-            "seed": mask_seed,
-        }
-        masks = _masks_by_rollout(
-            _selected_positions(run, key, normalization_scope, divergence_clip), every
+        masks = _masks_by_rollout(_selected_positions(run, key, how), every)
+    weights = {}
+    if weighting != NO_WEIGHTING:
+        weights = _weights_by_rollout(_weights(run, weighting, key, how), every)
+    return FixedRollouts(by_prompt, prompts_per_step, seed, masks, weights)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How the tokens of a run are scored and put into quadrants."""
+
+    normalization_scope: Scope | str
+    divergence_clip: float | None
+    cuts: CutOptions
+
+    def candidates(self, run: Run, *, needs_gradients: bool, quadrants: bool) -> pl.LazyFrame:
+        found = candidates(
+            run,
+            needs_gradients=needs_gradients,
+            normalization_scope=self.normalization_scope,
+            divergence_clip=self.divergence_clip,
+            cuts=self.cuts if quadrants else None,
         )
-    return FixedRollouts(by_prompt, prompts_per_step, seed, masks)
+        return found.scored
 
 
-def _selected_positions(
-    run: Run,
-    key: Mapping[str, Any],
-    normalization_scope: Scope | str,
-    divergence_clip: float | None,
-) -> pl.DataFrame:
+def _weights(run: Run, weighting: str, key: Mapping[str, Any], how: _How) -> pl.DataFrame:
+    """(rollout_id, position, weight) of the tokens of a run.
+
+    Raises:
+        RunError: the run has no token table, or no gradients where the weighting needs them.
+    """
+    if not run.has("tokens"):
+        raise RunError(
+            f"{run.path} has no token table to make the weights {weighting!r} from: `tip-analysis"
+            f" score {run.path} …` makes one"
+        )
+    kind = weighting_of(weighting)
+    quadrants = "quadrant" in kind.columns or reads_quadrants(key["rule"])
+    scored = how.candidates(run, needs_gradients=kind.needs_gradients, quadrants=quadrants)
+    weighed = weigh_tokens(scored, weighting=weighting, **key)
+    return weighed.filter("loss_mask").select("rollout_id", "position", "weight").collect()
+
+
+def _weights_by_rollout(table: pl.DataFrame, rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
+    """[R] of each rollout; tokens that the table does not hold weigh nothing."""
+    weights = {rollout.rollout_id: np.zeros(len(rollout.response)) for rollout in rollouts}
+    for (rollout_id,), group in table.group_by("rollout_id"):
+        if str(rollout_id) in weights:
+            weights[str(rollout_id)][group["position"].to_numpy()] = group["weight"].to_numpy()
+    return weights
+
+
+def _selected_positions(run: Run, key: Mapping[str, Any], how: _How) -> pl.DataFrame:
     """(rollout_id, position) of a mask: the stored one, else one made from the token table."""
     if run.has("masks"):
         names = [
             "rule",
             "selection_scope",
-            *(["seed"] if rule_of(key["rule"]).sampled else []),
+            *(["seed"] if rule_of(key["rule"]).has_seed else []),
         ]  # others have one mask
         same = [pl.col(name).cast(pl.String) == str(key[name]) for name in names]
         same.append(pl.col("retention_ratio") == key["retention_ratio"])
@@ -214,13 +287,12 @@ def _selected_positions(
     logger.info(
         "%s holds no mask %s: it is made from the token table", run.path, json.dumps(dict(key))
     )
-    among = candidates(
+    scored = how.candidates(
         run,
         needs_gradients=rule_of(key["rule"]).needs_gradients,
-        normalization_scope=normalization_scope,
-        divergence_clip=divergence_clip,
+        quadrants=reads_quadrants(key["rule"]),
     )
-    chosen = select_tokens(among.scored, **key).filter("selected")
+    chosen = select_tokens(scored, **key).filter("selected")
     return chosen.select("rollout_id", "position").collect()
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import Loss, LossAggregation, LossNormalizer, TrainingLoss
+from tip_analysis.core.loss_settings import DEFAULT_LOSS_SETTINGS, LossSettings
+from tip_analysis.core.names import LossAggregation, LossNormalizer, TrainingLoss, WeightScale
 from tip_analysis.logits.blocks import row_blocks
-from tip_analysis.logits.row_statistics import LOSSES
+from tip_analysis.logits.training_losses import training_loss
 from tip_analysis.models.output_head import OutputHead
 
 
@@ -64,6 +65,63 @@ def token_weights(
     return np.divide(selected, denominators, out=np.zeros(len(selected)), where=selected)
 
 
+def scaled_weights(
+    weights: np.ndarray,
+    selected: np.ndarray,
+    rollout_of_token: np.ndarray,
+    *,
+    scale: WeightScale,
+    loss_normalizer: str,
+    loss_aggregation: str,
+) -> np.ndarray:
+    """What each token's loss is multiplied by where tokens are weighted, so that the plain sum is
+    the loss.
+
+    | scale | result |
+    | ----- | ------ |
+    | `none` | weight × `token_weights` |
+    | `mean_one` | the same, with weights of mean 1 over all written tokens of the step |
+    | `all_tokens` | weight × `token_weights` of normalizer `all` |
+    | `its_sum` | weights of each rollout (or of all) over their sum, 1/B for each of B rollouts |
+
+    Args:
+        weights: [N] ≥ 0, of all tokens that the student wrote in one optimizer step.
+        selected: [N] bool.
+        rollout_of_token: [N] index of each token's rollout.
+        scale: what the weights are divided by.
+        loss_normalizer, loss_aggregation: as in `token_weights`.
+
+    Returns:
+        [N] float64, 0 where not selected.
+    """
+    if scale == WeightScale.ITS_SUM:
+        return _over_their_sum(weights * selected, rollout_of_token, loss_aggregation)
+    if scale == WeightScale.ALL_TOKENS:
+        loss_normalizer = "all"
+    plain = token_weights(
+        selected,
+        rollout_of_token,
+        loss_normalizer=loss_normalizer,
+        loss_aggregation=loss_aggregation,
+    )
+    if scale == WeightScale.MEAN_ONE:
+        mean = weights.mean() if len(weights) else 0.0
+        weights = weights / mean if mean > 0 else np.zeros(len(weights))
+    return plain * weights
+
+
+def _over_their_sum(
+    weights: np.ndarray, rollout_of_token: np.ndarray, loss_aggregation: str
+) -> np.ndarray:
+    if not weights.any():
+        return np.zeros(len(weights))
+    if loss_aggregation == "token":
+        return weights / weights.sum()
+    sums = np.bincount(rollout_of_token, weights=weights)
+    denominators = sums[rollout_of_token] * np.count_nonzero(sums)
+    return np.divide(weights, denominators, out=np.zeros(len(weights)), where=weights > 0)
+
+
 def weighted_divergence(
     hidden: Tensor,
     teacher_hidden: Tensor,
@@ -73,14 +131,16 @@ def weighted_divergence(
     teacher_head: OutputHead,
     vocab_size: int,
     loss: TrainingLoss | str = TrainingLoss.REVERSE_KL,
+    settings: LossSettings = DEFAULT_LOSS_SETTINGS,
+    token_ids: Tensor | None = None,
     chunk_size: int = 512,
 ) -> Tensor:
     """Σ_t w_t ℓ_t in nats, differentiable in the hidden states and in the trainable parameters of
     the student's head.
 
     Naive equivalent, with all logits at once:
-    `(weights * LOSSES[loss](student=student_head(hidden),
-    teacher=teacher_head(teacher_hidden))).sum()`.
+    `(weights * training_loss(loss, student=student_head(hidden),
+    teacher=teacher_head(teacher_hidden), token_ids=token_ids)).sum()`.
 
     Args:
         hidden: the student's last hidden states at the selected positions, [N, D].
@@ -89,10 +149,12 @@ def weighted_divergence(
         student_head: turns `hidden` into logits.
         teacher_head: turns `teacher_hidden` into logits.
         vocab_size: |V|, the tokens that both share; logits of others are cut off.
-        loss: `reverse_kl`, `forward_kl` or `jsd`.
+        loss: what each token is trained on.
+        settings: what the losses leave open.
+        token_ids: the sampled tokens, [N], which the estimators need.
         chunk_size: rows of logits at a time.
     """
-    divergence = LOSSES[Loss(TrainingLoss(loss))]
+    loss = TrainingLoss(loss)
     if chunk_size < 1:
         raise OptionError(f"chunk_size must be at least 1, found {chunk_size}")
     parameters = [
@@ -103,7 +165,11 @@ def weighted_divergence(
         student = student_head(states)[:, :vocab_size]
         with torch.no_grad():
             teacher = teacher_head(teacher_hidden[rows].to(_device(teacher_head)))[:, :vocab_size]
-        losses = divergence(student=student, teacher=teacher.to(student.device))
+        ids = None if token_ids is None else token_ids[rows].to(student.device)
+        teacher = teacher.to(student.device)
+        losses = training_loss(
+            loss, student=student, teacher=teacher, token_ids=ids, settings=settings
+        )
         return (losses * weights[rows].to(losses)).sum()
 
     return _ChunkedLoss.apply(chunk_loss, chunk_size, hidden, *parameters)  # pyright: ignore[reportReturnType]

@@ -5,14 +5,22 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tip_analysis.analysis.cuts import DEFAULT_CUTS
+from tip_analysis.analysis.taxonomy import CutOptions, Taxonomy
+from tip_analysis.analysis.weightings import NO_WEIGHTING, weighting_of
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.loss_settings import DEFAULT_LOSS_SETTINGS, LossSettings
 from tip_analysis.core.names import (
+    Axis,
     LossAggregation,
     LossNormalizer,
+    OptimizerName,
     Precision,
     Schedule,
     Scope,
     SelectionScope,
+    TopKSource,
+    TopKTail,
     TrainingLoss,
     set_names,
 )
@@ -26,6 +34,9 @@ _NAMES = {
     "loss": TrainingLoss,
     "loss_normalizer": LossNormalizer,
     "loss_aggregation": LossAggregation,
+    "loss_top_k_of": TopKSource,
+    "loss_tail": TopKTail,
+    "optimizer": OptimizerName,
     "schedule": Schedule,
     "precision": Precision,
 }
@@ -57,8 +68,27 @@ class TrainingOptions:
     """Whose tokens share one min-max of entropy and divergence: those of a step."""
     divergence_clip: float | None = None
     """Quantile at which the divergence is clipped before its min-max; none by default."""
+    entropy_cut: str | float = DEFAULT_CUTS[Axis.ENTROPY]
+    """Cut on the student's entropy, for rules that read quadrants: measured on each step's
+    tokens."""
+    divergence_cut: str | float = DEFAULT_CUTS[Axis.DIVERGENCE]
+    """Cut on the reverse KL: likewise."""
+    weighting: str = NO_WEIGHTING
+    """How much each selected token counts: none (all the same), or a weighting's name."""
     loss: TrainingLoss | str = TrainingLoss.REVERSE_KL
-    """Per-token loss: reverse_kl, forward_kl or jsd."""
+    """Per-token loss."""
+    jsd_beta: float = DEFAULT_LOSS_SETTINGS.jsd_beta
+    """Weight of the teacher in the mixture of jsd."""
+    skew_alpha: float = DEFAULT_LOSS_SETTINGS.skew_alpha
+    """Mixture of skew_kl and skew_reverse_kl."""
+    loss_top_k: int = DEFAULT_LOSS_SETTINGS.loss_top_k
+    """Tokens of topk_reverse_kl."""
+    loss_top_k_of: TopKSource | str = DEFAULT_LOSS_SETTINGS.loss_top_k_of
+    """Whose likeliest tokens topk_reverse_kl takes: student or teacher."""
+    loss_tail: TopKTail | str = DEFAULT_LOSS_SETTINGS.loss_tail
+    """What topk_reverse_kl makes of all others: bucket or renormalised."""
+    entropy_gate: float = DEFAULT_LOSS_SETTINGS.entropy_gate
+    """Teacher entropy, nats, above which entropy_gated adds the forward KL."""
     loss_normalizer: LossNormalizer | str = LossNormalizer.SELECTED
     """Tokens that the loss is divided by: selected, or all; this changes the effective learning
     rate between arms."""
@@ -77,7 +107,16 @@ class TrainingOptions:
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
+    optimizer: OptimizerName | str = OptimizerName.ADAMW
+    """What turns a gradient into a step: adamw, or sgd."""
+    adam_epsilon: float = 1e-8
+    """AdamW's ε: coordinates whose gradients are far below it move in proportion to them."""
+    momentum: float = 0.0
+    """SGD's momentum."""
+    match_update_norm: float | None = None
+    """L2 norm that every step is given at the peak learning rate, and less as the schedule falls;
+    none leaves the length of a step to the optimizer."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; none to leave them as they are."""
     seed: int = 0
@@ -117,6 +156,35 @@ class TrainingOptions:
                 f"warmup_steps: expected at most num_steps, {self.num_steps}, found"
                 f" {self.warmup_steps}"
             )
+
+        if not (self.adam_epsilon > 0 and 0 <= self.momentum < 1):
+            raise OptionError(
+                "expected adam_epsilon above 0 and momentum in [0, 1), found"
+                f" {self.adam_epsilon} and {self.momentum}"
+            )
+        if self.match_update_norm is not None and not self.match_update_norm > 0:
+            raise OptionError(
+                f"match_update_norm: expected a number above 0, found {self.match_update_norm}"
+            )
+        weighting_of(self.weighting)
+        Taxonomy(**self.cuts)
+        self.loss_settings()
+
+    @property
+    def cuts(self) -> CutOptions:
+        """Where the quadrants of a step lie."""
+        return {"entropy_cut": self.entropy_cut, "divergence_cut": self.divergence_cut}
+
+    def loss_settings(self) -> LossSettings:
+        """What the loss leaves open."""
+        return LossSettings(
+            self.jsd_beta,
+            self.skew_alpha,
+            self.loss_top_k,
+            TopKSource(self.loss_top_k_of),
+            TopKTail(self.loss_tail),
+            self.entropy_gate,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: all but how the work is cut into pieces."""

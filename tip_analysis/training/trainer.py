@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tip_analysis.analysis.rules import rule as rule_of
+from tip_analysis.analysis.weightings import NO_WEIGHTING, weighting_of
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.names import Precision
 from tip_analysis.models.batching import plan_batches
@@ -39,9 +40,17 @@ from tip_analysis.models.hidden_states import chosen_hidden_states
 from tip_analysis.models.loading import LanguageModel, shared_vocabulary
 from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts
-from tip_analysis.training.masked_loss import token_weights, weighted_divergence
+from tip_analysis.training.masked_loss import scaled_weights, weighted_divergence
+from tip_analysis.training.optimizers import build_optimizer, descend
 from tip_analysis.training.options import TrainingOptions, learning_rate_at
-from tip_analysis.training.step_selection import needed_statistics, select_step, step_statistics
+from tip_analysis.training.step_selection import (
+    needed_statistics,
+    select_rows,
+    step_statistics,
+    step_table,
+    weigh_step,
+    weighting_statistics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +110,8 @@ class Trainer:
         self.vocab_size = shared_vocabulary(student, teacher)
         self.step = 0
         self.history: list[StepRecord] = []
-        self.columns = (
-            needed_statistics(options.rule) if isinstance(source, OnPolicyRollouts) else frozenset()
-        )
+        self.settings = options.loss_settings()
+        self.columns = self.needed_columns() if self.is_on_policy else frozenset()
         self.parameters = {
             name: value for name, value in student.model.named_parameters() if value.requires_grad
         }
@@ -111,20 +119,25 @@ class Trainer:
             raise OptionError(
                 "the student has no trainable parameter: prepare it with prepare_student"
             )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=options.learning_rate,
-            betas=(0.9, 0.999),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(list(self.parameters.values()), options)
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether each step's rollouts are fresh."""
+        return isinstance(self.source, OnPolicyRollouts)
+
+    def needed_columns(self) -> frozenset[str]:
+        """Statistics that the rule and the weighting read."""
+        options = self.options
+        return needed_statistics(options.rule) | weighting_statistics(options.weighting)
 
     def train_step(self) -> StepRecord:
         """Do one optimizer step."""
         began = time.perf_counter()
         every = self.options.rescore_every
         keeps_all = rule_of(self.options.rule).keeps_all
-        if every and self.step and self.step % every == 0 and not keeps_all:
+        fixed = keeps_all and self.options.weighting == NO_WEIGHTING
+        if every and self.step and self.step % every == 0 and not fixed:
             self.rescore()
         with self.precision():
             rollouts = self.source.rollouts(self.step, self.student)
@@ -143,7 +156,7 @@ class Trainer:
             if self.columns
             else _Scored({}, [None] * len(micro_batches))
         )
-        selected = self.select(rollouts, kept.statistics)
+        selected, raw_weights = self.select(rollouts, kept.statistics)
         learning_rate = learning_rate_at(options, self.step)
         record = StepRecord(
             self.step,
@@ -156,27 +169,19 @@ class Trainer:
             False,
             0.0,
         )
-        if not selected.any():
+        weights = self._scaled(rollouts, selected, raw_weights)
+        record = replace(record, tokens_trained=int(np.count_nonzero(weights)))
+        if not weights.any():
             logger.warning(
                 "step %d: no token is selected, so nothing is trained and the weights stay as"
                 " they are",
                 self.step,
             )
             return record
-        weights = _per_rollout(
-            token_weights(
-                selected,
-                np.repeat(
-                    np.arange(len(rollouts)), [int(rollout.written.sum()) for rollout in rollouts]
-                ),
-                loss_normalizer=options.loss_normalizer,
-                loss_aggregation=options.loss_aggregation,
-            ),
-            rollouts,
-        )
+        cut = _per_rollout(weights, rollouts)
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(
-            self._backward([rollouts[i] for i in batch], [weights[i] for i in batch], states)
+            self._backward([rollouts[i] for i in batch], [cut[i] for i in batch], states)
             for batch, states in zip(micro_batches, kept.states, strict=True)
         )
         if not math.isfinite(loss):
@@ -185,35 +190,63 @@ class Trainer:
                 " tokens by -inf"
             )
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        descend(self.optimizer, list(self.parameters.values()), options, learning_rate)
         return replace(record, loss=loss, grad_norm=float(norm), updated=True)
 
-    def select(self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]) -> np.ndarray:
-        """[N] bool over the tokens that the student wrote: by the rule, or as the fixed masks
-        say."""
+    def _scaled(
+        self, rollouts: Sequence[Rollout], selected: np.ndarray, raw_weights: np.ndarray
+    ) -> np.ndarray:
+        """What each written token's loss is multiplied by, [N]."""
+        counts = [rollout.num_tokens for rollout in rollouts]
+        return scaled_weights(
+            raw_weights,
+            selected,
+            np.repeat(np.arange(len(rollouts)), counts),
+            scale=weighting_of(self.options.weighting).scale,
+            loss_normalizer=self.options.loss_normalizer,
+            loss_aggregation=self.options.loss_aggregation,
+        )
+
+    def select(
+        self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the tokens that the student wrote carry loss, [N] bool, and what each weighs,
+        [N]: by rule and weighting, or as the fixed masks and weights say."""
         if isinstance(self.source, FixedRollouts):
-            return np.concatenate(
-                [self.source.mask(r)[r.written] for r in rollouts] or [np.zeros(0, dtype=bool)]
-            )
+            source = self.source
+            none = np.zeros(0)
+            selected = np.concatenate([source.mask(r)[r.written] for r in rollouts] or [none > 0])
+            weights = np.concatenate([source.weight(r)[r.written] for r in rollouts] or [none])
+            return selected, weights
         return self._by_rule(rollouts, statistics)
 
     def _by_rule(
         self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         options = self.options
-        return select_step(
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        everything, evenly = np.ones(num_tokens, dtype=bool), np.ones(num_tokens)
+        keeps_all = rule_of(options.rule).keeps_all
+        if keeps_all and options.weighting == NO_WEIGHTING:
+            return everything, evenly
+        table = step_table(
             rollouts,
             statistics,
             step=self.step,
-            rule=options.rule,
-            retention_ratio=options.retention_ratio,
-            selection_scope=options.selection_scope,
             normalization_scope=options.normalization_scope,
             divergence_clip=options.divergence_clip,
-            seed=options.seed,
+            cuts=options.cuts,
         )
+        how = {
+            "rule": options.rule,
+            "retention_ratio": options.retention_ratio,
+            "selection_scope": options.selection_scope,
+            "seed": options.seed,
+        }
+        selected = everything if keeps_all else select_rows(table, **how)
+        if options.weighting == NO_WEIGHTING:
+            return selected, evenly
+        return selected, weigh_step(table, weighting=options.weighting, **how)
 
     def _score(self, rollouts: Sequence[Rollout], micro_batches: list[list[int]]) -> "_Scored":
         """Statistics of every written token, and the hidden states that the loss can use again.
@@ -255,6 +288,7 @@ class Trainer:
                 student_head=self.student.head,
                 teacher_head=self.teacher.head,
                 vocab_size=self.vocab_size,
+                token_ids=_tokens(rollouts, written),
             )
         return statistics, student, teacher
 
@@ -293,6 +327,8 @@ class Trainer:
                 teacher_head=self.teacher.head,
                 vocab_size=self.vocab_size,
                 loss=self.options.loss,
+                settings=self.settings,
+                token_ids=_tokens(rollouts, chosen),
                 chunk_size=self.options.chunk_size,
             )
         loss.backward()
@@ -362,22 +398,18 @@ class Trainer:
                 "only fixed rollouts are scored again; on-policy rollouts are scored at every step"
             )
         rollouts = self.source.all_rollouts()
-        columns = needed_statistics(self.options.rule)
+        columns = self.needed_columns()
         parts: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(rollouts) if columns else 0, RESCORED_TOGETHER):
             for name, values in self._statistics(
                 rollouts[start : start + RESCORED_TOGETHER], columns
             )[0].items():
                 parts.setdefault(name, []).append(values)
-        selected = self._by_rule(
+        selected, weights = self._by_rule(
             rollouts, {name: np.concatenate(values) for name, values in parts.items()}
         )
-        masks = [
-            _scatter(r.written, mask)
-            for r, mask in zip(rollouts, _per_rollout(selected, rollouts), strict=True)
-        ]
-        self.source = replace(
-            self.source, masks={r.rollout_id: mask for r, mask in zip(rollouts, masks, strict=True)}
+        self.source = self.source.changed(
+            rollouts, _per_rollout(selected, rollouts), _per_rollout(weights, rollouts)
         )
 
 
@@ -419,6 +451,14 @@ def _restoring_order(order: Sequence[int], counts: Sequence[int]) -> np.ndarray:
 def _per_rollout(values: np.ndarray, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
     """[N] values of the written tokens, cut into rollouts."""
     return np.split(values, np.cumsum([int(rollout.written.sum()) for rollout in rollouts])[:-1])
+
+
+def _tokens(rollouts: Sequence[Rollout], chosen: Sequence[np.ndarray]) -> Tensor:
+    """[N] int64: the chosen tokens of some rollouts."""
+    parts = [
+        np.asarray(r.response, np.int64)[mask] for r, mask in zip(rollouts, chosen, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _scatter(written: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -76,6 +76,9 @@ class Select:
             divergence_clip=taxonomy.divergence_clip,
             measurement=Preference.parse(self.measurement),
             overwrite=self.overwrite,
+            entropy_cut=taxonomy.entropy_cut,
+            divergence_cut=taxonomy.divergence_cut,
+            cut_scope=taxonomy.cut_scope,
         )
         cuts = taxonomy.measure(run.tokens())
         made_of = composition(masks, assign_quadrants(run.tokens(), cuts=cuts))
@@ -102,7 +105,7 @@ def _list_rules() -> None:
 
     table = Table("rule", "samples", "what it selects", box=None, header_style="bold")
     for name in rule_names():
-        table.add_row(name, "yes" if rule(name).sampled else "", rule(name).description)
+        table.add_row(name, "yes" if rule(name).has_seed else "", rule(name).description)
     console.print(table)
 
 

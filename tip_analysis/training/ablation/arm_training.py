@@ -351,6 +351,8 @@ class ArmRunner:
                 seed=options.seed,
                 normalization_scope=Scope.RUN,
                 divergence_clip=options.divergence_clip,
+                weighting=options.weighting,
+                cuts=options.cuts,
             )
         sampling = replace(study.sampling, seed=options.seed)
         budget = TokenBudget(study.token_budget)
