@@ -25,7 +25,6 @@ ARMS = (
     Arm("entropy", 0.1),
     Arm("entropy_sampling", 0.5),
     Arm("soft_or", 0.5),
-    Arm("random", 0.1),
 )
 CONDITIONS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -61,10 +60,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for name in options.conditions:
-        rows += run_condition(name, options.out, options.seeds, options.jobs)
-        conditions = {name: CONDITIONS[name] for name in options.conditions}
-        options.results.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
+    for seed in options.seeds:  # each pass is whole, so that a run that is cut off is balanced
+        for name in options.conditions:
+            rows += run_condition(name, options.out, [seed], options.jobs)
+            conditions = {name: CONDITIONS[name] for name in options.conditions}
+            found = json.dumps({"conditions": conditions, "rows": rows}, indent=1)
+            options.results.write_text(found + "\n")
 
 
 if __name__ == "__main__":

@@ -310,6 +310,7 @@ def _arm_row(
         "seed": seed,
         "mode": "on_policy",
         "loss": "reverse_kl",
+        "weighting": "none",
         "loss_normalizer": "selected",
         "loss_aggregation": "rollout",
         "step": steps,

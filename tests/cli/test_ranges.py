@@ -67,8 +67,9 @@ def inside(declared: Range) -> list[str]:
     if declared.whole:
         return [str(int(declared.low)), str(int(declared.high))]
     middle = (declared.low + declared.high) / 2
-    ends = [] if declared.above else [declared.low]
-    return [repr(number) for number in [*ends, middle, declared.high]]
+    low = [] if declared.above else [declared.low]
+    high = [] if declared.below else [declared.high]
+    return [repr(number) for number in [*low, middle, *high]]
 
 
 def typed(command: str, option: str, value: str) -> list[str]:

@@ -5,7 +5,7 @@ Reads rows of `tip_analysis.core.schema.AblationTable`; writes nothing.
 
 import polars as pl
 
-from tip_analysis.analysis.arms import ALL, UNTRAINED, Arm
+from tip_analysis.analysis.arms import ALL, CHANGEABLE, UNTRAINED, Arm
 from tip_analysis.analysis.benchmarks import (
     benchmarks_of,
     with_benchmark,
@@ -19,6 +19,7 @@ from tip_analysis.core.result_tables import PaperDifferenceTable
 CONFIGURATION = (
     "mode",
     "loss",
+    "weighting",
     "loss_normalizer",
     "loss_aggregation",
     "selection_scope",
@@ -29,20 +30,28 @@ CONFIGURATION = (
 
 def final_arms(table: pl.DataFrame) -> pl.DataFrame:
     """Rows of trained arms at their last step, under the configuration that most rows have; without
-    the untrained student."""
+    the untrained student. An arm that names a loss or weighting of its own is compared whatever
+    these are."""
     trained = table.filter(
         ~Arm(UNTRAINED).rows(), pl.col("step") == pl.col("num_steps"), pl.col("step") > 0
     )
     if trained.is_empty():
         return trained
-    most = (
-        trained.group_by(CONFIGURATION)
-        .len()
-        .sort("len", *CONFIGURATION, descending=[True] + [False] * len(CONFIGURATION))
-    )
-    return trained.join(
-        most.head(1).drop("len"), on=CONFIGURATION, how="semi", maintain_order="left"
-    )
+    keys = {name: _shared(name) for name in CONFIGURATION if name in trained.columns}
+    keyed = trained.with_columns(key.alias(f"_{name}") for name, key in keys.items())
+    names = [f"_{name}" for name in keys]
+    whole = keyed.drop_nulls(["_loss", *(["_weighting"] if "_weighting" in names else [])])
+    counted = (keyed if whole.is_empty() else whole).group_by(names).len()
+    most = counted.sort("len", *names, descending=[True] + [False] * len(names)).head(1)
+    fits = [pl.col(name).is_null() | (pl.col(name) == most[name][0]) for name in names]
+    return keyed.filter(*fits).drop(names)
+
+
+def _shared(name: str) -> pl.Expr:
+    """What an arm has of the study's configuration; null where it has something of its own."""
+    if name not in CHANGEABLE:
+        return pl.col(name)
+    return pl.when(~pl.col("rule").str.contains(f",{name}=", literal=True)).then(name)
 
 
 def differences_from_all(arms: pl.DataFrame) -> pl.DataFrame:

@@ -1,10 +1,11 @@
 """The arms of an ablation, and what came out of them: a table with mean and standard deviation over
 seeds.
 
-Reads rows of `schema.AblationTable`. An arm is a selection rule with a retention ratio.
+Reads rows of `schema.AblationTable`. An arm is a selection rule with a retention ratio; it may also
+name a loss and a weighting of its own, in place of the study's.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,7 +20,9 @@ from tip_analysis.analysis.benchmarks import (
 from tip_analysis.analysis.retention import exact_ratio
 from tip_analysis.analysis.rules import is_number, known_rules
 from tip_analysis.analysis.rules import rule as rule_of
+from tip_analysis.analysis.weightings import weighting_of
 from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import TrainingLoss
 
 UNTRAINED = "untrained"
 """Rule of the rows that tell how the student was before training."""
@@ -27,13 +30,25 @@ UNTRAINED = "untrained"
 
 @dataclass(frozen=True, order=True)
 class Arm:
-    """What is compared: a selection rule at a retention ratio, spelled `q3:0.1`.
+    """What is compared: a selection rule at a retention ratio, spelled `q3:0.1`; with a weighting
+    or a loss of its own, `soft_or:0.5,weighting=ta_opd` or `all,loss=k1`.
 
     ρ is what was given, and is compared exactly: 0.1 is 0.1 wherever it was typed.
     """
 
     rule: str
+    """The rule, and what the arm changes: `all,loss=k1`. Tables call this the arm's rule."""
     retention_ratio: float = 1.0
+
+    @property
+    def base_rule(self) -> str:
+        """The selection rule alone."""
+        return self.rule.split(",", maxsplit=1)[0]
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """What it has of its own in place of the study's: `loss`, `weighting`."""
+        return _changes(self.rule.split(",")[1:], self.rule)
 
     @property
     def is_untrained(self) -> bool:
@@ -43,12 +58,14 @@ class Arm:
     @property
     def has_ratio(self) -> bool:
         """Whether ρ means anything: not where nothing is trained, nor where all is kept."""
-        known = known_rules([self.rule])
-        return not (self.is_untrained or (self.rule in known and known[self.rule].keeps_all))
+        base = self.base_rule
+        known = known_rules([base])
+        return not (self.is_untrained or (base in known and known[base].keeps_all))
 
     def __str__(self) -> str:
         ratio = repr(float(self.retention_ratio)).removesuffix(".0")
-        return f"{self.rule}:{ratio}" if self.has_ratio else self.rule
+        base, comma, changes = self.rule.partition(",")
+        return (f"{base}:{ratio}" if self.has_ratio else base) + comma + changes
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -58,8 +75,9 @@ class Arm:
         Raises:
             OptionError: it names no ratio, several, or none in (0, 1].
         """
-        rule, ratios = split_entry(text)
-        arm = cls(rule, *(_ratio(ratio, text) for ratio in ratios[:1]))
+        head, comma, changes = text.partition(",")
+        rule, ratios = split_entry(head)
+        arm = cls(rule + comma + changes, *(_ratio(ratio, text) for ratio in ratios[:1]))
         if len(ratios) != int(arm.has_ratio):
             raise OptionError(f"expected an arm such as q3:0.1 or all; found {text!r}")
         return arm
@@ -71,6 +89,26 @@ class Arm:
             same & (pl.col("retention_ratio") == self.retention_ratio) if self.has_ratio else same
         )
 
+
+def _changes(parts: Sequence[str], text: str) -> dict[str, str]:
+    """`loss=k1` and `weighting=ta_opd` as a mapping, in the order in which arms spell them."""
+    found: dict[str, str] = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if name not in CHANGEABLE or not equals or name in found:
+            raise OptionError(
+                f"expected {' or '.join(f'{name}=…' for name in CHANGEABLE)} after the comma, each"
+                f" once, as in all,loss=k1; found {text!r}"
+            )
+        found[name] = CHANGEABLE[name](value)
+    return {name: found[name] for name in CHANGEABLE if name in found}
+
+
+CHANGEABLE: dict[str, Callable[[str], str]] = {
+    "weighting": lambda name: weighting_of(name).name,
+    "loss": lambda name: str(TrainingLoss(name)),
+}
+"""What an arm may have of its own, and how its name is checked."""
 
 ALL = Arm("all")
 """Training on every token: what the other arms are compared with."""
@@ -115,7 +153,8 @@ def _without_numbers(parts: Sequence[str]) -> int:
 
 def parse_arms(rules: Sequence[str], ratios: Sequence[float]) -> list[Arm]:
     """Arms of rules and retention ratios: each rule at each ratio, except where it brings its own,
-    as `q3:0.1:0.2` (`split_entry`).
+    as `q3:0.1:0.2` (`split_entry`); after a comma, what the arm has of its own, as in
+    `all,loss=k1`.
 
     A rule that keeps all gives one arm whatever the ratios; an arm that is named twice is there
     once.
@@ -126,15 +165,18 @@ def parse_arms(rules: Sequence[str], ratios: Sequence[float]) -> list[Arm]:
     """
     arms: dict[Arm, None] = {}
     for entry in rules:
-        name, own = split_entry(entry)
-        rule_of(name)
+        head, *changes = entry.split(",")
+        base, own = split_entry(head)
+        rule_of(base)
+        changed = _changes(changes, entry)
+        name = ",".join([base, *(f"{key}={value}" for key, value in changed.items())])
         if not Arm(name).has_ratio:
             arms[Arm(name)] = None
             continue
         chosen = [_ratio(text, entry) for text in own] or list(ratios)
         if not chosen:
             raise OptionError(
-                f"rule {name!r} needs a retention ratio: give --ratios, or write it as {name}:0.1"
+                f"rule {base!r} needs a retention ratio: give --ratios, or write it as {base}:0.1"
             )
         arms |= dict.fromkeys(Arm(name, _checked(ratio)) for ratio in chosen)
     if not arms:

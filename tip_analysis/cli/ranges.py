@@ -180,6 +180,9 @@ PROCESSES = Range(1, 1024)
 SEED = Range(0, 2**32 - 1)
 SHARE = Range(0, 1, whole=False, above=True)
 PART = Range(0, 1, whole=False)
+INNER = Range(0, 1, whole=False, above=True, below=True)
+FRACTION = Range(0, 1, whole=False, below=True)
+NATS = Range(0, 1e4, whole=False)
 POSITIVE = Range(0, 1e6, whole=False, above=True)
 SECONDS = Range(0, MANY, whole=False)
 WAIT = Range(0, 86_400, whole=False, above=True)
@@ -212,5 +215,9 @@ SomeFew = Annotated[int | None, FEW, FEW.parser()]
 SomeProcesses = Annotated[int | None, PROCESSES, PROCESSES.parser()]
 SomeRank = Annotated[int | None, RANK, RANK.parser()]
 SomeShare = Annotated[float | None, SHARE, SHARE.parser()]
+SomeInner = Annotated[float | None, INNER, INNER.parser()]
+SomeFraction = Annotated[float | None, FRACTION, FRACTION.parser()]
+SomeNats = Annotated[float | None, NATS, NATS.parser()]
+SomeCut = Annotated[str | None, CUT, CUT.parser()]
 SomePositive = Annotated[float | None, POSITIVE, POSITIVE.parser()]
 SomeRate = Annotated[float | None, RATE, RATE.parser()]

@@ -384,7 +384,11 @@ class AblationTable(dy.Schema):
         primary_key=True, description="Hash of everything that decides the arm's numbers"
     )
     rule = dy.String(
-        min_length=1, description="Selection rule; `untrained` for the student as it was"
+        min_length=1,
+        description=(
+            "Selection rule, with a loss or weighting of the arm's own as in `all,loss=k1`;"
+            " `untrained` for the student as it was"
+        ),
     )
     retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
     selection_scope = dy.Enum(SelectionScope, description="Within what tokens compete")
@@ -393,6 +397,9 @@ class AblationTable(dy.Schema):
     )
     mode = dy.Enum(Mode, description="Fresh rollouts each step, or a fixed table of them")
     loss = dy.Enum(TrainingLoss, description="The per-token loss that was minimised")
+    weighting = dy.String(
+        min_length=1, description="How much each selected token counted; `none` for all the same"
+    )
     loss_normalizer = dy.Enum(LossNormalizer, description="Tokens that the loss is divided by")
     loss_aggregation = dy.Enum(
         LossAggregation, description="Mean of rollout means, or mean over tokens"

@@ -26,10 +26,15 @@ from tip_analysis.cli.ranges import (
     Seeds,
     SomeCount,
     SomeCountOrNone,
+    SomeCut,
     SomeFew,
+    SomeFraction,
+    SomeInner,
+    SomeNats,
     SomePositive,
     SomeRank,
     SomeRate,
+    SomeShare,
 )
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import (
@@ -37,10 +42,14 @@ from tip_analysis.core.names import (
     LossNormalizer,
     Mode,
     OnBadRow,
+    OptimizerName,
     Precision,
     Schedule,
+    Scope,
     SelectionScope,
     TeacherContext,
+    TopKSource,
+    TopKTail,
     TrainingLoss,
 )
 
@@ -58,13 +67,28 @@ _PRESET_OPTIONS = (
     "rollouts_per_prompt",
     "max_new_tokens",
     "learning_rate",
+    "optimizer",
+    "adam_epsilon",
+    "momentum",
+    "match_update_norm",
     "schedule",
     "warmup_steps",
     "max_grad_norm",
     "loss",
+    "weighting",
+    "jsd_beta",
+    "skew_alpha",
+    "loss_top_k",
+    "loss_top_k_of",
+    "loss_tail",
+    "entropy_gate",
     "loss_normalizer",
     "loss_aggregation",
     "selection_scope",
+    "normalization_scope",
+    "divergence_clip",
+    "entropy_cut",
+    "divergence_cut",
     "rescore_every",
     "lora_rank",
     "precision",
@@ -92,8 +116,8 @@ class Ablate:
     """Run folder that results go to; made if it does not exist. Offline, the one that holds
     rollouts and masks."""
     rules: Names = ()
-    """Rules, each at every ratio, or with ratios of its own as in q3:0.1:0.2; by default the
-    preset's arms."""
+    """Rules, each at every ratio, or with ratios of its own as in q3:0.1:0.2, and with a loss or
+    weighting of its own as in all,loss=k1; by default the preset's arms."""
     ratios: Ratios = ()
     """Retention ratios in (0, 1]."""
     seeds: Seeds = ()
@@ -122,7 +146,15 @@ class Ablate:
     max_new_tokens: SomeCount = None
     """Longest response, in tokens."""
     learning_rate: SomeRate = None
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: OptimizerName | None = None
+    """What turns a gradient into a step."""
+    adam_epsilon: SomePositive = None
+    """AdamW's ε."""
+    momentum: SomeFraction = None
+    """SGD's momentum."""
+    match_update_norm: SomePositive = None
+    """Give every step this L2 norm at the peak learning rate, whatever the optimizer makes."""
     schedule: Schedule | None = None
     """Learning rate after the warm-up."""
     warmup_steps: SomeCountOrNone = None
@@ -130,13 +162,38 @@ class Ablate:
     max_grad_norm: SomePositive = None
     """Gradients are clipped to this norm."""
     loss: TrainingLoss | None = None
-    """Per-token loss."""
+    """Per-token loss; an arm may name its own, as in all,loss=k1."""
+    weighting: str | None = None
+    """How much each selected token counts: none, iw_opd, horvitz_thompson,
+    horvitz_thompson_normalised, oracle, or a rule's name; an arm may name its own, as in
+    all,weighting=soft_or."""
+    jsd_beta: SomeInner = None
+    """Weight of the teacher in the mixture of the loss jsd."""
+    skew_alpha: SomeFraction = None
+    """Mixture of the losses skew_kl and skew_reverse_kl."""
+    loss_top_k: SomeCount = None
+    """Tokens of the loss topk_reverse_kl."""
+    loss_top_k_of: TopKSource | None = None
+    """Whose likeliest tokens topk_reverse_kl takes."""
+    loss_tail: TopKTail | None = None
+    """What topk_reverse_kl makes of all other tokens: one bucket, or nothing."""
+    entropy_gate: SomeNats = None
+    """Teacher entropy, nats, above which the loss entropy_gated adds the forward KL."""
     loss_normalizer: LossNormalizer | None = None
     """Tokens that the loss is divided by: this changes the effective learning rate between arms."""
     loss_aggregation: LossAggregation | None = None
     """The mean of rollout means, or the mean over tokens."""
     selection_scope: SelectionScope | None = None
     """Within what tokens compete."""
+    normalization_scope: Scope | None = None
+    """On-policy: whose tokens share one min-max normalization; those of a step by default."""
+    divergence_clip: SomeShare = None
+    """Quantile at which the divergence is clipped before its min-max; not clipped by default."""
+    entropy_cut: SomeCut = None
+    """Cut on the student's entropy, for rules that read quadrants: median, mean, otsu, paper, a
+    quantile such as q0.8, or nats; measured on each step's tokens, or on the run's offline."""
+    divergence_cut: SomeCut = None
+    """Cut on the reverse KL: likewise."""
     rescore_every: SomeCountOrNone = None
     """Offline: make the masks again with the student as it is by then, every so many steps."""
     lora_rank: SomeRank = None

@@ -268,7 +268,7 @@ class ArmRunner:
             **study.identity(),
             "seed": seed,
         }
-        config |= {"rule": arm.rule, "retention_ratio": arm.retention_ratio}
+        config |= {"rule": arm.rule, "retention_ratio": arm.retention_ratio} | arm.changes
         stage = self.run.begin(
             "ablate",
             config=config,
@@ -324,8 +324,9 @@ class ArmRunner:
 
     def _trainer(self, arm: Arm, seed: int) -> Trainer:
         study = self.study
-        rule = ALL.rule if arm.is_untrained else arm.rule
-        options = replace(study.training, rule=rule, retention_ratio=arm.retention_ratio, seed=seed)
+        rule = ALL.rule if arm.is_untrained else arm.base_rule
+        own = {"rule": rule, "retention_ratio": arm.retention_ratio, "seed": seed} | arm.changes
+        options = replace(study.training, **own)
         borrowed = isinstance(study.student, LanguageModel)
         student = prepare_student(self._load(study.student), options, copy_weights=borrowed)
         return Trainer(
@@ -436,6 +437,7 @@ class ArmRunner:
             "seed": seed,
             "mode": self.study.mode,
             "loss": str(options.loss),
+            "weighting": options.weighting,
             "loss_normalizer": options.loss_normalizer,
             "loss_aggregation": options.loss_aggregation,
             "step": trainer.step,
