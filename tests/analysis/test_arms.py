@@ -136,7 +136,7 @@ def colons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules whose names hold colons, one of them the beginning of another."""
     monkeypatch.setattr("tip_analysis.analysis.rules.RULES", dict(RULES))
     for name in ("quadrant", "quadrant:Q3", "not:Q4", "a:b:c"):
-        register_rule(name, lambda columns: columns["student_entropy"])
+        register_rule(name, lambda columns: columns["student_entropy"], overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_names_of_rules_that_are_not_known_here_are_read_back(
 @pytest.mark.parametrize("name", ["", " q", "q ", ":", "q:", ":q", "q3:0.1", "1", "nan:Q3", "q::r"])
 def test_no_rule_may_have_a_name_that_hides_its_ratio(name: str) -> None:
     with pytest.raises(OptionError, match="no part between colons is a number"):
-        register_rule(name, lambda columns: columns["student_entropy"])
+        register_rule(name, lambda columns: columns["student_entropy"], overwrite=True)
 
 
 def test_rows_of_an_arm_are_those_of_exactly_its_ratio() -> None:

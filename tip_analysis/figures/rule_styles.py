@@ -25,6 +25,22 @@ _STYLES: dict[str, tuple[str, str, str]] = {
     "entropy_jsd_sampling": ("#128a85", "d", "-."),
     "teachability": ("#a3223f", "s", "--"),
     "position": ("#7a4a7d", "o", ":"),
+    "last": ("#7a4a7d", "v", "-."),
+    "random_window": (INK, "P", "-."),
+    "soft_or_product": ("#6f5ba7", "^", "--"),
+    "soft_or_max": ("#6f5ba7", "D", "-."),
+    "soft_or_sum": ("#6f5ba7", "v", ":"),
+    "soft_or_forward": ("#8250c4", "P", "--"),
+    "ier": ("#4d7a2a", "d", "--"),
+    "ta_opd": ("#a3223f", "o", "-"),
+    "selectkd": ("#1f7f6d", "h", "-"),
+    **{
+        f"{kind}:Q{number}": (color, mark, line)
+        for kind, line in (("quadrant", "-"), ("not", "--"))
+        for number, (color, mark) in enumerate(
+            (("#9a5b3c", "o"), ("#5f8f3a", "s"), ("#b5485f", "D"), ("#6b4fb3", "^")), 1
+        )
+    },
     "teacher_entropy": ("#35a588", "^", "-."),
 }
 """Colour, mark and line of each built-in rule."""
