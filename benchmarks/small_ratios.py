@@ -20,12 +20,7 @@ from tip_analysis.training.ablation.presets import resolve_preset
 from tip_analysis.training.ablation.problem_sets import load_evaluation_sets, load_prompts
 from tip_analysis.training.ablation.study import run_ablation, study_from_preset
 
-ARMS = (
-    Arm("all"),
-    Arm("entropy", 0.1),
-    Arm("entropy_sampling", 0.5),
-    Arm("soft_or", 0.5),
-)
+ARMS = (Arm("all"), Arm("entropy", 0.1), Arm("entropy_sampling", 0.5), Arm("soft_or", 0.5))
 CONDITIONS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {"optimizer": "sgd", "learning_rate": 0.1},

@@ -71,8 +71,8 @@ def scaled_weights(
     rollout_of_token: np.ndarray,
     *,
     scale: WeightScale,
-    loss_normalizer: str,
-    loss_aggregation: str,
+    loss_normalizer: LossNormalizer | str,
+    loss_aggregation: LossAggregation | str,
 ) -> np.ndarray:
     """What each token's loss is multiplied by where tokens are weighted, so that the plain sum is
     the loss.
@@ -111,7 +111,7 @@ def scaled_weights(
 
 
 def _over_their_sum(
-    weights: np.ndarray, rollout_of_token: np.ndarray, loss_aggregation: str
+    weights: np.ndarray, rollout_of_token: np.ndarray, loss_aggregation: LossAggregation | str
 ) -> np.ndarray:
     if not weights.any():
         return np.zeros(len(weights))
