@@ -18,6 +18,7 @@ from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.run_folder import create_run
 from tip_analysis.core.schema import (
     AblationTable,
+    DynamicsTable,
     GradientTable,
     MaskTable,
     RolloutTable,
@@ -291,6 +292,44 @@ def make_ablations(
     )
 
 
+def make_dynamics(ablations: pl.DataFrame, *, steps: int = 60, seed: int = 0) -> pl.DataFrame:
+    """Observed steps of the trained arms of an ablation: curves with noise, Q2 empty at times."""
+    rng = np.random.default_rng(seed)
+    arms = ablations.filter(pl.col("step") > 0).select("arm_key", "rule", "retention_ratio", "seed")
+    rows = [arm | _observed(step, rng) for arm in arms.unique().to_dicts() for step in range(steps)]
+    frame = pl.DataFrame(rows, strict=False).cast(_dtypes(DynamicsTable))
+    return validate(frame.select(DynamicsTable.column_names()), DynamicsTable)
+
+
+def _observed(step: int, rng: np.random.Generator) -> dict[str, object]:
+    shares = rng.dirichlet([4, 3, 1, 5])
+    quadrants = {f"share_q{i}": float(shares[i - 1]) for i in range(1, 5)}
+    quadrants |= {f"divergence_q{i}": float(rng.random()) for i in range(1, 5)}
+    quadrants |= {f"selected_share_q{i}": float(rng.random()) for i in range(1, 5)}
+    return quadrants | {
+        "step": step,
+        "loss": float(0.5 / (1 + step) + 0.05 * rng.random()),
+        "learning_rate": 1e-3 * (1 - step / 60),
+        "grad_norm": float(rng.random()),
+        "tokens_seen": 1000,
+        "tokens_trained": 500,
+        "response_tokens": 40.0 + float(rng.normal()),
+        "truncated_share": None,
+        "student_entropy": 0.3,
+        "reverse_kl": float(0.5 / (1 + step)),
+        "divergence_q2": None if step % 7 == 0 else 0.1,
+        "soft_or_overlap": 0.6,
+        "topk_overlap": 0.8,
+    }
+
+
+def write_dynamics(path: Path, dynamics: pl.DataFrame) -> None:
+    """Add the observed steps of an ablation to a run folder."""
+    stage = create_run(path).begin("dynamics", config={"arms": dynamics["arm_key"].n_unique()})
+    stage.write(0, dynamics)
+    stage.finish()
+
+
 def write_ablations(path: Path, ablations: pl.DataFrame) -> None:
     """Add an ablation to a run folder."""
     stage = create_run(path).begin("ablate", config={"rules": sorted(ablations["rule"].unique())})
@@ -333,6 +372,10 @@ def _arm_row(
         "problem_ids": [f"q{index}" for index in range(len(means))],
         "problem_accuracy": means.tolist(),
         "problem_best": graded.max(1).astype(float).tolist(),
+        "problem_correct": graded.sum(1).tolist(),
+        "majority_at_k": float((graded.mean(1) > 0.5).mean()),
+        "response_tokens": 40.0,
+        "truncated_share": 0.05,
     }
 
 

@@ -23,6 +23,7 @@ from .densities import strongest_tokens as strongest_tokens
 from .densities import text_around as text_around
 from .door import export as export
 from .door import select as select
+from .dynamics import dynamics_curves as dynamics_curves
 from .flat_files import export_run as export_run
 from .gradient_tables import energy_shares as energy_shares
 from .gradient_tables import gradient_profile as gradient_profile
@@ -53,6 +54,7 @@ from .rules import register_rule as register_rule
 from .rules import rule_names as rule_names
 from .run_view import ReportOptions as ReportOptions
 from .run_view import RunView as RunView
+from .sample_metrics import sample_metrics as sample_metrics
 from .scores import add_scores as add_scores
 from .scores import register_score as register_score
 from .scores import score_expression as score_expression
@@ -64,3 +66,5 @@ from .status import stage_table as stage_table
 from .survey import survey_tokens as survey_tokens
 from .taxonomy import Taxonomy as Taxonomy
 from .taxonomy import resolve_cuts as resolve_cuts
+from .weightings import weigh_tokens as weigh_tokens
+from .weightings import weighting_names as weighting_names

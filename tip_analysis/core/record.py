@@ -40,11 +40,12 @@ TABLE_OF_STAGE = {
     "select": "masks",
     "screen": "screens",
     "ablate": "ablations",
+    "dynamics": "dynamics",
     "evaluate": "evaluations",
 }
 """The folder that each stage fills."""
 
-COMMAND_OF_STAGE = {"teacher": "score --phase teacher", "vocabulary": "score"}
+COMMAND_OF_STAGE = {"teacher": "score --phase teacher", "vocabulary": "score", "dynamics": "ablate"}
 """The command that does a stage, where it has another name."""
 
 SHARD_SUFFIX = {"teacher_states": ".safetensors"}

@@ -158,6 +158,18 @@ class ClaimEffectTable(dy.Schema):
     verdict = dy.Enum(VERDICTS, description="What the interval says")
 
 
+class DynamicsCurveTable(dy.Schema):
+    """One quantity of training over steps, arm by arm: `analysis.dynamics_curves`, one metric at a
+    time."""
+
+    arm = dy.String(description="The arm, as it is spelled")
+    metric = dy.String(description="A column of the dynamics table")
+    step = dy.Float64(min=0.0, description="Mean step of the bin")
+    value = dy.Float64(nullable=True, description="Mean over the bin's steps, then over seeds")
+    low = dy.Float64(nullable=True, description="Smallest of the seeds")
+    high = dy.Float64(nullable=True, description="Largest of the seeds")
+
+
 class MemoryTable(dy.Schema):
     """Peak memory of training by arm: `analysis.relative_memory`, `analysis.paper_memory`."""
 

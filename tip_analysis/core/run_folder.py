@@ -144,6 +144,10 @@ class Run:
         """One row per arm, seed and evaluation."""
         return self.table("ablations")
 
+    def dynamics(self) -> pl.LazyFrame:
+        """One row per arm, seed and training step that was observed (`schema.DynamicsTable`)."""
+        return self.table("dynamics")
+
     def evaluations(self) -> pl.LazyFrame:
         """One row per graded sample (`schema.EvaluationTable`)."""
         return self.table("evaluations")

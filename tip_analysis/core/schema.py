@@ -370,6 +370,9 @@ class EvaluationTable(dy.Schema):
         primary_key=True, min=0, description="Which of the samples of this problem"
     )
     reward = dy.Float32(description="The grader's verdict")
+    answer = dy.String(
+        nullable=True, description="The answer that the grader read; null where it reads none"
+    )
     num_tokens = dy.Int32(min=0, description="Tokens of the response")
     finish_reason = dy.Enum(FinishReason, description="`stop` or `length`")
     response_text = dy.String(description="The response")
@@ -418,6 +421,19 @@ class AblationTable(dy.Schema):
     best_at_k = dy.Float64(description="Best@k: mean over problems of the best of k samples")
     num_problems = dy.Int32(min=1, description="Problems of the evaluation")
     num_samples = dy.Int32(min=1, description="k, samples a problem")
+    majority_at_k = dy.Float64(
+        nullable=True,
+        description=(
+            "majority@k: mean over problems of the reward of the commonest answer among k samples;"
+            " null where the grader reads no answer"
+        ),
+    )
+    response_tokens = dy.Float64(
+        nullable=True, min=0.0, description="Mean length of an evaluation response, tokens"
+    )
+    truncated_share = dy.Float64(
+        **_UNIT_INTERVAL, description="Evaluation responses that the length limit cut off"
+    )
     heldout_reverse_kl = dy.Float64(
         nullable=True,
         min=0.0,
@@ -460,13 +476,56 @@ class AblationTable(dy.Schema):
         dy.Float64(), description="Mean reward over the k samples of each problem"
     )
     problem_best = dy.List(dy.Float64(), description="Best reward of the k samples of each problem")
+    problem_correct = dy.List(
+        dy.Int32(min=0), description="Samples of each problem whose reward is at least 1"
+    )
 
     @dy.rule()
     def problems_have_results(cls) -> pl.Expr:
         count = pl.col("problem_ids").list.len()
-        return (pl.col("problem_accuracy").list.len() == count) & (
-            pl.col("problem_best").list.len() == count
-        )
+        lists = ("problem_accuracy", "problem_best", "problem_correct")
+        return pl.all_horizontal(pl.col(name).list.len() == count for name in lists)
+
+
+class DynamicsTable(dy.Schema):
+    """One row per arm, seed and observed step of its training: what the student wrote at that step,
+    and what was made of it. Means and shares are over the tokens that it wrote."""
+
+    arm_key = dy.String(primary_key=True, description="The arm's rows in `ablations` have it too")
+    rule = dy.String(min_length=1, description="As in `ablations`")
+    retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
+    seed = dy.Int64(description="Seed of the arm")
+    step = dy.Int32(primary_key=True, min=0, description="Which step, from 0")
+    loss = dy.Float64(allow_inf=True, description="Loss of the step, as normalised")
+    learning_rate = dy.Float64(min=0.0, description="Learning rate of the step")
+    grad_norm = dy.Float64(min=0.0, description="Norm of the gradient before clipping")
+    tokens_seen = dy.Int64(min=0, description="Tokens that the student wrote")
+    tokens_trained = dy.Int64(min=0, description="Tokens that carried loss")
+    response_tokens = dy.Float64(min=0.0, description="Mean length of a response, tokens")
+    truncated_share = dy.Float64(
+        **_UNIT_INTERVAL, description="Responses that the length limit cut off; null if unknown"
+    )
+    student_entropy = dy.Float64(**_NATS, description="Mean H(P_S), nats")
+    reverse_kl = dy.Float64(**_NATS, description="Mean δ, nats, infinite values left out")
+    share_q1 = dy.Float64(**_UNIT_INTERVAL, description="Share of Q1, by the step's own cuts")
+    share_q2 = dy.Float64(**_UNIT_INTERVAL, description="Share of Q2")
+    share_q3 = dy.Float64(**_UNIT_INTERVAL, description="Share of Q3")
+    share_q4 = dy.Float64(**_UNIT_INTERVAL, description="Share of Q4")
+    divergence_q1 = dy.Float64(**_NATS, description="Mean δ in Q1, nats; null where it is empty")
+    divergence_q2 = dy.Float64(**_NATS, description="Mean δ in Q2, nats")
+    divergence_q3 = dy.Float64(**_NATS, description="Mean δ in Q3, nats")
+    divergence_q4 = dy.Float64(**_NATS, description="Mean δ in Q4, nats")
+    selected_share_q1 = dy.Float64(**_UNIT_INTERVAL, description="Of Q1, what carried loss")
+    selected_share_q2 = dy.Float64(**_UNIT_INTERVAL, description="Of Q2, what carried loss")
+    selected_share_q3 = dy.Float64(**_UNIT_INTERVAL, description="Of Q3, what carried loss")
+    selected_share_q4 = dy.Float64(**_UNIT_INTERVAL, description="Of Q4, what carried loss")
+    soft_or_overlap = dy.Float64(
+        **_UNIT_INTERVAL, description="Jaccard overlap with Soft-OR's selection at the same ρ"
+    )
+    topk_overlap = dy.Float64(
+        **_UNIT_INTERVAL,
+        description="Mean share of the student's min(16, V) likeliest tokens among the teacher's",
+    )
 
 
 TABLES: dict[str, type[dy.Schema]] = {
@@ -477,6 +536,7 @@ TABLES: dict[str, type[dy.Schema]] = {
     "masks": MaskTable,
     "screens": ScreenTable,
     "ablations": AblationTable,
+    "dynamics": DynamicsTable,
     "evaluations": EvaluationTable,
 }
 """Name of the folder in a run, and the contract of the rows in it."""

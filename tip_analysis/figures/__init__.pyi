@@ -2,6 +2,7 @@ from .ablations import accuracy_by_ratio as accuracy_by_ratio
 from .ablations import claims as claims
 from .ablations import difference_from_all as difference_from_all
 from .ablations import memory_by_ratio as memory_by_ratio
+from .dynamics import training_curves as training_curves
 from .gradients import energy_shares as energy_shares
 from .gradients import quadrant_profile as quadrant_profile
 from .groups import group_shares as group_shares

@@ -23,6 +23,7 @@ from tip_analysis.report.sections import (
     ablations,
     artefacts,
     browser,
+    dynamics,
     gradients,
     groups,
     overview,
@@ -120,6 +121,8 @@ def section_makers(
     views: Sequence[RunView], output: str | Path
 ) -> list[tuple[str, str, Callable[[], Section]]]:
     """Key, title and maker of each section, in their order; nothing is made yet."""
+    trained = any(view.run.has("dynamics") for view in views)
+    steps = ("dynamics", "Training over steps", lambda: dynamics.dynamics(views))
     return [
         ("overview", "The finding", lambda: overview.overview(views)),
         ("map", "Quadrant map", lambda: taxonomy.quadrant_map(views)),
@@ -131,6 +134,7 @@ def section_makers(
         ("effects", "Position, frequency and kind of token", lambda: groups.group_effects(views)),
         ("artefacts", "Artefacts", lambda: artefacts.artefacts(views)),
         ("ablations", "Ablations and the paper’s claims", lambda: ablations.ablations(views)),
+        *([steps] if trained else []),
         ("strongest", "Strongest tokens", lambda: taxonomy.strong_tokens(views)),
         ("provenance", "Provenance", lambda: provenance.provenance(views, str(output))),
     ]

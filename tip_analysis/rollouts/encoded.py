@@ -86,6 +86,8 @@ class Rollout:
     reward: float | None = None
     logprobs: Sequence[float] | None = None
     """ln P of each response token as its author saw it; None where unknown."""
+    truncated: bool | None = None
+    """Whether the length limit cut it off; None where unknown."""
 
     @cached_property
     def written(self) -> np.ndarray:

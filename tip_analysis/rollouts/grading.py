@@ -30,7 +30,7 @@ from typing import Any, cast
 from tip_analysis.core.errors import InputError, OptionError, TipAnalysisError, UnknownNameError
 from tip_analysis.core.optional import require
 from tip_analysis.core.toy_pairs import toy_pairs
-from tip_analysis.rollouts.answers.reading import opened_thought
+from tip_analysis.rollouts.answers.reading import opened_thought, read_answer
 
 Grader = Callable[[str, str | None], float | None]
 """Takes the response and the reference answer (None where there is none); returns the reward, None
@@ -154,11 +154,29 @@ def grade_exact(response: str, answer: str | None) -> float | None:
         raise InputError(
             f"the grader `exact` compares integers, found the answer {answer!r}; use `math`"
         )
+    found = _integer_in(response)
+    return float(found is not None and int(found) == int(answer))
+
+
+def _integer_in(response: str) -> str | None:
     readings = (pair.extract_answer(response) for pair in toy_pairs().values())
     found = next((reading for reading in readings if reading is not None), None)
     if found is None and (lone := _LONE_INTEGER.fullmatch(response)):
         found = lone[1]
-    return float(found is not None and int(found) == int(answer))
+    return found
+
+
+def answer_in(grader: str, response: str) -> str | None:
+    """The answer that a grader of this package reads in a response, without spaces around it; None
+    where there is none, or the grader is the user's own.
+
+    Two texts may be one answer (`0.5` and `1/2`): the grader's verdict says which are right.
+    """
+    if grader == "exact":
+        found = _integer_in(response)
+        return None if found is None else str(int(found))
+    read = read_answer(response) if grader == "math" else None
+    return None if read is None or read.text is None else read.text.strip()
 
 
 def grade_none(response: str, answer: str | None) -> None:

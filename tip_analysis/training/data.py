@@ -24,7 +24,7 @@ from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.analysis.taxonomy import CutOptions
 from tip_analysis.analysis.weightings import NO_WEIGHTING, weigh_tokens, weighting_of
 from tip_analysis.core.errors import OptionError, RunError, VocabularyMismatchError
-from tip_analysis.core.names import Scope, SelectionScope
+from tip_analysis.core.names import FinishReason, Scope, SelectionScope
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
@@ -103,6 +103,7 @@ def sampled_rollout(prompt: EncodedPrompt, name: str, generation: Generation) ->
         teacher_prompt=prompt.teacher_token_ids,
         response=generation.token_ids,
         logprobs=generation.logprobs,
+        truncated=generation.finish_reason == FinishReason.LENGTH,
     )
 
 

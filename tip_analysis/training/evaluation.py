@@ -14,9 +14,10 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
+from tip_analysis.analysis.sample_metrics import sample_metrics
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import OptionError, PromptFileError
-from tip_analysis.core.names import UNNAMED_BENCHMARK, OnBadRow
+from tip_analysis.core.names import UNNAMED_BENCHMARK, FinishReason, OnBadRow
 from tip_analysis.core.progress import Advance, track
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
@@ -26,7 +27,7 @@ from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.bad_rows import BadRows, as_bad_rows
 from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
 from tip_analysis.rollouts.engines.engine import Engine, Request
-from tip_analysis.rollouts.grading import grade, resolve_grader
+from tip_analysis.rollouts.grading import answer_in, grade, resolve_grader
 from tip_analysis.rollouts.prompts import Prompt, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Generation, Sampling
@@ -47,6 +48,18 @@ class Samples:
     texts: Sequence[str]
     rewards: np.ndarray
     """[P, k] float64."""
+    answers: Sequence[str | None]
+    """The answer in each text, where the grader reads one."""
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(generation.token_ids) for generation in self.generations]
+
+    @property
+    def truncated(self) -> list[bool]:
+        """Whether the length limit cut each response off."""
+        return [generation.finish_reason == FinishReason.LENGTH for generation in self.generations]
 
     def by_benchmark(self) -> "list[Samples]":
         """The samples of each benchmark, in the order in which they come."""
@@ -62,6 +75,7 @@ class Samples:
             [self.generations[i] for i in samples],
             [self.texts[i] for i in samples],
             self.rewards[problems],
+            [self.answers[i] for i in samples],
         )
 
 
@@ -116,6 +130,7 @@ def sample_problems(
         ordered,
         texts,
         np.array(rewards, dtype=np.float64).reshape(-1, num_samples),
+        [answer_in(grader, text) for text in texts],
     )
 
 
@@ -130,7 +145,8 @@ def evaluation_rows(samples: Samples, *, model: str, seed: int) -> pl.DataFrame:
         "problem_id": [name for name, _ in names],
         "sample_index": [index for _, index in names],
         "reward": samples.rewards.reshape(-1).tolist(),
-        "num_tokens": [len(generation.token_ids) for generation in samples.generations],
+        "answer": list(samples.answers),
+        "num_tokens": samples.num_tokens,
         "finish_reason": [str(generation.finish_reason) for generation in samples.generations],
         "response_text": list(samples.texts),
         "seed": [seed] * len(names),
@@ -249,7 +265,9 @@ def _summary(rows: pl.DataFrame) -> dict[str, Any]:
         name: None if value != value else value
         for name, value in asdict(accuracy(rewards_by_problem(rows))).items()
     }
+    own = sample_metrics(rows).filter(pl.col("metric").str.contains("^(?:pass|majority)@"))
     return found | {
+        **dict(own.select("metric", "value").iter_rows()),
         "num_tokens": int(rows["num_tokens"].sum()),
         "truncated_share": truncated_share(rows),
     }

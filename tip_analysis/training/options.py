@@ -25,7 +25,13 @@ from tip_analysis.core.names import (
     set_names,
 )
 
-PIECES = ("micro_batch_size", "token_budget", "chunk_size", "gradient_checkpointing")
+PIECES = (
+    "micro_batch_size",
+    "token_budget",
+    "chunk_size",
+    "gradient_checkpointing",
+    "dynamics_every",
+)
 """Options that change memory and speed, and numbers by rounding only."""
 
 _NAMES = {
@@ -48,6 +54,7 @@ _LEAST = {
     "chunk_size": 1,
     "micro_batch_size": 1,
     "num_steps": 0,
+    "dynamics_every": 0,
     "warmup_steps": 0,
     "lora_rank": 0,
 }
@@ -140,6 +147,10 @@ class TrainingOptions:
     """Rows of logits that exist at a time."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+
+    dynamics_every: int = 1
+    """Steps between those at which entropies, divergences and shares of what the student wrote are
+    recorded; 0 records none. It takes statistics of every token, also where the rule needs none."""
 
     def __post_init__(self) -> None:
         set_names(self, **_NAMES)

@@ -34,6 +34,7 @@ from tip_analysis.logits.row_statistics import (
     rows_per_block,
     token_statistics,
 )
+from tip_analysis.logits.top_tokens import largest
 from tip_analysis.rollouts.encoded import Rollout
 
 KEY_COLUMNS = ("rollout_id", "prompt_id", "position", "batch_id", "token_id", "loss_mask")
@@ -45,6 +46,14 @@ Head = Callable[[Tensor], Tensor]
 SCORED_FROM = frozenset({"student_entropy_norm", "reverse_kl", "forward_kl"})
 """The statistics that `add_scores` reads."""
 
+
+def topk_overlap(student: Tensor, teacher: Tensor, k: int = 16) -> Tensor:
+    """Share of the student's min(k, V) likeliest tokens that are among the teacher's, of logits
+    [N, V] each: [N]."""
+    ours, theirs = (largest(logits, k)[2] for logits in (student, teacher))
+    return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
+
+
 _SINGLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "student_entropy": lambda student, teacher: entropy(student),
     "student_entropy_norm": lambda student, teacher: entropy(student) / math.log(student.shape[-1]),
@@ -52,6 +61,7 @@ _SINGLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reverse_kl": lambda student, teacher: reverse_kl(student=student, teacher=teacher),
     "forward_kl": lambda student, teacher: forward_kl(student=student, teacher=teacher),
     "jsd": lambda student, teacher: jsd(student=student, teacher=teacher),
+    "topk_overlap": topk_overlap,
 }
 """Statistics that can be had on their own; any other brings the whole of `token_statistics`."""
 
@@ -155,7 +165,9 @@ def step_statistics(
             return {name: _SINGLE[name](student, teacher) for name in sorted(columns)}
         ids = None if token_ids is None else token_ids[rows].to(student.device)
         every = token_statistics(student=student, teacher=teacher, token_ids=ids)
-        return {name: value for name, value in every.items() if name in columns}
+        found = {name: value for name, value in every.items() if name in columns}
+        own = sorted((columns & _SINGLE.keys()) - found.keys())  # no column of the token table
+        return found | {name: _SINGLE[name](student, teacher) for name in own}
 
     step = rows_per_block(vocab_size, device=student_hidden.device)
     found = in_blocks(student_hidden.shape[0], step, block)

@@ -24,14 +24,16 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor, nn
 
 from tip_analysis.analysis.rules import rule as rule_of
+from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.analysis.weightings import NO_WEIGHTING, weighting_of
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.names import Precision
@@ -43,6 +45,7 @@ from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts
 from tip_analysis.training.masked_loss import scaled_weights, weighted_divergence
 from tip_analysis.training.optimizers import build_optimizer, descend
 from tip_analysis.training.options import TrainingOptions, learning_rate_at
+from tip_analysis.training.step_metrics import METRIC_COLUMNS, soft_or_overlap, step_metrics
 from tip_analysis.training.step_selection import (
     needed_statistics,
     select_rows,
@@ -54,6 +57,8 @@ from tip_analysis.training.step_selection import (
 
 logger = logging.getLogger(__name__)
 
+OBSERVED_COLUMNS = METRIC_COLUMNS | {"topk_overlap"}
+"""Statistics of the steps that are observed."""
 RESCORED_TOGETHER = 64
 """Rollouts whose hidden states are held at once when fixed rollouts are scored again."""
 
@@ -77,6 +82,9 @@ class StepRecord:
     updated: bool
     """False where no token was selected: the weights are what they were."""
     time_s: float
+    observed: dict[str, float | None] = field(default_factory=dict)
+    """What the student wrote at that step (`Trainer.observe`); empty at steps that are not
+    observed, and None for what is not known."""
 
 
 class Trainer:
@@ -151,9 +159,11 @@ class Trainer:
         """One optimizer step on given rollouts, each with a token that the student wrote."""
         options = self.options
         micro_batches = _micro_batches(rollouts, options.micro_batch_size)
+        observed = self._is_observed()
+        columns = self.columns | (OBSERVED_COLUMNS if observed else frozenset())
         kept = (
-            self._score(rollouts, micro_batches)
-            if self.columns
+            self._score(rollouts, micro_batches, columns)
+            if columns and rollouts
             else _Scored({}, [None] * len(micro_batches))
         )
         selected, raw_weights = self.select(rollouts, kept.statistics)
@@ -171,6 +181,9 @@ class Trainer:
         )
         weights = self._scaled(rollouts, selected, raw_weights)
         record = replace(record, tokens_trained=int(np.count_nonzero(weights)))
+        if observed and rollouts:
+            found = self.observe(rollouts, kept.statistics, weights != 0.0)
+            record = replace(record, observed=found)
         if not weights.any():
             logger.warning(
                 "step %d: no token is selected, so nothing is trained and the weights stay as"
@@ -192,6 +205,43 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm or math.inf)
         descend(self.optimizer, list(self.parameters.values()), options, learning_rate)
         return replace(record, loss=loss, grad_norm=float(norm), updated=True)
+
+    def _is_observed(self) -> bool:
+        """Whether what this step's rollouts are like is recorded."""
+        every = self.options.dynamics_every
+        return every > 0 and (self.step % every == 0 or self.step + 1 == self.options.num_steps)
+
+    def observe(
+        self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray], selected: np.ndarray
+    ) -> dict[str, float | None]:
+        """What the rollouts of a step are like: `step_metrics`, lengths and overlaps, as
+        `schema.DynamicsTable` has them.
+
+        Args:
+            rollouts: those of the step.
+            statistics: [N] each, of the written tokens, with `OBSERVED_COLUMNS`.
+            selected: [N] bool, the tokens that carry loss.
+        """
+        options = self.options
+        table = self._table(rollouts, statistics)
+        found: dict[str, float | None] = {
+            **step_metrics(table, selected, Taxonomy(**options.cuts)),
+            "response_tokens": float(np.mean([len(r.response) for r in rollouts])),
+            "topk_overlap": float(statistics["topk_overlap"].mean()),
+            "soft_or_overlap": soft_or_overlap(
+                table,
+                selected,
+                retention_ratio=rule_of(options.rule).retention(options.retention_ratio),
+                selection_scope=options.selection_scope,
+            ),
+        }
+        cut_off = [rollout.truncated for rollout in rollouts]
+        known = [value for value in cut_off if value is not None]
+        found["truncated_share"] = float(np.mean(known)) if len(known) == len(cut_off) else None
+        return {
+            name: None if value is None or math.isnan(value) else value
+            for name, value in found.items()
+        }
 
     def _scaled(
         self, rollouts: Sequence[Rollout], selected: np.ndarray, raw_weights: np.ndarray
@@ -229,14 +279,7 @@ class Trainer:
         keeps_all = rule_of(options.rule).keeps_all
         if keeps_all and options.weighting == NO_WEIGHTING:
             return everything, evenly
-        table = step_table(
-            rollouts,
-            statistics,
-            step=self.step,
-            normalization_scope=options.normalization_scope,
-            divergence_clip=options.divergence_clip,
-            cuts=options.cuts,
-        )
+        table = self._table(rollouts, statistics)
         how = {
             "rule": options.rule,
             "retention_ratio": options.retention_ratio,
@@ -248,7 +291,22 @@ class Trainer:
             return selected, evenly
         return selected, weigh_step(table, weighting=options.weighting, **how)
 
-    def _score(self, rollouts: Sequence[Rollout], micro_batches: list[list[int]]) -> "_Scored":
+    def _table(
+        self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]
+    ) -> pl.LazyFrame:
+        """The written tokens of a step as rows of the token table."""
+        return step_table(
+            rollouts,
+            statistics,
+            step=self.step,
+            normalization_scope=self.options.normalization_scope,
+            divergence_clip=self.options.divergence_clip,
+            cuts=self.options.cuts,
+        )
+
+    def _score(
+        self, rollouts: Sequence[Rollout], micro_batches: list[list[int]], columns: frozenset[str]
+    ) -> "_Scored":
         """Statistics of every written token, and the hidden states that the loss can use again.
 
         The teacher's are kept, on the host where there are several micro-batches; the student's,
@@ -259,7 +317,7 @@ class Trainer:
         parts: dict[str, list[np.ndarray]] = {}
         for batch in micro_batches:
             statistics, student, teacher = self._statistics(
-                [rollouts[i] for i in batch], self.columns, keep_graph=single
+                [rollouts[i] for i in batch], columns, keep_graph=single
             )
             kept.states.append((student if single else None, teacher if single else teacher.cpu()))
             for name, values in statistics.items():

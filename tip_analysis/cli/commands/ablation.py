@@ -90,6 +90,7 @@ _PRESET_OPTIONS = (
     "entropy_cut",
     "divergence_cut",
     "rescore_every",
+    "dynamics_every",
     "lora_rank",
     "precision",
     "micro_batch_size",
@@ -210,6 +211,9 @@ class Ablate:
     """k, evaluation samples of each problem."""
     evaluate_every: CountOrNone = 0
     """Steps between evaluations; 0 evaluates at the end only."""
+    dynamics_every: SomeCountOrNone = None
+    """Steps between those at which entropies, divergences and quadrant shares of what the student
+    writes are recorded; 0 records none."""
     checkpoint_every: Count = 20
     """Steps between checkpoints."""
     limit: SomeCount = None

@@ -23,13 +23,14 @@ import torch
 
 from tip_analysis.analysis.accuracy import accuracy
 from tip_analysis.analysis.arms import ALL, Arm
+from tip_analysis.analysis.sample_metrics import mean_majority, num_correct
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.locks import locked
 from tip_analysis.core.names import Mode, SamplingEngine, Scope, TeacherContext, set_names
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run, Stage
-from tip_analysis.core.schema import AblationTable
+from tip_analysis.core.schema import AblationTable, DynamicsTable
 from tip_analysis.core.stages import own_folder
 from tip_analysis.core.table_files import read
 from tip_analysis.models.batching import TokenBudget
@@ -63,6 +64,15 @@ logger = logging.getLogger(__name__)
 
 DRIFT_ROLLOUTS = 64
 """Fixed rollouts on which drift is measured, the first ones."""
+
+_OF_RECORD = ("step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_trained")
+"""Columns of `DynamicsTable` that every step's record has."""
+_OBSERVED = tuple(
+    name
+    for name in polars_schema(DynamicsTable)
+    if name not in ("arm_key", "rule", "retention_ratio", "seed", *_OF_RECORD)
+)
+"""Columns that only observed steps have."""
 
 Report = Callable[[Mapping[str, Any]], None]
 """Told what an arm is doing: `rule`, `retention_ratio`, `seed`, `step` and what there is to say of
@@ -154,6 +164,7 @@ class ArmRunner:
         self.study = study
         self.report = report
         self._keys: dict[tuple[Arm, int], str] = {}
+        self._begun: dict[tuple[Arm, int], dict[str, Any]] = {}
         self.teacher = self._load(study.teacher)
         student = self._load(study.student)
         self.student_record = student.describe()
@@ -269,19 +280,36 @@ class ArmRunner:
             "seed": seed,
         }
         config |= {"rule": arm.rule, "retention_ratio": arm.retention_ratio} | arm.changes
-        stage = self.run.begin(
-            "ablate",
-            config=config,
-            inputs=inputs,
-            settings={
-                "device": str(self.teacher.device),
-                "num_threads": torch.get_num_threads(),
-                **self.bad_rows.record(),
-            },
-            additive=True,
-        )
+        settings = {
+            "device": str(self.teacher.device),
+            "num_threads": torch.get_num_threads(),
+            **self.bad_rows.record(),
+        }
+        self._begun[arm, seed] = {"config": config, "inputs": inputs, "settings": settings}
+        stage = self.run.begin("ablate", **self._begun[arm, seed], additive=True)
         self._keys[arm, seed] = stage.key
         return stage
+
+    def _write_dynamics(self, trainer: Trainer, arm: Arm, seed: int, key: str) -> None:
+        """The observed steps of an arm, before its own rows, so that rows are never without."""
+        rows = [
+            {
+                "arm_key": key,
+                "rule": arm.rule,
+                "retention_ratio": arm.retention_ratio,
+                "seed": seed,
+                **{name: getattr(record, name) for name in _OF_RECORD},
+                **{name: record.observed.get(name) for name in _OBSERVED},
+            }
+            for record in trainer.history
+            if record.observed
+        ]
+        if not rows:
+            return
+        stage = self.run.begin("dynamics", **self._begun[arm, seed], additive=True)
+        if not stage.is_whole(0):
+            stage.write(0, pl.DataFrame(rows, schema=polars_schema(DynamicsTable)))
+        stage.finish(num_rows=len(rows))
 
     def _train(self, arm: Arm, seed: int, key: str, work: Path) -> list[dict[str, Any]]:
         trainer = self._trainer(arm, seed)
@@ -320,6 +348,7 @@ class ArmRunner:
             )
             if trainer.step < last:
                 save_checkpoint(trainer, work, rows)
+        self._write_dynamics(trainer, arm, seed, key)
         return rows
 
     def _trainer(self, arm: Arm, seed: int) -> Trainer:
@@ -400,6 +429,10 @@ class ArmRunner:
             "problem_ids": [problem.id for problem in samples.problems],
             "problem_accuracy": samples.rewards.mean(1).tolist(),
             "problem_best": samples.rewards.max(1).tolist(),
+            "problem_correct": num_correct(samples.rewards).tolist(),
+            "majority_at_k": mean_majority(samples.rewards, samples.answers),
+            "response_tokens": float(np.mean(samples.num_tokens)),
+            "truncated_share": float(np.mean(samples.truncated)),
         }
 
     def _engine_of(self, student: LanguageModel) -> Engine:

@@ -123,6 +123,7 @@ _TABLE_9 = TrainingOptions(
     precision=Precision.BFLOAT16,
     gradient_checkpointing=True,
     micro_batch_size=1,
+    dynamics_every=10,
 )
 _AGENTIC_NOTE = (
     "trains offline on multi-turn rollouts that you give: import them into the run folder first"
