@@ -218,7 +218,7 @@ def _skew_form(alpha: float) -> Form:
         summands = _mixture_summands(
             ratio.q, rest * ratio.difference, _log_mixture(rest, ratio.d)
         ).sum(-1)
-        unsupported = alpha == 0.0 and is_infinite(-log_ratio(row_s, row_t).amin(-1))
+        unsupported = is_infinite(-log_ratio(row_s, row_t).amin(-1))
         return summands.masked_fill(unsupported, math.inf) if alpha == 0.0 else summands
 
     def gradient(student: Tensor, teacher: Tensor) -> Tensor:
