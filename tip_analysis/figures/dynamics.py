@@ -1,6 +1,7 @@
 """The figure of training over steps: one line an arm, its seeds as a band."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -50,7 +51,7 @@ def training_curves(
 def _panel(axes: Axes, curves: pl.DataFrame, arms: Sequence[str]) -> None:
     for arm in arms:
         part = curves.filter(arm=arm).sort("step")
-        style = rule_style(Arm.parse(arm).rule) | {"marker": ""}
+        style: dict[str, Any] = {**rule_style(Arm.parse(arm).rule), "marker": ""}
         axes.plot(part["step"], part["value"], lw=1.2, label=arm, **style)
         axes.fill_between(
             part["step"], part["low"], part["high"], color=style["color"], alpha=0.15, lw=0
