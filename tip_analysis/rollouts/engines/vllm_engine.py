@@ -4,12 +4,10 @@ Prompts go in as token ids and the sampled ids come back, each with ln P at temp
 (`logprobs_mode="raw_logprobs"`). The sampling defaults of a model's generation config are off. The
 engine is as long as the longest sequence that it was told of (`expect`).
 
-Weights of a student that is trained go through a folder: written as safetensors, an adapter merged
-into its base, and read by `reload_weights`, which works on any number of devices; cached prefixes
-of the old weights are dropped.
+Weights of a student that is trained go through a folder (`handed_weights`), which vLLM reads again
+with `reload_weights` on any number of devices; cached prefixes of the old weights are dropped.
 """
 
-import copy
 import gc
 import logging
 import os
@@ -19,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tip_analysis.core.errors import EngineError
 from tip_analysis.core.names import FinishReason, SamplingEngine
@@ -35,6 +35,7 @@ from tip_analysis.rollouts.engines.engine import (
     request_seed,
     stops_of,
 )
+from tip_analysis.rollouts.engines.handed_weights import changed, own_logprobs, write_weights
 from tip_analysis.rollouts.engines.settings import EngineSettings
 from tip_analysis.rollouts.sampling import GREEDY_BELOW, Generation, Sampling
 
@@ -45,6 +46,10 @@ REPRODUCIBLE = (
     " version and the device are the same: its logits differ in their last bits with the batch"
 )
 """What is put on record."""
+TRIED_TOKENS = 32
+"""Length of the sequence with which a hand-over of weights is tried."""
+STILL_OLD = 0.1
+"""Weights count as renewed where the engine is off by less than this part of what they changed."""
 _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -86,6 +91,8 @@ class VLLMEngine:
         self._bias = head_bias(author)
         self._llm: Any = None
         self._written: list[Path] = []
+        self._reloads: bool | None = None
+        """Whether vLLM takes new weights while it is at work; None while it was not tried."""
 
     def identity(self) -> dict[str, Any]:
         """The kind of engine, what it computes in, and further arguments."""
@@ -164,20 +171,67 @@ class VLLMEngine:
     def update(self, student: LanguageModel) -> None:
         """Write with the weights that `student` has now.
 
+        Before the first hand-over to an engine at work, weights that are all different are handed
+        over, and what the engine makes of them is compared with the student's own numbers. An
+        engine that keeps some of the old ones is started afresh for each hand-over instead.
+
         Raises:
             EngineError: vLLM does not take them.
         """
-        folder = Path(tempfile.mkdtemp(prefix="tip-analysis-weights-"))
-        save_weights(student, folder)
+        if self._llm is not None and self._reloads is None:
+            self._reloads = self._takes_new_weights(student)
+        folder = self._write(student)
+        if self._llm is not None and self._reloads:
+            self._reload(folder)
+        elif self._llm is not None:
+            self._stop()
         self._weights = Weights(str(folder))
-        if self._llm is not None:
-            try:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-                self._llm.reset_prefix_cache()
-            except Exception as error:
-                raise EngineError(f"vLLM does not take new weights: {first_line(error)}") from error
+
+    def _write(self, student: LanguageModel) -> Path:
+        """The weights in a new folder; those of before are removed."""
         self._remove_written()
+        folder = Path(tempfile.mkdtemp(prefix="tip-analysis-weights-"))
         self._written.append(folder)
+        write_weights(student, folder)
+        return folder
+
+    def _reload(self, folder: Path) -> None:
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            self._llm.reset_prefix_cache()
+        except Exception as error:
+            raise EngineError(f"vLLM does not take new weights: {first_line(error)}") from error
+
+    def _takes_new_weights(self, student: LanguageModel) -> bool:
+        """Whether `reload_weights` renews every weight, tried with weights that all differ."""
+        count = min(TRIED_TOKENS, self.longest - 1)
+        step = max(1, (student.vocab_size - 1) // (count + 1))
+        sequence = [1 + step * place for place in range(count)]
+        before = own_logprobs(student, sequence)
+        with changed(student.model):
+            expected = own_logprobs(student, sequence)
+            self._reload(self._write(student))
+        found = self._logprobs_of(sequence)
+        off, moved = (found - expected).abs().median(), (before - expected).abs().median()
+        renewed = bool(off < STILL_OLD * moved)
+        if not renewed:
+            logger.warning(
+                "vLLM keeps some weights of %s when new ones are read (log-probabilities are %.2g"
+                " nats off, of %.2g): it is started afresh at each step",
+                self.author.name,
+                off,
+                moved,
+            )
+        return renewed
+
+    def _logprobs_of(self, sequence: list[int]) -> torch.Tensor:
+        """ln P of each token of a sequence but the first, as vLLM has it."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = self._llm.generate([{"prompt_token_ids": sequence}], asked, use_tqdm=False)
+        told = zip(output.prompt_logprobs[1:], sequence[1:], strict=True)
+        return torch.tensor([entry[token].logprob for entry, token in told])
 
     def close(self) -> None:
         """Stop vLLM, and remove the weights that were written for it."""
@@ -233,15 +287,6 @@ def weights_of(name: str) -> Weights:
     """Where vLLM reads a model that is a folder or a hub id."""
     place, options = locate(name)
     return Weights(place, options.get("revision"))
-
-
-def save_weights(student: LanguageModel, folder: Path) -> None:
-    """Write a model's weights and config as other programs read them; adapters are merged into a
-    copy."""
-    network: Any = student.model
-    if hasattr(network, "merge_and_unload"):
-        network = copy.deepcopy(network).merge_and_unload()
-    network.save_pretrained(folder)
 
 
 def _version() -> str:
