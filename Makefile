@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-install faults lint smollm2 vllm test-vllm example docs notebooks site clean
+.PHONY: demo test test-all interop interop-evaluation test-install faults lint smollm2 vllm test-vllm example docs notebooks site clean
 
 demo: $(INSTALLED)  ## the main job on the embedded pair: runs/demo and reports/demo.html
 	$(BIN)/python -m tip_analysis demo --out runs/demo --report reports/demo.html
@@ -23,6 +23,13 @@ interop:  ## with other tools, in an environment of its own: TRL's trainers, tra
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/pip install --quiet --requirement requirements.lock --requirement requirements-interop.lock
 	.venv-interop/bin/python -m pytest -m interop
+
+interop-evaluation: $(INSTALLED)  ## imports of what lm-evaluation-harness and lighteval write, in environments of their own
+	test -x .venv-lmeval/bin/python || $(PYTHON) -m venv .venv-lmeval
+	.venv-lmeval/bin/pip install --quiet --requirement requirements.lock "lm_eval[hf]==0.4.13"
+	test -x .venv-lighteval/bin/python || $(PYTHON) -m venv .venv-lighteval
+	.venv-lighteval/bin/pip install --quiet --requirement requirements.lock lighteval==0.13.0
+	$(BIN)/python -m pytest -m interop tests/rollouts/test_interop_evaluation.py
 
 test-install: $(INSTALLED)  ## the wheel in empty environments: a plain one from the package index, and the demo
 	$(BIN)/python -m pytest -m install
