@@ -1,10 +1,17 @@
 """Files that are complete or absent."""
 
 import hashlib
+import os
 
 import pytest
 
-from tip_analysis.core.atomic_files import file_hash, part_of, remove_stale_parts, write_atomically
+from tip_analysis.core.atomic_files import (
+    file_hash,
+    made_in_a_folder,
+    part_of,
+    remove_stale_parts,
+    write_atomically,
+)
 from tip_analysis.core.errors import StorageError
 
 
@@ -34,3 +41,21 @@ def test_parts_of_this_process_stay(tmp_path):
 def test_the_hash_is_that_of_the_content(tmp_path):
     (tmp_path / "file").write_bytes(b"content")
     assert file_hash(tmp_path / "file") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_files_that_a_library_leaves_beside_a_part_go_with_it(tmp_path):
+    with made_in_a_folder(tmp_path / ".x.part") as path:
+        path.write_text("made")
+        path.with_name(".tmpAbC123").write_text("a library's own")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(".x.part", "made")]
+
+
+def test_files_that_a_killed_library_leaves_are_swept(tmp_path):
+    if (child := os.fork()) == 0:
+        with made_in_a_folder(part_of(tmp_path / "x")) as path:
+            path.with_name(".tmpAbC123").write_text("half")
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.rglob("*"))) == 2
+    remove_stale_parts(tmp_path)
+    assert not list(tmp_path.iterdir())

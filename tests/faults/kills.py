@@ -29,7 +29,9 @@ from faults.file_events import Counter, die_in_writing, fail, kill, watch
 
 from tip_analysis.cli.main import main
 from tip_analysis.core import provenance
+from tip_analysis.core.record import stage_of
 from tip_analysis.core.run_folder import open_run
+from tip_analysis.core.schema import TABLES
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.logits import cpu_kernel
 from tip_analysis.models.loading import load_model
@@ -46,15 +48,17 @@ ABLATE = [*f"{_ARM} {_STEPS} {_SAMPLES}".split(), *STUDENT, *TEACHER]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, and those that come before it."""
+    """A command, those that come before it, and the stages that it fills."""
 
     command: list[str]
     before: tuple[list[str], ...] = ()
+    fills: tuple[str, ...] = ()
 
 
 _ROLLED, _SCORED = (ROLLOUT,), (ROLLOUT, SCORE)
 _MASKS = [*["select", "run", "--rules", "soft_or", "q3", "--ratios", "0.5"]]
 _GRADIENTS = [*["gradients", "run", "--num-probes", "2", "--limit", "3", "--loss", "reverse_kl"]]
+_SCREEN = ["screen", "run", "--ratios", "0.5"]
 _STATES = [*SCORE, "--phase", "teacher"]
 _EXPORT = ["export", "run", "--to", "flat", "--entropy-cut", "0.3"]
 _EVALUATE = (
@@ -62,21 +66,23 @@ _EVALUATE = (
 )
 _REPORT = ["report", "run", "-o", "page.html"]
 SCENARIOS = {
-    "rollout": Scenario(ROLLOUT),
+    "rollout": Scenario(ROLLOUT, fills=("rollout",)),
     "rollout again": Scenario([*ROLLOUT, "--seed", "1", "--overwrite"], (*_SCORED, _MASKS)),
     "import": Scenario(["import", "run", "--from", "text", "--files", "t.jsonl", *STUDENT]),
-    "teacher": Scenario(_STATES, _ROLLED),
+    "teacher": Scenario(_STATES, _ROLLED, fills=("teacher",)),
     "student": Scenario(
         [*SCORE, "--phase", "student", "--discard-teacher-states"], (ROLLOUT, _STATES)
     ),
-    "score": Scenario(SCORE, _ROLLED),
+    "score": Scenario(SCORE, _ROLLED, fills=("score", "vocabulary")),
     "score again": Scenario([*SCORE, "--top-k", "3", "--overwrite"], (*_SCORED, _MASKS)),
-    "gradients": Scenario(_GRADIENTS, _SCORED),
+    "gradients": Scenario(_GRADIENTS, _SCORED, fills=("gradients",)),
     "gradients again": Scenario([*_GRADIENTS, "--overwrite"], (*_SCORED, _GRADIENTS)),
-    "select": Scenario(_MASKS, _SCORED),
+    "select": Scenario(_MASKS, _SCORED, fills=("select",)),
+    "screen": Scenario(_SCREEN, (*_SCORED, _MASKS), fills=("screen",)),
+    "screen again": Scenario([*_SCREEN, "--overwrite"], (*_SCORED, _SCREEN)),
     "select again": Scenario([*_MASKS, "--overwrite"], (*_SCORED, _MASKS)),
-    "evaluate": Scenario([*_EVALUATE.split(), *SMALL], _ROLLED),
-    "ablate": Scenario(ABLATE, _ROLLED),
+    "evaluate": Scenario([*_EVALUATE.split(), *SMALL], _ROLLED, fills=("evaluate",)),
+    "ablate": Scenario(ABLATE, _ROLLED, fills=("ablate",)),
     "export": Scenario(_EXPORT, (*_SCORED, _MASKS)),
     "export again": Scenario(
         [*["export", "run", "--to", "flat", "--entropy-cut", "mean", "--overwrite"]],
@@ -84,6 +90,14 @@ SCENARIOS = {
     ),
     "report": Scenario(_REPORT, (*_SCORED, _MASKS)),
 }
+
+
+UNDISTURBED = {
+    "demo": "the stages of others, one after the other",
+    "status": "writes nothing",
+    "compare": "writes nothing",
+}
+"""Commands without a scenario, and why."""
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -148,6 +162,11 @@ def undisturbed(base: Path, scenario: Scenario) -> tuple[list[str], Path]:
 
     if status := in_child(work):
         raise SystemExit(f"the undisturbed {scenario.command} ended with {status}: {said(whole)}")
+    filled = {
+        stage_of(key) for key in json.loads((whole / "run" / "run.json").read_bytes())["stages"]
+    }
+    if not filled.issuperset(scenario.fills):
+        raise SystemExit(f"{scenario.command} fills {filled}; expected {scenario.fills}")
     events, modules = json.loads(log.read_text())
     for module in modules:
         with suppress(Exception):
@@ -236,7 +255,7 @@ def differs(folder: Path, whole: Path) -> str | None:
         one.verify()
         if records(one.record()) != records(other.record()):
             return "the records differ"
-        for table in ("rollouts", "vocabulary", "tokens", "gradients", "masks", "evaluations"):
+        for table in set(TABLES) - {"ablations"}:
             if one.has(table) and not one.table(table).collect().equals(
                 other.table(table).collect(), null_equal=True
             ):

@@ -136,6 +136,16 @@ FAULTS = {
         lambda frame: pl.concat([frame, frame[5:6]]),
         r"row 5: the key \(.*\) must not occur twice",
     ),
+    "top tokens": (
+        "tokens",
+        lambda frame: frame.with_columns(
+            pl.when(pl.int_range(pl.len()) == 2)
+            .then(pl.col("teacher_topk_ids").list.head(1))
+            .otherwise("teacher_topk_ids")
+            .alias("teacher_topk_ids")
+        ),
+        "row 2: breaks the rule 'top tokens have probabilities'",
+    ),
     "mask": (
         "rollouts",
         lambda frame: frame.with_columns(
@@ -171,6 +181,39 @@ def test_ids_outside_the_shared_vocabulary_are_named(tables, tmp_path):
     spoiled(path, "tokens", at_row("token_id", size))
     with pytest.raises(SchemaError, match=rf"row 3: token_id holds {size}, outside the vocabulary"):
         open_run(path).tokens()
+
+
+@pytest.mark.parametrize("column", ["prompt_token_ids", "response_token_ids"])
+def test_ids_outside_the_students_vocabulary_are_named(tables, tmp_path, column):
+    size = len(tables.vocabulary)
+    path = write_run(tmp_path / "run", tables)
+    record = json.loads((path / "run.json").read_bytes())
+    record["stages"]["rollout"]["config"]["student"] = {"name": "s", "vocab_size": size}
+    (path / "run.json").write_text(json.dumps(record))
+    assert open_run(path).rollouts().collect().height
+    outside = pl.lit([size], pl.List(pl.Int32)).list.concat(pl.col(column).list.slice(1))
+    at = pl.int_range(pl.len()) == 3
+    spoiled(
+        path,
+        "rollouts",
+        lambda frame: frame.with_columns(pl.when(at).then(outside).otherwise(column).alias(column)),
+    )
+    with pytest.raises(SchemaError, match=rf"row 3: {column} holds {size}, outside the vocabulary"):
+        open_run(path).rollouts()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_tokens_of_other_rollouts_are_named(tables, others, tmp_path, verify):
+    """Each table sound, each hash right: but the rollouts are those of another run."""
+    path = write_run(tmp_path / "run", tables)
+    made_of = open_run(path).table_hash("rollouts")
+    record = json.loads((path / "run.json").read_bytes())
+    record["stages"]["score"]["inputs"] = {"rollouts": made_of}
+    (path / "run.json").write_text(json.dumps(record))
+    assert open_run(path).tokens().collect().height
+    spoiled(path, "rollouts", lambda _: others.rollouts)
+    with pytest.raises(RunError, match="score was made of other rollouts than those"):
+        open_run(path).verify() if verify else open_run(path).tokens()
 
 
 def test_bytes_altered_under_a_sound_footer_are_named(run):

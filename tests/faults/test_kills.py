@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from faults.kills import SCENARIOS
+from faults.kills import SCENARIOS, UNDISTURBED
+
+from tip_analysis.cli.registry import COMMANDS
+from tip_analysis.core.record import TABLE_OF_STAGE
 
 HERE = Path(__file__).parent
 SHORT = ("score again", "select", "export")
@@ -38,6 +41,14 @@ def check(found: list[dict], count_check) -> None:
     assert not wrong, f"{len(wrong)} of {len(found)}: {json.dumps(wrong[:10], indent=1)}"
     for verdict in found:
         count_check(KINDS[verdict["kind"]])
+
+
+def test_every_command_and_stage_is_disturbed():
+    tried = {scenario.command[0] for scenario in SCENARIOS.values()}
+    assert tried | UNDISTURBED.keys() == COMMANDS.keys(), "a command without a scenario in kills.py"
+    assert not tried & UNDISTURBED.keys()
+    filled = {stage for scenario in SCENARIOS.values() for stage in scenario.fills}
+    assert filled == TABLE_OF_STAGE.keys(), "a stage without a scenario in kills.py"
 
 
 def test_some_events(tmp_path, count_check):

@@ -62,6 +62,8 @@ def message(error: BaseException) -> str:
         )
     if isinstance(error, TipAnalysisError):
         return one_line(str(error))
+    if _is_panic(error):
+        return f"a file is damaged ({one_line(str(error), 200)}); --verify names it"
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         where = one_line(str(error.filename), 200) + ": " if error.filename else ""
         return f"{where}{error.strerror}"
@@ -75,7 +77,8 @@ def message(error: BaseException) -> str:
 def status_of(error: BaseException) -> int:
     """The exit status that an error stands for."""
     of_the_machine = isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
-    if isinstance(error, InputError) or is_out_of_memory(error) or of_the_machine:
+    at_fault = isinstance(error, InputError) or is_out_of_memory(error) or _is_panic(error)
+    if at_fault or of_the_machine:
         return INPUT
     return OURS
 
@@ -87,6 +90,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
     )
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Polars gave up over bytes that were written by nobody."""
+    return type(error).__name__ == "PanicException"
 
 
 def _place(error: BaseException) -> str:

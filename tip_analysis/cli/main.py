@@ -6,6 +6,8 @@ Options and files are checked before anything slow is imported; `exits` says how
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from tip_analysis.cli import exits
@@ -64,13 +66,14 @@ def _prepare(command: Any) -> None:
 
 
 def _verify(command: Any) -> None:
-    """Check the runs that a command reads, whole."""
+    """Check whole whatever run folder an option names."""
     from tip_analysis.core.run_folder import open_run
 
-    named = [getattr(command, name, None) for name in ("run", "run_a", "run_b")]
-    for path in [*named, *getattr(command, "runs", ())]:
-        if path is not None and (path / "run.json").is_file():
-            open_run(path).verify()
+    for field in fields(command):
+        value = getattr(command, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and (path / "run.json").is_file():
+                open_run(path).verify()
 
 
 def _parse(typed: Sequence[str]) -> Any:

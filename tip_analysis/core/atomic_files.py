@@ -83,6 +83,23 @@ def made_beside(path: Path, *, sweep: bool = True) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def made_in_a_folder(part: Path) -> Iterator[Path]:
+    """Where to make a part file by a library that puts files of its own beside it: in a hidden
+    folder, which goes as part files go.
+
+    Raises:
+        OSError: no space, or no permission.
+    """
+    folder = part.with_name(f".in{part.name}")
+    folder.mkdir()
+    try:
+        yield folder / "made"
+        (folder / "made").replace(part)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file beside `path`, then rename it into its place.
 

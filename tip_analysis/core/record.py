@@ -76,6 +76,7 @@ class Model(TypedDict, total=False):
     """What is kept of a model; more may stand beside it."""
 
     name: str
+    vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Config(TypedDict, total=False):

@@ -30,6 +30,7 @@ from tip_analysis.core.record import (
     config_hash,
     jsonable,
     read_record,
+    stage_of,
     write_record,
 )
 from tip_analysis.core.schema import SCHEMA_VERSION, TABLES
@@ -171,6 +172,7 @@ class Run:
             raise RunError(
                 f"{self.path} has no {name} yet; `tip-analysis {stage} {self.path} …` makes them"
             )
+        self._check_source(name)
         check_footers(shards, name)
         if sum(shard.path.stat().st_size for shard in shards) <= CHEAP_BYTES:
             self._check_whole(shards, name)
@@ -184,10 +186,28 @@ class Run:
         check_whole(
             shards,
             table,
-            vocab_size=scored.get("shared_vocabulary") if table == "tokens" else None,
+            vocab_size=self._vocab_size(table),
             not_available=scored.get("not_available", []) if table == "tokens" else None,
             hashes=self._refuses_altered,
         )
+
+    def _vocab_size(self, table: str) -> int | None:
+        """|V| of the ids in a table, where it is on record."""
+        configs = {key: stage["config"] for key, stage in self.known()["stages"].items()}
+        if table in ("tokens", "vocabulary"):
+            return configs.get("score", {}).get("shared_vocabulary")
+        student = configs.get("rollout", {}).get("student") if table == "rollouts" else None
+        return student.get("vocab_size") if isinstance(student, dict) else None
+
+    def _check_source(self, table: str) -> None:
+        """Refuse rows that were made of other rollouts than those that lie here."""
+        for key, stage in self.known()["stages"].items():
+            source = stage["inputs"].get("rollouts") if stage["table"] == table else None
+            if source is not None and source != self.table_hash("rollouts"):
+                raise RunError(
+                    f"{self.path}: {key} was made of other rollouts than those that are on record"
+                    f" now: restore them, or run `{stage_of(key)}` again with --overwrite"
+                )
 
     def verify(self) -> None:
         """Check every file on record against its hash, and every row of every table against its
@@ -199,6 +219,7 @@ class Run:
         for table in TABLE_OF_STAGE.values():
             shards = self._shards(table)
             if table in TABLES and shards:
+                self._check_source(table)
                 check_footers(shards, table)
                 self._check_whole(shards, table)
             elif altered := [shard for shard in shards if shard.is_altered()]:
@@ -243,7 +264,7 @@ class Run:
         """One hash for all shards of a table, from the hashes on record."""
         shards = {
             shard_name: shard["sha256"]
-            for stage in self.stages().values()
+            for stage in self.known()["stages"].values()
             if stage["table"] == name
             for shard_name, shard in stage["shards"].items()
         }

@@ -251,6 +251,14 @@ class TokenTable(dy.Schema):
     def statistics_where_the_student_wrote(cls) -> pl.Expr:
         return pl.col("student_entropy").is_not_null() == pl.col("loss_mask")
 
+    @dy.rule()
+    def top_tokens_have_probabilities(cls) -> pl.Expr:
+        lengths = {
+            model: [pl.col(f"{model}_topk_{kind}").list.len() for kind in ("ids", "logprobs")]
+            for model in ("student", "teacher")
+        }
+        return pl.all_horizontal(ids.eq_missing(logprobs) for ids, logprobs in lengths.values())
+
 
 ALWAYS_THERE = (
     "student_entropy_norm",

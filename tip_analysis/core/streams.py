@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,3 +85,39 @@ def _open_nowhere(descriptor: int) -> Any:
         os.close(nowhere)
     os.set_inheritable(descriptor, True)
     return os.fdopen(descriptor, "r" if descriptor == 0 else "w", encoding="utf-8", closefd=False)
+
+
+@contextlib.contextmanager
+def stderr_held() -> Iterator[list[bool]]:
+    """Hold back what is written to descriptor 2 in a block, be it by libraries that are not
+    Python's; it appears after the block unless something was put into the list."""
+    dropped: list[bool] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            held = stack.enter_context(tempfile.TemporaryFile())
+            kept = os.dup(2)
+        except OSError:  # a full disk, or no stderr: nothing is held back
+            yield dropped
+            return
+        _flush_stderr()
+        os.dup2(held.fileno(), 2)
+        try:
+            yield dropped
+        finally:
+            _flush_stderr()
+            os.dup2(kept, 2)
+            os.close(kept)
+            if not dropped:
+                _show(held.fileno())
+
+
+def _show(descriptor: int) -> None:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with contextlib.suppress(OSError):
+        while content := os.read(descriptor, 2**16):
+            os.write(2, content)
+
+
+def _flush_stderr() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()

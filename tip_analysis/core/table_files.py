@@ -25,6 +25,7 @@ from tip_analysis.core.contract_checks import first_fault
 from tip_analysis.core.errors import RunError, SchemaError
 from tip_analysis.core.record import COMMAND_OF_STAGE, SHARD_SUFFIX, Record, stage_of
 from tip_analysis.core.schema import ALWAYS_THERE, TABLES
+from tip_analysis.core.streams import stderr_held
 from tip_analysis.core.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -287,14 +288,17 @@ def _check_keys(shards: Sequence[Shard], table: str) -> None:
 
 @contextmanager
 def readable(shard: Shard) -> Iterator[None]:
-    """Turn what goes wrong in reading a shard into one clear error."""
-    try:
-        yield
-    except (RunError, SchemaError):
-        raise
-    except (pl.exceptions.PolarsError, OSError, ValueError, MemoryError) as error:
-        raise RunError(
-            f"{shard.name}: not readable as Parquet ({first_line(error)}); {shard.again}"
-        ) from error
-    except pl.exceptions.PanicException as error:  # pyright: ignore[reportUnusedExcept] # no Exception
-        raise RunError(f"{shard.name}: not readable as Parquet; {shard.again}") from error
+    """Turn what goes wrong in reading a shard into one clear error. Polars panics at some files,
+    and says so in many lines of its own."""
+    with stderr_held() as dropped:
+        try:
+            yield
+        except (RunError, SchemaError):
+            raise
+        except (pl.exceptions.PolarsError, OSError, ValueError, MemoryError) as error:
+            raise RunError(
+                f"{shard.name}: not readable as Parquet ({first_line(error)}); {shard.again}"
+            ) from error
+        except pl.exceptions.PanicException as error:  # pyright: ignore[reportUnusedExcept] # no Exception
+            dropped.append(True)
+            raise RunError(f"{shard.name}: not readable as Parquet; {shard.again}") from error

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tip_analysis.core.atomic_files import made_in_a_folder
 from tip_analysis.core.errors import (
     ConfigurationMismatchError,
     LogitsError,
@@ -182,7 +183,8 @@ def _write(stage: Stage, index: int, columns: Columns, head: OutputHead) -> None
         facts = {"tail_mass": float(tensors["log_tail_mass"].double().exp().sum())}
 
     def write(part: Path) -> None:
-        save_file(tensors, part)
+        with made_in_a_folder(part) as path:
+            save_file(tensors, path)
         part.chmod(
             stage.run.record_path.stat().st_mode
         )  # safetensors lets none but the owner read it

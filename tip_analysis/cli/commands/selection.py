@@ -130,7 +130,7 @@ class Screen:
     def carry_out(self) -> None:
         """Say how much of each part of a run is artefact."""
         from tip_analysis.analysis.screening import ANY, num_artefacts, screen, warnings_of
-        from tip_analysis.cli.console import console, show_table
+        from tip_analysis.cli.console import console, show_note, show_table
 
         table = screen(
             self.run,
@@ -144,4 +144,4 @@ class Screen:
         show_table(f"{self.run}: artefacts", table.filter(artefact=ANY).drop(*hidden, "artefact"))
         console.print(f"{num_artefacts(table):,} tokens are artefacts", soft_wrap=True)
         for warning in warnings_of(table):
-            console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+            show_note("note:", warning)

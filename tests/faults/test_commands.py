@@ -1,0 +1,81 @@
+"""Every command meets the same strangers: the list is the command line's own, so that a new command
+without a row here fails."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from faults.run_folders import run_case
+from synthetic import make_tables, write_run
+
+from tip_analysis.cli.registry import COMMANDS
+
+STUDENT, TEACHER = ("--student", "arithmetic-student"), ("--teacher", "arithmetic-teacher")
+ARGUMENTS = {
+    "demo": ["--out", "RUN"],
+    "rollout": ["RUN", *STUDENT, "--prompts", "PROMPTS"],
+    "import": ["RUN", "--from", "text", "--files", "PROMPTS", *STUDENT],
+    "score": ["RUN", *TEACHER],
+    "gradients": ["RUN"],
+    "select": ["RUN", "--rules", "q3"],
+    "screen": ["RUN"],
+    "ablate": ["RUN", "--preset", "arithmetic", "--dry-run"],
+    "evaluate": ["RUN", "--model", "arithmetic-student", "--prompts", "PROMPTS"],
+    "compare": ["RUN", "RUN"],
+    "status": ["RUN"],
+    "export": ["RUN", "--to", "OUT"],
+    "report": ["RUN", "-o", "OUT.html"],
+}
+"""What each command takes; nothing in it is wrong."""
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_run(tmp_path / "run", make_tables(num_prompts=2, mean_length=6))
+
+
+def typed(command: str, run: Path, folder: Path) -> list[str]:
+    prompts = folder / "p.jsonl"
+    prompts.write_text(json.dumps({"problem": "1+1=", "response": "2", "answer": "2"}))
+    places = {"RUN": run, "PROMPTS": prompts, "OUT": folder / "out", "OUT.html": folder / "o.html"}
+    return [command, *(str(places.get(argument, argument)) for argument in ARGUMENTS[command])]
+
+
+def test_every_command_has_a_row():
+    assert ARGUMENTS.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_verify_refuses_altered_shards(command, run, tmp_path, monkeypatch, capfd, count_check):
+    monkeypatch.setattr("tip_analysis.core.run_folder.CHEAP_BYTES", 0)
+    (shard,) = (run / "tokens").glob("*.parquet")
+    frame = pl.read_parquet(shard, glob=False)
+    frame.with_columns(token=pl.lit("changed")).write_parquet(shard)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    status = run_case([*typed(command, run, tmp_path), "--verify"])
+    said = capfd.readouterr()
+    if command == "status":  # lists them
+        assert (status, "altered or missing: tokens/" in said.out) == (0, True)
+    else:
+        (line,) = said.err.splitlines()
+        assert status == 2
+        assert line.startswith(f"error: {shard}")
+        assert "was altered since it was written" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    count_check("commands: altered shards under --verify")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("place", ["run.json", "run.json/x"])
+def test_a_run_that_is_a_file_is_one_line(command, place, run, tmp_path, capfd, count_check):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    status, said = run_case(typed(command, run / place, tmp_path)), capfd.readouterr().err
+    if command == "ablate":  # only plans
+        assert (status, said) == (0, "")
+    else:
+        (line,) = said.splitlines()
+        assert status == 2
+        assert line.startswith("error: ")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    count_check("commands: runs that are files")
