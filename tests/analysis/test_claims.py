@@ -58,6 +58,7 @@ def test_verdicts_by_eye() -> None:
         ("f", "q3:0.2"): "not run",
         ("g", "soft_or:0.5"): "supported",
         ("h", "divergence:0.5"): "not run",
+        ("i", "not:Q4:1"): "not run",
     }
 
 
@@ -120,7 +121,7 @@ def test_only_shared_seeds_are_paired_and_one_seed_resolves_nothing() -> None:
     assert paired_difference(a.head(1), a.head(1), "accuracy") == (0.0, None, None, 1)
     assert paired_difference(a.head(1), b.tail(1), "accuracy") == (None, None, None, 0)
     one = claims_table(ARMS.filter(seed=0))
-    was_run = one.filter(~pl.col("claim").is_in(["f", "h"]))
+    was_run = one.filter(~pl.col("claim").is_in(["f", "h", "i"]))
     assert set(was_run["verdict"].cast(pl.String)) == {"not resolved"}
     assert was_run["effect"].null_count() == 0
 
@@ -131,7 +132,7 @@ def test_arms_that_were_not_run_say_so() -> None:
     assert table.filter(claim="c")["effect"].to_list() == [None]
     empty = claims_table(ARMS.clear())
     assert set(empty["verdict"].cast(pl.String)) == {"not run"}
-    assert empty.height == 8
+    assert empty.height == 9
 
 
 def test_the_last_step_counts_and_duplicates_are_refused() -> None:

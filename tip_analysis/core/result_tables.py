@@ -158,6 +158,17 @@ class ClaimEffectTable(dy.Schema):
     verdict = dy.Enum(VERDICTS, description="What the interval says")
 
 
+class PairAccuracyTable(dy.Schema):
+    """Accuracy of each arm of several pairs of models and of their mean: `analysis.arms_of_pairs`,
+    `analysis.paper_arms_of_pairs`."""
+
+    rule = dy.String(description="Selection rule")
+    retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
+    pair = dy.String(description="The pair, or `mean over pairs`")
+    accuracy = dy.Float64(description="Mean over seeds and benchmarks")
+    best_at_k = dy.Float64(nullable=True, description="Best@k likewise")
+
+
 class DynamicsCurveTable(dy.Schema):
     """One quantity of training over steps, arm by arm: `analysis.dynamics_curves`, one metric at a
     time."""

@@ -6,6 +6,8 @@ from .dynamics import training_curves as training_curves
 from .gradients import energy_shares as energy_shares
 from .gradients import quadrant_profile as quadrant_profile
 from .groups import group_shares as group_shares
+from .pairs import average_and_best as average_and_best
+from .pairs import mean_over_pairs as mean_over_pairs
 from .selection import composition as composition
 from .selection import coverage_curve as coverage_curve
 from .selection import overlap as overlap

@@ -8,20 +8,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tip_analysis.analysis.arms import Arm
+from tip_analysis.analysis.dynamics import METRICS
 from tip_analysis.core.result_tables import DynamicsCurveTable, checked
 from tip_analysis.figures.rule_styles import rule_style
 from tip_analysis.figures.style import PAGE_WIDTH, WIDE, figure_style, new_panels
 
 
 def training_curves(
-    curves: pl.DataFrame, *, words: Mapping[str, str] | None = None, width: float = PAGE_WIDTH
+    curves: pl.DataFrame, *, words: Mapping[str, str] = METRICS, width: float = PAGE_WIDTH
 ) -> Figure:
     """Quantities of training over steps, a panel each; a line is the mean over seeds of an arm, and
     its band spans the seeds.
 
     Args:
         curves: a `DynamicsCurveTable`; a quantity without a known value gets no panel.
-        words: what each quantity is called above its panel; by default its name.
+        words: what each quantity is called above its panel, else its name.
         width: of the figure, inches.
     """
     curves = checked(curves, DynamicsCurveTable)
@@ -37,9 +38,7 @@ def training_curves(
                 axes.remove()
                 continue
             _panel(axes, known.filter(metric=metrics[place]), arms)
-            axes.set_title(
-                (words or {}).get(metrics[place], metrics[place]), fontsize=9, loc="left"
-            )
+            axes.set_title(words.get(metrics[place], metrics[place]), fontsize=9, loc="left")
             if place >= len(metrics) - columns:
                 axes.set_xlabel("step")
         if metrics:

@@ -124,8 +124,8 @@ class Ablate:
     seeds: Seeds = ()
     """Seeds of every arm: prompts, sampling and selection; by default the preset's."""
     preset: str | None = None
-    """arithmetic, qwen3-8b-4b, llama-70b-8b, qwen2.5-14b-1.5b, qwen3-14b-1.7b-agentic or
-    qwen3-32b-1.7b-agentic."""
+    """arithmetic, arithmetic-field, qwen3-8b-4b, llama-70b-8b, qwen2.5-14b-1.5b,
+    qwen3-14b-1.7b-agentic or qwen3-32b-1.7b-agentic."""
     mode: Mode | None = None
     """Fresh rollouts at every step, or the run's own rollouts and masks."""
     student: str | None = None
@@ -234,6 +234,9 @@ class Ablate:
     """Threads of each such process."""
     margin: Part = 0.02
     """How far apart two arms may be and still count as equal (claims with ≈): a share."""
+    gpu_kind: str = "h100"
+    """With --dry-run, the GPU whose hours are counted: h100, h200, b200, a100-80, a100-40, l40s,
+    a10, l4, rtx-4090 or mi300x."""
     dry_run: Flag = False
     """Show the plan with estimated memory, tokens and device hours, and stop; loads no model."""
     engines: TrainingEngines = field(default_factory=TrainingEngineOptions)
@@ -272,12 +275,14 @@ class Ablate:
 
     def _show_plan(self, preset: "Preset") -> None:
         from tip_analysis.cli.console import show_table
+        from tip_analysis.training.ablation.accelerators import gpu_kind, this_machine
         from tip_analysis.training.ablation.plans import plan_ablation
         from tip_analysis.training.ablation.problem_sets import num_prompts_of
 
         num_prompts = preset.num_prompts or num_prompts_of(self.run)
         planned = preset.with_steps(num_prompts) if num_prompts else preset
-        show_table(f"plan of {preset.name}", plan_ablation(planned).table())
+        plan = plan_ablation(planned, device=gpu_kind(self.gpu_kind), here=this_machine(self.run))
+        show_table(f"plan of {preset.name}", plan.table())
 
     def _show_results(self, rows: "pl.DataFrame", preset: "Preset") -> None:
         from tip_analysis.analysis.arms import arm_results

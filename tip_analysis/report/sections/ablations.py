@@ -22,6 +22,7 @@ from tip_analysis.analysis.ablation_tables import (
 from tip_analysis.analysis.arms import Arm
 from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS, benchmarks_of
 from tip_analysis.analysis.claims import arm_summary, claims_table
+from tip_analysis.analysis.pair_tables import MEAN_OVER_PAIRS, arms_of_pairs, paper_arms_of_pairs
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.text import visible
 from tip_analysis.core.words import count, interval, listed, number, percent, plural, points
@@ -43,7 +44,7 @@ def ablations(views: Sequence[RunView]) -> Section:
     return Section(
         "ablations",
         "Ablations and the paper’s claims",
-        [_part(view, label_of(view, views)) for view in views],
+        [*_pairs(views), *(_part(view, label_of(view, views)) for view in views)],
         shows=(
             "the accuracy of students trained on the selected tokens alone, with equal steps,"
             " prompts and seeds, and whether the paper’s claims hold on this pair by a rule that"
@@ -54,6 +55,40 @@ def ablations(views: Sequence[RunView]) -> Section:
             " anything about other pairs."
         ),
     )
+
+
+def _pairs(views: Sequence[RunView]) -> list[Part]:
+    """Several ablations side by side, where there are several."""
+    tables = {
+        label_of(view, views): view.run.ablations().collect()
+        for view in views
+        if view.run.has("ablations")
+    }
+    ours = arms_of_pairs(tables)
+    if MEAN_OVER_PAIRS not in ours["pair"]:
+        return []
+    paper = paper_arms_of_pairs()
+    pairs = ours["pair"].n_unique() - 1
+    blocks: list[Block] = [
+        picture(
+            lambda width: figures.mean_over_pairs(ours, paper, mean=MEAN_OVER_PAIRS, width=width),
+            key="mean-over-pairs",
+            caption=(
+                "Accuracy of each arm, unweighted mean over these runs, each of which is a stroke."
+                " Hollow diamonds are the paper’s mean over its own pairs on mathematics: other"
+                " models, other problems. An arm that one run lacks is left out."
+            ),
+            alt="Dots of mean accuracy over pairs for each arm.",
+        ),
+        picture(
+            lambda width: figures.average_and_best(ours, width=width),
+            key="average-and-best",
+            caption="mean@k and Best@k of each arm, run by run, and their mean over runs.",
+            alt="Marks of mean@k and Best@k for each arm of each run.",
+        ),
+    ]
+    finding = f"{plural(pairs, 'run')} have ablations; every run weighs the same in the mean."
+    return [Part(finding, blocks, "Means over seeds and benchmarks.", "all runs")]
 
 
 @dataclass(frozen=True)

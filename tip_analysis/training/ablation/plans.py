@@ -34,6 +34,7 @@ import polars as pl
 
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import Mode, Precision
+from tip_analysis.training.ablation.accelerators import Device, Machine
 from tip_analysis.training.ablation.presets import Preset, deviations_from_paper
 
 
@@ -98,20 +99,6 @@ SHAPES: dict[str, ModelShape] = {
 """Shapes of the presets' models, from their public configs."""
 
 
-@dataclass(frozen=True)
-class Device:
-    """One accelerator."""
-
-    name: str = "H100 80 GB"
-    memory_bytes: float = 80e9
-    peak_flops: float = 989e12
-    """Dense bfloat16 operations a second."""
-    bandwidth: float = 3.35e12
-    """Bytes a second of its memory."""
-    utilization: float = 0.35
-    """Share of either that a run attains."""
-
-
 LOGIT_COPIES = 10
 """Arrays of [chunk, V] float32 that exist at once."""
 
@@ -156,7 +143,11 @@ class Plan:
     num_devices: int
     """Devices that the peak needs at nine tenths of each."""
     device_hours: float
-    disk_bytes: int
+    here: Machine | None = None
+    """The machine at hand."""
+    hours_here: float = 0.0
+    """Device hours there."""
+    disk_bytes: int = 0
     """Of an arm's checkpoints: trainable weights and two moments, twice while one replaces the
     other."""
 
@@ -174,6 +165,27 @@ class Plan:
             return f"does not fit: a training needs {self.num_devices}"
         rounds = -(-self.num_trainings // at_once)
         return f"{rounds * self.device_hours / self.num_trainings:,.1f} hours"
+
+    def _here(self) -> list[tuple[str, str]]:
+        """What the machine at hand has of what is needed, and how long it would take."""
+        assert self.here is not None
+        machine, need = self.here, self.memory.peak
+        devices = max(1, -int(-need // (0.9 * machine.device.memory_bytes)))
+        fits = devices <= machine.num_devices
+        at_once = min(machine.num_devices // devices, self.num_trainings) if fits else 0
+        hours = "does not fit"
+        if fits:
+            rounds = -(-self.num_trainings // at_once)
+            hours = f"{rounds * self.hours_here / self.num_trainings:,.1f} hours"
+        memory = f"{need / 1e9:,.1f} of {machine.device.memory_bytes / 1e9:,.1f} GB a device"
+        disk = f"{self.disk_bytes / 1e9:,.1f} of {machine.disk_bytes / 1e9:,.1f} GB that are free"
+        name = f"{machine.num_devices} × {machine.device.name} ({machine.how})"
+        return [
+            ("this machine", name),
+            ("memory here", memory),
+            ("hours here", hours),
+            ("disk here", disk),
+        ]
 
     def table(self) -> pl.DataFrame:
         """The plan as rows of (item, value), for printing."""
@@ -210,7 +222,9 @@ class Plan:
             ("devices", f"{self.num_devices} × {self.device.name}"),
             ("device hours", f"{self.device_hours:,.1f}"),
             *((f"on {n} × {self.device.name}", self.wall_time(n)) for n in (1, 8, 64)),
+            ("assumed", f"{self.device.utilization:.0%} of the device's peak rates are attained"),
             ("disk", f"{self.disk_bytes / 1e9:,.1f} GB for the checkpoint of each arm in training"),
+            *(self._here() if self.here else []),
             ("note", preset.note),
             *(("deviation", line) for line in deviations_from_paper(preset)),
         ]
@@ -226,6 +240,7 @@ def plan_ablation(
     mean_response_tokens: int | None = None,
     sampler_tokens: int = 65_536,
     device: Device | None = None,
+    here: Machine | None = None,
 ) -> Plan:
     """Count out a preset.
 
@@ -238,6 +253,7 @@ def plan_ablation(
         mean_response_tokens: assumed length of a response; by default half of the longest.
         sampler_tokens: tokens in flight while sampling.
         device: what to count device hours of.
+        here: the machine at hand, to be told of too.
 
     Raises:
         OptionError: the shape of a model is not known.
@@ -260,21 +276,18 @@ def plan_ablation(
         * response
         * (num_trainings + len(preset.seeds))
     )
-    step_s = training_seconds(preset, student, teacher, response, device)
     sampled = step_tokens * training.num_steps * num_trainings if on_policy else 0
-    step_s += (
-        sampling_seconds(student, rollouts, response, preset.max_new_tokens, sampler_tokens, device)
-        if on_policy
-        else 0
-    )
-    samples = num_evaluation_problems * preset.num_samples
-    evaluation_s = sampling_seconds(
-        student, samples, response, preset.max_new_tokens, sampler_tokens, device
-    )
-    seconds = (
-        num_trainings * training.num_steps * step_s
-        + (num_trainings + len(preset.seeds)) * evaluation_s
-    )
+
+    def hours_on(where: Device) -> float:
+        step_s = training_seconds(preset, student, teacher, response, where)
+        longest = preset.max_new_tokens
+        if on_policy:
+            step_s += sampling_seconds(student, rollouts, response, longest, sampler_tokens, where)
+        samples = num_evaluation_problems * preset.num_samples
+        evaluation_s = sampling_seconds(student, samples, response, longest, sampler_tokens, where)
+        evaluations = num_trainings + len(preset.seeds)
+        return (num_trainings * training.num_steps * step_s + evaluations * evaluation_s) / 3600
+
     return Plan(
         preset=preset,
         num_trainings=num_trainings,
@@ -285,7 +298,9 @@ def plan_ablation(
         full_logits_bytes=full_logits,
         device=device,
         num_devices=max(1, -int(-memory.peak // (0.9 * device.memory_bytes))),
-        device_hours=seconds / 3600,
+        device_hours=hours_on(device),
+        here=here,
+        hours_here=hours_on(here.device) if here else 0.0,
         disk_bytes=2 * (memory.gradients + memory.optimizer),
     )
 

@@ -189,23 +189,42 @@ def _agentic_preset(name: str, teacher: str, pair: str) -> Preset:
     )
 
 
+_FIELD_ARMS = (
+    "all",
+    "quadrant:Q1:1",
+    "quadrant:Q3:1",
+    "not:Q4:1",
+    "random_window:0.5",
+    "selectkd:1",
+    "all,weighting=soft_or",
+    "all,weighting=ta_opd",
+    "all,weighting=iw_opd",
+    "entropy_sampling:0.5,weighting=horvitz_thompson",
+    "all,loss=k1",
+    "all,loss=k1_centred",
+    "all,loss=entropy_gated",
+)
+"""Weightings, estimators and quadrants beside training on every token."""
+_ARITHMETIC = Preset(
+    name="arithmetic",
+    student="arithmetic-student",
+    teacher="arithmetic-teacher",
+    prompts="arithmetic:train:1024",
+    evaluation_sets=("arithmetic:held_out:128",),
+    arms=PAPER_ARMS,
+    training=TrainingOptions(num_steps=60, learning_rate=1e-3, token_budget=4096),
+    max_prompt_tokens=10,
+    max_new_tokens=118,
+    grader="exact",
+    template="plain",
+    note="runs on a laptop",
+)
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset(
-            name="arithmetic",
-            student="arithmetic-student",
-            teacher="arithmetic-teacher",
-            prompts="arithmetic:train:1024",
-            evaluation_sets=("arithmetic:held_out:128",),
-            arms=PAPER_ARMS,
-            training=TrainingOptions(num_steps=60, learning_rate=1e-3, token_budget=4096),
-            max_prompt_tokens=10,
-            max_new_tokens=118,
-            grader="exact",
-            template="plain",
-            note="runs on a laptop",
-        ),
+        _ARITHMETIC,
+        replace(_ARITHMETIC, name="arithmetic-field", arms=_FIELD_ARMS),
         _math_preset(
             "qwen3-8b-4b",
             "Qwen/Qwen3-4B",
