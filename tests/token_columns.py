@@ -14,5 +14,8 @@ EXACT = [
     "token_id",
     "token",
     "loss_mask",
+    "turn",
+    "segment",
+    "call_part",
     "planted_label",
 ]

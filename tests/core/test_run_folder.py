@@ -7,13 +7,14 @@ import textwrap
 import polars as pl
 import psutil
 import pytest
+from synthetic import make_tables, write_run
 
 from tip_analysis.core.atomic_files import file_hash
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError, SchemaError, StorageError
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import create_run, open_run
-from tip_analysis.core.schema import MaskTable, TokenTable
+from tip_analysis.core.schema import LATER_COLUMNS, MaskTable, TokenTable
 
 
 def mask_rows(position: int = 0) -> pl.DataFrame:
@@ -237,3 +238,28 @@ def test_two_processes_may_fill_one_run(run):
     stage = run.begin("select", config={}, additive=True)
     assert stage.missing(20) == []
     assert sorted(run.masks().collect()["position"]) == list(range(20))
+
+
+def test_columns_that_came_later_are_null_where_a_table_lacks_them(tmp_path):
+    path = write_run(tmp_path / "old", make_tables(num_prompts=2, mean_length=5))
+    shards = sorted((path / "tokens").glob("*.parquet"))
+    table = pl.read_parquet(shards[0])
+    later = sorted(LATER_COLUMNS["tokens"])
+    assert table["turn"].null_count() == 0
+    rewritten = table.drop(later)
+    rewritten.write_parquet(shards[0])
+    record = json.loads((path / "run.json").read_text())
+    record["stages"]["score"]["shards"][shards[0].name]["sha256"] = file_hash(shards[0])
+    (path / "run.json").write_text(json.dumps(record))
+    found = open_run(path).tokens().collect()
+    assert found.columns == TokenTable.column_names()
+    assert found.select(later).null_count().row(0) == (table.height,) * len(later)
+    assert found.drop(later).equals(rewritten)
+
+
+def test_other_columns_may_not_be_missing(tmp_path):
+    path = write_run(tmp_path / "old", make_tables(num_prompts=2, mean_length=5))
+    shard = next((path / "tokens").glob("*.parquet"))
+    pl.read_parquet(shard).drop("jsd").write_parquet(shard)
+    with pytest.raises(SchemaError, match="'jsd' is missing"):
+        open_run(path).tokens()

@@ -178,6 +178,43 @@ class TemplateOrigin(Name):
     NONE = "none"
 
 
+class Segment(Name):
+    """What part of a turn a token that the student wrote belongs to."""
+
+    THINK = "think"
+    """A thought, its tags included."""
+    ANSWER = "answer"
+    """What the reader is shown."""
+    TOOL_CALL = "tool_call"
+    """A call of a tool, its tags included."""
+    OTHER = "other"
+    """Special tokens, such as the end of a turn, and space between the others."""
+
+
+class CallPart(Name):
+    """What part of a tool call a token belongs to."""
+
+    NAME = "name"
+    """The tool's name."""
+    ARGUMENT = "argument"
+    """What is passed to it."""
+    SYNTAX = "syntax"
+    """Tags, keys and brackets around both."""
+
+
+class ConversationMatch(Name):
+    """How the token ids of a conversation that grew turn by turn compare with those of the chat
+    template's rendering of the whole."""
+
+    IDS = "ids"
+    """Equal."""
+    TEXT = "text"
+    """The texts are equal; the student spelt some of its own with other tokens than the tokenizer
+    would."""
+    REWRITTEN = "rewritten"
+    """The template shows an earlier turn otherwise than the student wrote it."""
+
+
 class PlantedLabel(Name):
     """What a token of the arithmetic pair truly is."""
 

@@ -40,7 +40,7 @@ from tip_analysis.core.table_files import (
     Shard,
     check_footers,
     check_whole,
-    scan,
+    scan_table,
     shards_of,
 )
 
@@ -176,7 +176,7 @@ class Run:
         check_footers(shards, name)
         if sum(shard.path.stat().st_size for shard in shards) <= CHEAP_BYTES:
             self._check_whole(shards, name)
-        return scan([shard.path for shard in shards])
+        return scan_table(shards, name)
 
     def _shards(self, table: str) -> list[Shard]:
         return shards_of(self.path, self.known(), table)

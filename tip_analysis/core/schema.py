@@ -16,6 +16,8 @@ import polars as pl
 from tip_analysis.core.names import (
     Approximation,
     Artefact,
+    CallPart,
+    ConversationMatch,
     FinishReason,
     IdsOrigin,
     Loss,
@@ -25,6 +27,7 @@ from tip_analysis.core.names import (
     Mode,
     PlantedLabel,
     ScreenedPart,
+    Segment,
     SelectionScope,
     TemplateOrigin,
     TrainingLoss,
@@ -50,6 +53,9 @@ class RolloutTable(dy.Schema):
         nullable=True,
         description="What sampled it: `hf`, `vllm` or `server`; null if it was imported",
     )
+    environment = dy.String(
+        nullable=True, description="The environment that it acted in; null for a single turn"
+    )
     step = dy.Int32(
         nullable=True, min=0, description="Training step of the author, where the source says so"
     )
@@ -73,6 +79,20 @@ class RolloutTable(dy.Schema):
         dy.Int32(min=0), description="Exact token ids of the response, end-of-sequence included"
     )
     loss_mask = dy.List(dy.Bool(), description="True where the student wrote the token")
+    turn_starts = dy.List(
+        dy.Int32(min=0),
+        nullable=True,
+        description=(
+            "Positions at which the student's turns begin; null where the mask alone tells them"
+        ),
+    )
+    conversation_match = dy.Enum(
+        ConversationMatch,
+        nullable=True,
+        description=(
+            "Whether the ids are those of the conversation rendered at once; environments only"
+        ),
+    )
     sampled_logprobs = dy.List(
         dy.Float32(nullable=True),
         nullable=True,
@@ -91,6 +111,9 @@ class RolloutTable(dy.Schema):
     seed = dy.Int64(nullable=True, description="Seed of the sampling; null if unknown")
     reward = dy.Float32(
         nullable=True, description="The grader's verdict, or the source's; null if ungraded"
+    )
+    reward_parts = dy.String(
+        nullable=True, description="What an environment's reward is made of, as JSON: name to value"
     )
     ground_truth = dy.String(nullable=True, description="Reference answer")
     solution = dy.String(
@@ -142,6 +165,24 @@ class TokenTable(dy.Schema):
     token = dy.String(description="Its text; bytes that are no text on their own appear as U+FFFD")
     loss_mask = dy.Bool(
         description="True where the student wrote the token; elsewhere statistics are null"
+    )
+    turn = dy.Int32(
+        nullable=True,
+        min=0,
+        description="The student's turn, from 0; what its environment answers belongs to it",
+    )
+    segment = dy.Enum(
+        Segment,
+        nullable=True,
+        description=(
+            "Part of the turn: `think`, `answer`, `tool_call` or `other`; null where the student "
+            "did not write"
+        ),
+    )
+    call_part = dy.Enum(
+        CallPart,
+        nullable=True,
+        description="Part of a tool call: `name`, `argument` or `syntax`; null elsewhere",
     )
     student_entropy = dy.Float32(**_NATS, description="H(P_S), nats")
     student_entropy_norm = dy.Float32(
@@ -381,6 +422,12 @@ class EvaluationTable(dy.Schema):
     answer = dy.String(
         nullable=True, description="The answer that the grader read; null where it reads none"
     )
+    reward_parts = dy.String(
+        nullable=True, description="What an environment's reward is made of, as JSON: name to value"
+    )
+    num_turns = dy.Int32(
+        nullable=True, min=1, description="Turns of the model in an environment; null without one"
+    )
     num_tokens = dy.Int32(min=0, description="Tokens of the response")
     finish_reason = dy.Enum(FinishReason, description="`stop` or `length`")
     response_text = dy.String(description="The response")
@@ -548,3 +595,11 @@ TABLES: dict[str, type[dy.Schema]] = {
     "evaluations": EvaluationTable,
 }
 """Name of the folder in a run, and the contract of the rows in it."""
+
+LATER_COLUMNS: dict[str, frozenset[str]] = {
+    "rollouts": frozenset({"environment", "turn_starts", "conversation_match", "reward_parts"}),
+    "tokens": frozenset({"turn", "segment", "call_part"}),
+    "evaluations": frozenset({"answer", "reward_parts", "num_turns"}),
+}
+"""Columns that tables of this schema version may lack, since they came later: they are null there.
+"""

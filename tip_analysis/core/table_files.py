@@ -24,7 +24,7 @@ from tip_analysis.core.atomic_files import file_hash
 from tip_analysis.core.contract_checks import first_fault
 from tip_analysis.core.errors import RunError, SchemaError
 from tip_analysis.core.record import COMMAND_OF_STAGE, SHARD_SUFFIX, Record, stage_of
-from tip_analysis.core.schema import ALWAYS_THERE, TABLES
+from tip_analysis.core.schema import ALWAYS_THERE, LATER_COLUMNS, TABLES
 from tip_analysis.core.streams import stderr_held
 from tip_analysis.core.text import first_line
 
@@ -74,6 +74,30 @@ class Shard:
 def scan(files: Sequence[Path]) -> pl.LazyFrame:
     """Parquet files as one lazy frame; a path is never a pattern."""
     return pl.scan_parquet(list(files), glob=False, hive_partitioning=False)
+
+
+def scan_table(shards: "Sequence[Shard]", table: str) -> pl.LazyFrame:
+    """Shards with sound footers as one lazy frame that has every column of its contract."""
+    if table not in LATER_COLUMNS or all(_is_complete(shard, table) for shard in shards):
+        return scan([shard.path for shard in shards])
+    return pl.concat([with_later_columns(scan([shard.path]), table) for shard in shards])
+
+
+def _is_complete(shard: "Shard", table: str) -> bool:
+    return LATER_COLUMNS[table] <= set(_sound_columns(shard, table))
+
+
+def with_later_columns(frame: pl.LazyFrame, table: str) -> pl.LazyFrame:
+    """A table with the columns of its contract that came after it was written, as nulls."""
+    present = frame.collect_schema().names()
+    contract = TABLES[table].columns()
+    missing = [name for name in contract if name in LATER_COLUMNS.get(table, ())]
+    missing = [name for name in missing if name not in present]
+    if not missing:
+        return frame
+    nulls = [pl.lit(None, contract[name].dtype).alias(name) for name in missing]
+    others = [name for name in present if name not in contract]
+    return frame.with_columns(nulls).select(*contract, *others)
 
 
 def read(file: Path) -> pl.DataFrame:
@@ -138,7 +162,13 @@ def check_footers(shards: Sequence[Shard], table: str) -> None:
     Raises:
         RunError, SchemaError: names the shard and what is wrong.
     """
-    columns = [_sound_columns(shard, table) for shard in shards]
+    later = LATER_COLUMNS.get(table, frozenset())
+    columns = [
+        pl.Schema(
+            {name: of for name, of in _sound_columns(shard, table).items() if name not in later}
+        )
+        for shard in shards
+    ]
     for shard, found in zip(shards, columns, strict=True):
         if found != columns[0]:
             raise SchemaError(
@@ -165,6 +195,8 @@ def _sound_columns(shard: Shard, table: str) -> pl.Schema:
 def _check_columns(found: pl.Schema, table: str, shard: Shard) -> None:
     for column, contract in TABLES[table].columns().items():
         if column not in found:
+            if column in LATER_COLUMNS.get(table, ()):
+                continue
             raise SchemaError(
                 f"{shard.name}: the column {column!r} is missing; the table was written by another"
                 " version"
@@ -233,7 +265,7 @@ def _check_rows(
     shard: Shard, table: str, vocab_size: int | None, not_available: Sequence[str] | None
 ) -> None:
     with readable(shard):
-        frame = read(shard.path)
+        frame = with_later_columns(read(shard.path).lazy(), table).collect()
         fault = (
             first_fault(frame, TABLES[table])
             or _outside_vocabulary(frame, vocab_size)

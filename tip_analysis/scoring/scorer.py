@@ -32,6 +32,7 @@ from tip_analysis.models.loading import LanguageModel, overflow_hint, shared_voc
 from tip_analysis.models.output_head import OutputHead
 from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.encoded import Rollout, rollouts_in_memory
+from tip_analysis.rollouts.segments import label_segments
 from tip_analysis.scoring.artefacts import PADDED_MASS, label_artefacts, mass_outside
 
 SHARING_PAYS_FROM = 0.2
@@ -128,6 +129,7 @@ class Scorer:
         )
         table = _assemble(rollouts, columns, self.texts)
         special_ids = self.student.tokenizer.all_special_ids
+        table = label_segments(table, rollouts, special_ids=special_ids)
         return label_artefacts(
             table,
             rollouts,
