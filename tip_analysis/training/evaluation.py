@@ -50,6 +50,10 @@ class Samples:
     """[P, k] float64."""
     answers: Sequence[str | None]
     """The answer in each text, where the grader reads one."""
+    reward_parts: Sequence[str | None] = ()
+    """What each reward is made of, as JSON; none without an environment."""
+    num_turns: Sequence[int | None] = ()
+    """Turns of each; none without an environment."""
 
     @property
     def num_tokens(self) -> list[int]:
@@ -76,6 +80,8 @@ class Samples:
             [self.texts[i] for i in samples],
             self.rewards[problems],
             [self.answers[i] for i in samples],
+            [self.reward_parts[i] for i in samples] if self.reward_parts else (),
+            [self.num_turns[i] for i in samples] if self.num_turns else (),
         )
 
 
@@ -146,6 +152,8 @@ def evaluation_rows(samples: Samples, *, model: str, seed: int) -> pl.DataFrame:
         "sample_index": [index for _, index in names],
         "reward": samples.rewards.reshape(-1).tolist(),
         "answer": list(samples.answers),
+        "reward_parts": samples.reward_parts or [None] * len(names),
+        "num_turns": samples.num_turns or [None] * len(names),
         "num_tokens": samples.num_tokens,
         "finish_reason": [str(generation.finish_reason) for generation in samples.generations],
         "response_text": list(samples.texts),
