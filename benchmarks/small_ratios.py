@@ -31,7 +31,9 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 RESULTS = Path(__file__).parent / "results" / "small_ratios.json"
 
 
-def run_condition(name: str, out: Path, seeds: list[int], jobs: int) -> list[dict[str, Any]]:
+def run_condition(
+    name: str, out: Path, arms: list[Arm], seeds: list[int], jobs: int
+) -> list[dict[str, Any]]:
     preset = resolve_preset("arithmetic", **CONDITIONS[name])
     study = study_from_preset(
         preset,
@@ -39,9 +41,9 @@ def run_condition(name: str, out: Path, seeds: list[int], jobs: int) -> list[dic
         evaluation_prompts=load_evaluation_sets(preset.evaluation_sets),
     )
     folder = out / name.replace(", ", "-").replace(" ", "-")
-    rows = run_ablation(create_run(folder), study, arms=ARMS, seeds=seeds, jobs=jobs)
+    rows = run_ablation(create_run(folder), study, arms=arms, seeds=seeds, jobs=jobs)
     kept = ["rule", "retention_ratio", "seed", "step", "accuracy", "best_at_k"]
-    kept += ["heldout_reverse_kl", "losses"]
+    kept += ["heldout_reverse_kl", "problem_accuracy", "losses"]
     return [{"condition": name} | row for row in rows.select(kept).to_dicts()]
 
 
@@ -50,14 +52,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/small_ratios"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS))
+    parser.add_argument("--arms", nargs="+", default=list(map(str, ARMS)))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    arms = [Arm.parse(text) for text in options.arms]
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:  # each pass is whole, so that a run that is cut off is balanced
         for name in options.conditions:
-            rows += run_condition(name, options.out, [seed], options.jobs)
+            rows += run_condition(name, options.out, arms, [seed], options.jobs)
             conditions = {name: CONDITIONS[name] for name in options.conditions}
             found = json.dumps({"conditions": conditions, "rows": rows}, indent=1)
             options.results.write_text(found + "\n")

@@ -187,3 +187,16 @@ def test_evaluations_are_judged_per_benchmark() -> None:
         compare_models(table, model="a", baseline="b", benchmark="harder")
     found = compare_models(table, model="a", baseline="b", benchmark="easy")
     assert (found.difference, found.num_problems) == (0.5, 3)
+
+
+def test_what_is_beside_the_accuracy_is_averaged_too_and_lists_are_empty() -> None:
+    small = make_ablations(benchmark="AIME24", problems=5).with_columns(majority_at_k=pl.lit(0.2))
+    large = make_ablations(benchmark="MATH-500", problems=80).with_columns(
+        majority_at_k=pl.lit(0.6), truncated_share=pl.lit(0.25)
+    )
+    keys = ["rule", "retention_ratio", "seed"]
+    found = with_mean_over_benchmarks(pl.concat([small, large]), keys)
+    mean = found.filter(benchmark=MEAN_OVER_BENCHMARKS)
+    assert mean["majority_at_k"].to_list() == pytest.approx([0.4] * mean.height)
+    assert mean["truncated_share"].to_list() == pytest.approx([0.15] * mean.height)
+    assert mean["problem_correct"].list.len().to_list() == [0] * mean.height

@@ -1,5 +1,5 @@
 """TRL's own IW-OPD and GKD on the same batch. Marked `interop`: `make interop` makes the
-environment; `TRL_PYTHON` may name another one's Python."""
+environment; `TIP_TRL_PYTHON` may name another one's Python."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tip_analysis.logits.row_statistics import token_statistics
 from tip_analysis.logits.training_losses import training_loss
 
 ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("TRL_PYTHON", ROOT / ".venv-interop/bin/python"))
+PYTHON = Path(os.environ.get("TIP_TRL_PYTHON", ROOT / ".venv-interop/bin/python"))
 
 pytestmark = pytest.mark.interop
 

@@ -16,9 +16,13 @@ import pytest
 import torch
 from tiny_models import tiny_language_model
 
+from tip_analysis.analysis.ablation_tables import final_arms
 from tip_analysis.analysis.arms import Arm, arm_results, parse_arms
 from tip_analysis.analysis.claims import claims_table
 from tip_analysis.analysis.masks import write_masks
+from tip_analysis.analysis.quadrants import assign_quadrants
+from tip_analysis.analysis.scores import add_scores
+from tip_analysis.analysis.weightings import weigh_tokens
 from tip_analysis.core.contract_checks import validate
 from tip_analysis.core.errors import (
     ContextLengthError,
@@ -29,7 +33,7 @@ from tip_analysis.core.errors import (
     UnknownNameError,
 )
 from tip_analysis.core.run_folder import create_run, open_run
-from tip_analysis.core.schema import AblationTable
+from tip_analysis.core.schema import AblationTable, DynamicsTable
 from tip_analysis.demo.arithmetic.language import problems
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.rollouts.bad_rows import BadRows
@@ -207,6 +211,53 @@ def test_a_live_table_shows_every_arm(finished):
     assert "62.5 / 25.0 %" in text
 
 
+def test_arms_may_have_a_loss_and_a_weighting_of_their_own(tmp_path):
+    arms = parse_arms(
+        ["all", "all,loss=k1", "soft_or:0.5,weighting=q3", "all,weighting=iw_opd,loss=k1"], []
+    )
+    run = create_run(tmp_path / "run")
+    table = run_ablation(run, study(), arms=arms, seeds=[0])
+    found = dict(
+        table.filter(pl.col("step") == 3)
+        .select("rule", pl.struct("loss", "weighting", "retention_ratio"))
+        .iter_rows()
+    )
+    assert {name: tuple(facts.values()) for name, facts in found.items()} == {
+        "all": ("reverse_kl", "none", 1.0),
+        "all,loss=k1": ("k1", "none", 1.0),
+        "soft_or,weighting=q3": ("reverse_kl", "q3", 0.5),
+        "all,weighting=iw_opd,loss=k1": ("k1", "iw_opd", 1.0),
+    }
+    compared = final_arms(table)
+    assert set(compared["rule"]) == set(found)
+    assert set(arm_results(table)["rule"]) == {"untrained", *found}
+    again = run_ablation(run, study(), arms=arms, seeds=[0])
+    assert again.equals(table)
+
+
+def test_an_arm_whose_weights_cannot_be_made_is_refused_before_training(tmp_path):
+    run = create_run(tmp_path / "run")
+    for name, words in (("horvitz_thompson", "rule that samples"), ("oracle", "mode offline")):
+        arms = parse_arms(["all", f"soft_or:0.5,weighting={name}"], [])
+        with pytest.raises(OptionError, match=words):
+            run_ablation(run, study(), arms=arms)
+    assert not run.has("ablations")
+
+
+def test_observed_steps_are_a_table_of_the_run(finished):
+    run, table = finished
+    dynamics = validate(run.dynamics().collect(), DynamicsTable)
+    keys = dynamics.select("rule", "seed", "step").sort("rule", "seed", "step").rows()
+    assert keys == [(r, s, t) for r in ("all", "soft_or") for s in (0, 1) for t in (0, 1, 2)]
+    assert set(dynamics["arm_key"]) == set(table.filter(pl.col("step") > 0)["arm_key"])
+    everything = dynamics.filter(rule="all")
+    assert everything["soft_or_overlap"].to_list() == [1.0] * 6
+    assert everything["selected_share_q1"].drop_nulls().unique().to_list() == [1.0]
+    assert dynamics["truncated_share"].null_count() == 0
+    losses = table.filter(rule="all", seed=0).sort("step")["losses"].explode().to_list()
+    assert everything.filter(seed=0).sort("step")["loss"].to_list() == pytest.approx(losses)
+
+
 # ------------------------------------------------------------------------------------------ offline
 
 
@@ -220,6 +271,44 @@ def scored_run(tmp_path_factory):
     )
     score_rollouts(run, Scorer(options.student, options.teacher, TokenBudget(10_000)))
     return run
+
+
+def test_offline_masks_and_weights_are_those_of_the_token_table(scored_run):
+    source = fixed_rollouts(
+        scored_run,
+        study().student,
+        rule="quadrant:Q1",
+        retention_ratio=1.0,
+        selection_scope="rollout",
+        mask_seed=0,
+        prompts_per_step=2,
+        seed=0,
+        weighting="soft_or",
+    )
+    tokens = scored_run.tokens().collect()
+    scored = assign_quadrants(add_scores(tokens)).collect()
+    weights = weigh_tokens(scored, weighting="soft_or").collect()["weight"]
+    for row, weight in zip(scored.iter_rows(named=True), weights, strict=True):
+        name, position = row["rollout_id"], row["position"]
+        assert source.weights[name][position] == weight
+        chosen = name in source.masks and source.masks[name][position]
+        assert chosen == (row["quadrant"] == "Q1")
+    arms = parse_arms(["quadrant:Q1:1", "all,weighting=iw_opd,loss=k2"], [])
+    table = run_ablation(scored_run, study(mode="offline", prompts=()), arms=arms, seeds=[0])
+    trained = table.filter(rule="quadrant:Q1")["tokens_trained"].max()
+    assert trained == (scored["quadrant"] == "Q1").sum()  # one epoch
+    with pytest.raises(RunError, match="no gradients"):
+        fixed_rollouts(
+            scored_run,
+            study().student,
+            rule="all",
+            retention_ratio=1.0,
+            selection_scope="rollout",
+            mask_seed=0,
+            prompts_per_step=2,
+            seed=0,
+            weighting="oracle",
+        )
 
 
 def test_offline_arms_train_on_stored_masks_and_log_drift(scored_run):

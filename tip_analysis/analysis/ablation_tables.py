@@ -143,9 +143,9 @@ def claim_effects(judged: pl.DataFrame) -> pl.DataFrame:
 
 def arm_costs(arms: pl.DataFrame) -> pl.DataFrame:
     """What each arm cost and came to beside its accuracy, means over seeds, per benchmark and for
-    their unweighted mean: rule, retention_ratio, benchmark, best_at_k, heldout_reverse_kl,
-    tokens_trained, step_time_s, peak_memory_bytes."""
-    means = ("best_at_k", "heldout_reverse_kl", "tokens_trained", "step_time_s")
+    their unweighted mean: rule, retention_ratio, benchmark, best_at_k, majority_at_k,
+    heldout_reverse_kl, tokens_trained, step_time_s, peak_memory_bytes."""
+    means = ("best_at_k", "majority_at_k", "heldout_reverse_kl", "tokens_trained", "step_time_s")
     keys = ["rule", "retention_ratio", "benchmark"]
     arms = with_mean_over_benchmarks(arms, ["rule", "retention_ratio", "seed"])
     return arms.group_by(keys, maintain_order=True).agg(pl.col(*means, "peak_memory_bytes").mean())

@@ -24,8 +24,15 @@ _PAPER_NAMES = {
     **dict.fromkeys(["aime25", "aime2025"], "AIME25"),
     **dict.fromkeys(["deepplanning", "deepplanningtravel"], AGENTIC_BENCHMARK),
 }
-_MEAN = ("accuracy", "best_at_k", "heldout_reverse_kl")
-_LISTS = ("problem_ids", "problem_accuracy", "problem_best")
+_MEAN = (
+    "accuracy",
+    "best_at_k",
+    "majority_at_k",
+    "response_tokens",
+    "truncated_share",
+    "heldout_reverse_kl",
+)
+_LISTS = ("problem_ids", "problem_accuracy", "problem_best", "problem_correct")
 
 
 def paper_benchmark(name: str | None) -> str | None:
@@ -54,7 +61,8 @@ def with_mean_over_benchmarks(
     Args:
         table: one row per evaluation and benchmark.
         keys: what tells one evaluation from another: rule, retention_ratio, seed …
-        metrics: columns to average beside `accuracy`, `best_at_k` and `heldout_reverse_kl`.
+        metrics: columns to average beside `accuracy`, `best_at_k`, `majority_at_k`,
+            `heldout_reverse_kl` and what responses are like.
 
     Returns:
         The rows and, with `MEAN_OVER_BENCHMARKS` as `benchmark`, one row for each evaluation that

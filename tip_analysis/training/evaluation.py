@@ -273,9 +273,12 @@ def _summary(rows: pl.DataFrame) -> dict[str, Any]:
         name: None if value != value else value
         for name, value in asdict(accuracy(rewards_by_problem(rows))).items()
     }
-    own = sample_metrics(rows).filter(pl.col("metric").str.contains("^(?:pass|majority)@"))
+    table = sample_metrics(rows)
+    own = table.filter(pl.col("metric").str.contains("^(?:pass|majority)@"))
+    ends = table.select("metric", "low", "high").iter_rows()
     return found | {
         **dict(own.select("metric", "value").iter_rows()),
+        "intervals": {metric: [low, high] for metric, low, high in ends},
         "num_tokens": int(rows["num_tokens"].sum()),
         "truncated_share": truncated_share(rows),
     }

@@ -297,6 +297,7 @@ def _arms_block(arms: pl.DataFrame, summary: pl.DataFrame) -> Table:
 _ArmRows = dict[str, dict[str, Any]]
 """What an arm reached on each benchmark."""
 
+_ACCURACIES = ("accuracy", "Best@k", "majority@k")
 _COST_COLUMNS = ["held-out KL", "tokens trained on", "seconds per step", "peak GB"]
 
 
@@ -306,9 +307,9 @@ def _mean_on(rows: _ArmRows, benchmark: str) -> float:
 
 def _accuracy_columns(benchmarks: list[str]) -> list[str]:
     if len(benchmarks) == 1:
-        return ["accuracy", "Best@k"]
+        return list(_ACCURACIES)
     names = [visible(name, 40) for name in benchmarks]
-    return [f"{what}: {name}" for name in names for what in ("accuracy", "Best@k")]
+    return [f"{what}: {name}" for name in names for what in _ACCURACIES]
 
 
 def _arm_cells(rows: _ArmRows, benchmarks: list[str]) -> list[Any]:
@@ -327,9 +328,11 @@ def _arm_cells(rows: _ArmRows, benchmarks: list[str]) -> list[Any]:
 
 def _accuracy_cells(row: dict[str, Any] | None) -> list[Any]:
     if row is None:
-        return ["–", "–"]
+        return ["–"] * len(_ACCURACIES)
     spread = "" if row["std"] is None else f"± {percent(row['std'])}"
-    return [Measured(percent(row["mean"]), spread), percent(row["best_at_k"])]
+    most = row["majority_at_k"]
+    voted = "–" if most is None else percent(most)
+    return [Measured(percent(row["mean"]), spread), percent(row["best_at_k"]), voted]
 
 
 def _memory_picture(view: RunView, arms: pl.DataFrame) -> Block:

@@ -32,6 +32,8 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from tip_analysis.analysis.arms import UNTRAINED, Arm
+from tip_analysis.analysis.rules import rule as rule_of
+from tip_analysis.analysis.weightings import weighting_of
 from tip_analysis.core.errors import OptionError, PromptFileError, TipAnalysisError
 from tip_analysis.core.names import Mode, SamplingEngine
 from tip_analysis.core.run_folder import Run
@@ -140,6 +142,8 @@ def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs:
     for prompt in study.evaluation_prompts:
         if prompt.answer is None:
             raise PromptFileError(f"evaluation prompt {prompt.id!r} has no answer to grade against")
+    for arm in arms:
+        _check_weighting(study, arm)
     if jobs < 1:
         raise OptionError(f"--jobs must be at least 1, found {jobs}")
     if study.engine.engine is SamplingEngine.SERVER:
@@ -153,6 +157,22 @@ def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs:
     if jobs > 1 and not (isinstance(study.student, str) and isinstance(study.teacher, str)):
         raise OptionError(
             "with --jobs above 1, models must be given by name: each process loads its own"
+        )
+
+
+def _check_weighting(study: StudyOptions, arm: Arm) -> None:
+    """Refuse an arm whose weights cannot be made, before any arm is trained."""
+    name = arm.changes.get("weighting", study.training.weighting)
+    kind, chosen = weighting_of(name), rule_of(arm.base_rule)
+    if kind.of_selection and not (chosen.sampled or chosen.keeps_all):
+        raise OptionError(
+            f"the weighting {name} needs a rule that samples tokens, such as entropy_sampling;"
+            f" found the arm {arm}"
+        )
+    if kind.needs_gradients and study.mode == Mode.ON_POLICY:
+        raise OptionError(
+            f"the weighting {name} needs measured gradients: train with --mode offline on a run"
+            f" that has them; found the arm {arm}"
         )
 
 
