@@ -1,6 +1,8 @@
-"""The notebooks: tidy as they are stored, with outputs that are current, and right when run from a fresh kernel.
+"""The notebooks: tidy as they are stored, with outputs that are current, and right when run from a
+fresh kernel.
 
-Each is run as it stands on a small run, with one more cell that checks what it computed against another way of getting there.
+Each is run as it stands on a small run, with one more cell that checks what it computed against
+another way of getting there.
 """
 
 import ast
@@ -30,40 +32,52 @@ CHECKS = {
         import sys
         placed = quads.filter("loss_mask").collect()
         high_entropy, high_divergence = placed["student_entropy"] > 0.3, placed["reverse_kl"] > 0.5
-        assert abs(summary.share("Q3") - (~high_entropy & high_divergence).sum() / placed.height) < 1e-12
-        assert all(abs(by_quadrant[name] - summary.share(name)) < 1e-12 for name in ("Q1", "Q2", "Q3", "Q4"))
-        assert (table["share_low"] <= table["share"]).all() and (table["share"] <= table["share_high"]).all()
+        num_q3 = (~high_entropy & high_divergence).sum()
+        assert abs(summary.share("Q3") - num_q3 / placed.height) < 1e-12
+        for name in ("Q1", "Q2", "Q3", "Q4"):
+            assert abs(by_quadrant[name] - summary.share(name)) < 1e-12
+        assert (table["share_low"] <= table["share"]).all()
+        assert (table["share"] <= table["share_high"]).all()
         at_cuts = grid.filter(entropy_spec="0.3", divergence_spec="0.5")
         assert abs(at_cuts["Q3"].item() - summary.share("Q3")) < 1e-12
-        assert found["q3_recall"].item() > 0.9 and found["q3_precision"].item() > 0.8 and found["auc"].item() > 0.95
+        least = {"q3_recall": 0.9, "q3_precision": 0.8, "auc": 0.95}
+        assert all(found[name].item() > bound for name, bound in least.items())
         assert "torch" not in sys.modules
     """,
     "02_gradient_norms": """
         rows = measured["reverse_kl"].collect()
-        assert (rows["grad_norm_sq_se"] <= (2 / 16) ** 0.5 * rows["grad_norm_sq"] * (1 + 1e-6)).all()
+        largest = (2 / 16) ** 0.5 * rows["grad_norm_sq"] * (1 + 1e-6)
+        assert (rows["grad_norm_sq_se"] <= largest).all()
         for loss in measured:
             shares = energy.filter(loss=loss, quantity="grad_norm_sq")["share"]
             assert abs(shares.sum() - 1) < 1e-9
-        mean = {row[:3]: row[3] for row in profile.select("loss", "measure", "quadrant", "value").rows()}
-        assert mean["reverse_kl", "mean divergence, nats", "Q3"] > 5, "planted errors disagree strongly"
+        listed = profile.select("loss", "measure", "quadrant", "value").rows()
+        mean = {row[:3]: row[3] for row in listed}
+        strong = mean["reverse_kl", "mean divergence, nats", "Q3"]
+        assert strong > 5, "planted errors disagree strongly"
         saturated, open_ = (mean[loss, "mean ‖g‖²", "Q3"] for loss in ("reverse_kl", "forward_kl"))
-        assert open_ > 10 * saturated, "softmax saturation: the same tokens pull far less under the reverse KL"
+        why = "softmax saturation: the same tokens pull far less under the reverse KL"
+        assert open_ > 10 * saturated, why
         assert rows.filter(rollout_id=loudest)["grad_norm_sq"].max() == rows["grad_norm_sq"].max()
     """,
     "03_selection_and_ablations": """
         sizes = scored.group_by("rollout_id").len()["len"]
         for ratio, tenths in ((0.1, 1), (0.2, 2), (0.5, 5)):
-            kept = masks.filter(retention_ratio=ratio)["rule"].value_counts()["count"].unique().to_list()
+            counts = masks.filter(retention_ratio=ratio)["rule"].value_counts()["count"]
+            kept = counts.unique().to_list()
             assert kept == [sum(max(1, size * tenths // 10) for size in sizes)]
-        share = lambda rule: made_of.filter(rule=rule, retention_ratio=0.1, quadrant="Q3")["share"].item()
+        of_q3 = made_of.filter(retention_ratio=0.1, quadrant="Q3")
+        share = lambda rule: of_q3.filter(rule=rule)["share"].item()
         assert share("entropy") == 0 < share("random") < share("q3")
         found = dict(missed.filter(retention_ratio=0.2).select("rule", "recall").rows())
         assert found["entropy"] == 0 and found["q3"] == 1
-        accuracy = {(rule, ratio): value for rule, ratio, value in arms.select("rule", "retention_ratio", "accuracy").rows()}
+        rows = arms.select("rule", "retention_ratio", "accuracy").rows()
+        accuracy = {(rule, ratio): value for rule, ratio, value in rows}
         assert ("untrained", 1.0) in accuracy
         effect = judged.filter(claim="c")["effect"].item()
         assert abs(effect - (accuracy["q3", 0.1] - accuracy["all", 1.0])) < 1e-6
-        assert judged.filter(claim="c")["verdict"].item() == "not resolved", "one seed resolves nothing"
+        verdict = judged.filter(claim="c")["verdict"].item()
+        assert verdict == "not resolved", "one seed resolves nothing"
         assert paper.height >= 10
     """,
     "04_your_own_models": """
@@ -71,11 +85,15 @@ CHECKS = {
         sizes = rows.group_by("rollout_id").len()["len"]
         assert rows["selected"].sum() == sum(max(1, size // 10) for size in sizes)
         assert rows["prompt_id"].n_unique() == 16 and rows["rollout_id"].n_unique() == 64
-        share = dict(by_quadrant.collect().select(pl.col("quadrant").cast(pl.String), "share").rows())
+        name = pl.col("quadrant").cast(pl.String)
+        share = dict(by_quadrant.collect().select(name, "share").rows())
         assert share["Q3"] > 0.5 > share["Q4"], "the rule takes disagreement"
         total = shares.group_by("run").agg(pl.col("share").sum())
         assert (abs(total["share"] - 1) < 1e-12).all() and total.height == 2
-        entropy = {name: run.tokens().select(pl.col("student_entropy").mean()).collect().item() for name, run in runs.items()}
+        mean = pl.col("student_entropy").mean()
+        entropy = {
+            name: run.tokens().select(mean).collect().item() for name, run in runs.items()
+        }
         assert entropy["mine"] > entropy["built-in"], "smaller weights, flatter distributions"
         assert set(runs["mine"].rollouts().collect()["reward"]) == {0.0, 1.0}
     """,
@@ -147,7 +165,8 @@ def _texts(output) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_needs_no_import_of_the_package_but_its_door(name):
-    """`import tip_analysis as tip` is enough, and each `tip.NAME` is there: a renamed function is found without running anything."""
+    """`import tip_analysis as tip` is enough, and each `tip.NAME` is there: a renamed function is
+    found without running anything."""
     import tip_analysis as tip
 
     for source in code_cells(stored(name)):

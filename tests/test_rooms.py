@@ -29,6 +29,21 @@ def test_the_top_of_the_package_shows_its_rooms_and_little_else() -> None:
     }
 
 
+def test_no_line_of_the_sources_is_longer_than_100_columns() -> None:
+    root = PACKAGE.parent
+    folders = ("tip_analysis", "tests", "benchmarks", "docs")
+    files = [path for folder in folders for path in (root / folder).rglob("*.py*")]
+    sources = [path for path in files if path.suffix in (".py", ".pyi")]
+    assert len(sources) > 300
+    long = [
+        f"{path.relative_to(root)}:{number}: {len(line)}"
+        for path in sources
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)
+        if len(line) > 100
+    ]
+    assert long == []
+
+
 def test_no_file_has_the_name_of_a_standard_library_module() -> None:
     clashes = [
         str(path.relative_to(PACKAGE)) for path in MODULES if path.stem in sys.stdlib_module_names

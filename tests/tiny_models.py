@@ -86,7 +86,8 @@ def tiny_language_model(
     """A tiny model with a tokenizer (the arithmetic pair's by default); its head may have rows that
     no token uses."""
     tokenizer = tokenizer or build_tokenizer()
-    model = tiny_model(architecture, vocab_size=len(tokenizer) + padding_rows, **options)  # pyright: ignore[reportArgumentType]
+    vocab_size = len(tokenizer) + padding_rows  # pyright: ignore[reportArgumentType]
+    model = tiny_model(architecture, vocab_size=vocab_size, **options)
     head = OutputHead(model)
     head.verify()
     return LanguageModel(name, model.requires_grad_(False), tokenizer, head)

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from datasets import Dataset
 from safetensors.torch import save_file
 from tiny_models import tiny_language_model
-from tip_analysis.trl import TIPDistillationConfig, TIPDistillationTrainer  # pyright: ignore[reportMissingImports]
+from tip_analysis.trl import TIPDistillationConfig, TIPDistillationTrainer  # pyright: ignore
 
 from tip_analysis.demo.arithmetic.language import problems
 

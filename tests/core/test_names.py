@@ -59,6 +59,10 @@ NAMES_OF_MEMBERS = {
     *("phase", "engine", "stop_tokens", "teacher_store", "relation"),
 }
 """What holds a member of an enumeration, wherever it is a parameter or a field."""
+TEXTS_OF_OTHERS = {
+    "rollouts/engines/completions.py",  # `method` of an HTTP request
+    "training/trl_trainer.py",  # a configuration of TRL's, whose parser takes texts
+}
 
 
 def annotated(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
@@ -74,6 +78,7 @@ def test_no_parameter_or_field_with_a_closed_set_of_names_is_a_mere_text() -> No
     texts = [
         f"{path.relative_to(package)}: {name}: {ast.unparse(annotation)}"
         for path in sorted(package.rglob("*.py"))
+        if str(path.relative_to(package)) not in TEXTS_OF_OTHERS
         for name, annotation in annotated(ast.parse(path.read_text("utf-8")))
         if name in NAMES_OF_MEMBERS
         and {"str"} <= set(ast.unparse(annotation).split(" | "))

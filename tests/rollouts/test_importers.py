@@ -461,7 +461,8 @@ def test_a_conversation_with_tools_masks_what_the_student_did_not_write(tmp_path
     assert (
         masked_text(row, CHAT, students=False)
         == "\n<|im_start|>user\n<tool_response>\n46\n</tool_response><|im_end|>\n"
-        "<|im_start|>user\n<tool_response>\nforty-six\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<tool_response>\nforty-six\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     full = CHAT.apply_chat_template(TOOL_TURNS, tokenize=False)
     assert CHAT.decode(row["prompt_token_ids"] + row["response_token_ids"]) == full.removesuffix(

@@ -33,7 +33,7 @@ pytestmark = [
 trl = pytest.importorskip("trl")
 
 from datasets import Dataset  # noqa: E402
-from tip_analysis.trl import TIPDistillationConfig, TIPDistillationTrainer  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tip_analysis.trl import TIPDistillationConfig, TIPDistillationTrainer  # noqa: E402
 
 RULES = ("all", "soft_or", "q3", "entropy", "divergence", "random", "entropy_sampling")
 PROMPTS = [problem["problem"] for problem in problems(8, split="train")]

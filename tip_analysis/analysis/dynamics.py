@@ -63,7 +63,7 @@ def _bins(table: pl.DataFrame, num_bins: int) -> pl.Series:
     if table.is_empty():
         return pl.Series("bin", [], dtype=pl.Int64)
     step = table["step"].cast(pl.Float64)
-    length = max(1.0, (step.max() + 1.0) / num_bins)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+    length = max(1.0, (step.max() + 1.0) / num_bins)  # pyright: ignore
     return (step / length).floor().cast(pl.Int64).alias("bin")
 
 

@@ -245,18 +245,14 @@ def _label_name(key: dict[str, Any]) -> str:
 
 def _labels(rollouts: pl.LazyFrame, mask: pl.LazyFrame) -> pl.LazyFrame:
     num_response = pl.col("response_token_ids").list.len()
+    chosen = mask.select("rollout_id", "position", selected=pl.lit(True))
     tokens = (
         rollouts.select(
             "rollout_id", "response_token_ids", position=pl.int_ranges(num_response, dtype=pl.Int32)
         )
         .filter(num_response > 0)
         .explode("response_token_ids", "position")
-        .join(
-            mask.select("rollout_id", "position", selected=pl.lit(True)),
-            on=["rollout_id", "position"],
-            how="left",
-            maintain_order="left",
-        )
+        .join(chosen, on=["rollout_id", "position"], how="left", maintain_order="left")
         .with_columns(pl.col("selected").fill_null(False))
         .with_columns(label=pl.when("selected").then("response_token_ids").otherwise(IGNORED))
         .group_by("rollout_id", maintain_order=True)

@@ -199,12 +199,8 @@ class Resampler:
         by_prompt = sums_by_group(values[settled], cells, self.num_prompts * 4).reshape(
             self.num_prompts, -1
         )
-        entropy, divergence, prompts, rest = (
-            self._entropy[rows],
-            self._divergence[rows],
-            self.prompts[rows],
-            values[rows],
-        )
+        entropy, divergence = self._entropy[rows], self._divergence[rows]
+        prompts, rest = self.prompts[rows], values[rows]
         resample = 0
         for block in weight_blocks(self.num_prompts, self.num_resamples, self._seed):
             for weights, base in zip(block, block @ by_prompt, strict=True):

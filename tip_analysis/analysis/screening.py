@@ -8,6 +8,7 @@ ranks by setting the scale of the min-max.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -129,29 +130,12 @@ def screen(
     inputs = {"tokens": run.table_hash("tokens")}
     if run.has("gradients"):
         inputs["gradients"] = run.table_hash("gradients")
-    stage = run.begin(
-        "screen",
-        config={
-            "taxonomy": taxonomy.arguments(),
-            "rules": list(rules),
-            "ratios": list(ratios),
-            "num_resamples": num_resamples,
-            "seed": seed,
-        },
-        inputs=inputs,
-        overwrite=overwrite,
-        additive=True,
-    )
+    how: dict[str, Any] = {"rules": list(rules), "ratios": list(ratios)}
+    how |= {"num_resamples": num_resamples, "seed": seed}
+    config = {"taxonomy": taxonomy.arguments()} | how
+    stage = run.begin("screen", config=config, inputs=inputs, overwrite=overwrite, additive=True)
     if not stage.is_whole(0):
-        table = screen_tokens(
-            screened_tokens(run),
-            taxonomy=taxonomy,
-            rules=rules,
-            ratios=ratios,
-            num_resamples=num_resamples,
-            seed=seed,
-        )
-        stage.write(0, table)
+        stage.write(0, screen_tokens(screened_tokens(run), taxonomy=taxonomy, **how))
     found = pl.read_parquet(stage.path(0), glob=False)
     stage.finish(num_artefacts=num_artefacts(found), warnings=warnings_of(found))
     return found

@@ -73,7 +73,12 @@ def next_steps(run: Run) -> list[str]:
         return [f"tip-analysis score {path} --teacher MODEL --phase student"]
     if not run.has("tokens"):
         return [f"tip-analysis score {path} --teacher MODEL"]
-    steps = [f"tip-analysis report {path} -o reports/{path.name}.html"]
+    return [f"tip-analysis report {path} -o reports/{path.name}.html", *_not_done(run)]
+
+
+def _not_done(run: Run) -> list[str]:
+    """Commands for what a scored run does not hold yet."""
+    path, steps = run.path, []
     if not run.has("gradients"):
         steps.append(f"tip-analysis gradients {path}")
     if not run.has("masks"):

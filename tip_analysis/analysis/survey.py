@@ -197,15 +197,10 @@ def _grid_correlations(
         products += ranks @ ranks.T
     scale = np.sqrt(np.diag(products))
     scale[scale == 0.0] = np.nan
-    errors = [
-        grids[name].rank_error(
-            frozenset(index for index, (low, high) in bins.items() if low == high)
-        )
-        for name, bins in zip(columns, heavy, strict=True)
-    ]
-    return _pairs(
-        columns, products / np.outer(scale, scale), np.asarray(errors), counted.num_tokens
-    )
+    single = [frozenset(i for i, (low, high) in bins.items() if low == high) for bins in heavy]
+    errors = [grids[name].rank_error(bins) for name, bins in zip(columns, single, strict=True)]
+    matrix = products / np.outer(scale, scale)
+    return _pairs(columns, matrix, np.asarray(errors), counted.num_tokens)
 
 
 def _widen(heavy: dict[int, list[float]], bins: np.ndarray, values: np.ndarray) -> None:

@@ -331,6 +331,6 @@ def readable(shard: Shard) -> Iterator[None]:
             raise RunError(
                 f"{shard.name}: not readable as Parquet ({first_line(error)}); {shard.again}"
             ) from error
-        except pl.exceptions.PanicException as error:  # pyright: ignore[reportUnusedExcept] # no Exception
+        except pl.exceptions.PanicException as error:  # pyright: ignore # no Exception
             dropped.append(True)
             raise RunError(f"{shard.name}: not readable as Parquet; {shard.again}") from error

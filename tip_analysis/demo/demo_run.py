@@ -98,25 +98,14 @@ def run_demo(
             load_model(f"arithmetic-{role}", device="cpu") for role in ("student", "teacher")
         )
         say("1/6 rollouts: the student solves problems")
-        _sample(
-            run,
-            student,
-            num_prompts,
-            num_rollouts,
-            Sampling(MAX_NEW_TOKENS, seed=seed),
-            token_budget,
-            overwrite=overwrite,
-        )
+        sampling, counts = Sampling(MAX_NEW_TOKENS, seed=seed), (num_prompts, num_rollouts)
+        _sample(run, student, *counts, sampling, token_budget, overwrite=overwrite)
         say("2/6 scores: student and teacher on every token")
         score_rollouts(run, Scorer(student, teacher))
         say("3/6 gradients: norm and direction of every token's own loss")
-        measure_run(
-            run,
-            student=student,
-            teacher=teacher,
-            settings=GradientSettings(num_probes=NUM_PROBES, seed=seed),
-            limit=min(GRADIENT_ROLLOUTS, num_prompts * num_rollouts),
-        )
+        settings = GradientSettings(num_probes=NUM_PROBES, seed=seed)
+        limit = min(GRADIENT_ROLLOUTS, num_prompts * num_rollouts)
+        measure_run(run, student=student, teacher=teacher, settings=settings, limit=limit)
         say("4/6 masks: which tokens each rule selects")
         write_masks(run, rules=RULES, retention_ratios=RATIOS, seeds=(seed,))
         say("5/6 ablation: what training on the selected tokens does")

@@ -110,7 +110,8 @@ def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH
         axes.set_xlabel("retention ratio ρ")
         axes.set_ylabel(f"share of {label} kept")
         percent_axis(axes.yaxis)
-        axes.set_xlim(0, min(1.0, 1.1 * float(table["retention_ratio"].max() or 1.0)))  # pyright: ignore[reportArgumentType]
+        largest: Any = table["retention_ratio"].max() or 1.0
+        axes.set_xlim(0, min(1.0, 1.1 * float(largest)))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         place = "outside right upper" if wide else "outside lower left"
         figure.legend(loc=place, ncols=1 if wide else 2, handlelength=2.6)

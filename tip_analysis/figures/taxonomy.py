@@ -312,20 +312,13 @@ def _shares_along(axes: Axes, rows: pl.DataFrame, column: str, chosen: float | N
     if chosen is not None and (place := _index_of(values, chosen)) is not None:
         axes.axvline(place, color=ON_LIGHT, lw=1.2)
     bottom = np.cumsum([np.zeros(len(x)), *shares], axis=0)
+    style: dict[str, Any] = {"ha": "center", "va": "center", "color": ON_LIGHT}
+    style |= {"fontsize": 8, "fontweight": "bold"}
     for index, name in enumerate(QUADRANT_COLORS):
         widest = int(np.argmax(shares[index][1:-1])) + 1 if len(x) > 2 else 0
         if shares[index][widest] > 0.12:
             height = (bottom[index][widest] + bottom[index + 1][widest]) / 2
-            axes.text(
-                widest,
-                height,
-                name,
-                ha="center",
-                va="center",
-                color=ON_LIGHT,
-                fontsize=8,
-                fontweight="bold",
-            )
+            axes.text(widest, height, name, **style)
     ticks = np.unique(np.linspace(0, len(values) - 1, 4).round().astype(int))
     axes.set_xticks(ticks, [plain_number(float(values[index])) for index in ticks])
     axes.set_xlim(0, max(1, len(x) - 1))

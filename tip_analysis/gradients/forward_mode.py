@@ -154,7 +154,8 @@ class ForwardMode:
             with dual.dual_level(), custom_functions():
                 for module, key, parameter in own:
                     part = self._part(module, self.names[id(parameter)], parameter, direction)
-                    module._parameters[key] = dual.make_dual(parameter.detach(), part)  # pyright: ignore[reportArgumentType]
+                    made: Any = dual.make_dual(parameter.detach(), part)
+                    module._parameters[key] = made
                 return _tangent(self._hidden(1))
         finally:
             for module, key, parameter in own:
@@ -268,7 +269,7 @@ class ForwardMode:
                 part = direction.tensor(names[0], weight)
                 tangent[row].addmm_(x[row], part if transposed else part.T)
             if names[1] is not None:
-                tangent[row] += direction.tensor(names[1], module.bias)  # pyright: ignore[reportArgumentType]
+                tangent[row] += direction.tensor(names[1], module.bias)  # pyright: ignore
         return dual.make_dual(_rows(value, rows), tangent)
 
     def _embedding(

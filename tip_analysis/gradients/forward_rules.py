@@ -30,7 +30,7 @@ def custom_functions() -> Iterator[None]:
             return ordinary(*args)
         return _along(ordinary, args, parts)
 
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore
     try:
         yield
     finally:

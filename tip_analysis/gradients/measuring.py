@@ -113,10 +113,8 @@ def token_gradients(
     for index, found in measure_rollouts(model_pair(student, teacher), rollouts, settings):
         for result in found.values():
             nothing = torch.full((len(result.positions),), math.nan, dtype=torch.float64)
-            part = {column: getattr(result, column) for column in MEASURES}
-            part = {
-                column: nothing if value is None else value.cpu() for column, value in part.items()
-            }
+            values = {column: getattr(result, column) for column in MEASURES}
+            part = {name: nothing if v is None else v.cpu() for name, v in values.items()}
             position = torch.tensor(result.positions, dtype=torch.long)
             parts.append({"rollout": torch.full_like(position, index), "position": position} | part)
     if not parts:
@@ -282,4 +280,4 @@ def _language_model(model: LanguageModel | PreTrainedModel) -> LanguageModel:
     model.eval()
     head.verify()
     model.train(training)
-    return LanguageModel(type(model).__name__, model, None, head)  # pyright: ignore[reportArgumentType]
+    return LanguageModel(type(model).__name__, model, None, head)  # pyright: ignore

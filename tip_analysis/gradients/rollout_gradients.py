@@ -8,6 +8,7 @@ forward-mode pass, for all tokens and all losses.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import psutil
 import torch
@@ -234,11 +235,12 @@ class RolloutMeter:
             weight = self.pair.student.head.linear.weight
             looked_up = torch.unique(tokens)
             probes = gaussian_directions(self.settings.seed, rollout_id, count)
+            name: Any = self.scope.head_weight
             for _, group in in_groups(probes, self._together(len(tokens))):
                 for probe, tangent in zip(group, self._tangents(group, at), strict=True):
                     shared = None
                     if self.scope.tied:
-                        shared = probe.rows(self.scope.head_weight, weight, looked_up)  # pyright: ignore
+                        shared = probe.rows(name, weight, looked_up)
                     for loss, found in losses.items():
                         sums[loss] += found.derivative(tangent, shared).square()
         return {
@@ -309,10 +311,11 @@ class RolloutMeter:
                 is_grads_batched=True,
             )
         total = cotangents.new_zeros(len(cotangents), dtype=torch.float64)
-        for name, gradient in zip(names, gradients, strict=True):
+        for name, own in zip(names, gradients, strict=True):
+            gradient = own
             if name == self.scope.head_weight and found.shared_rows is not None:
                 both = found.shared_rows[rows][:, :, None] * found.hidden[rows][:, None, :]
-                gradient = both if gradient is None else both + gradient[:, looked_up]  # noqa: PLW2901
+                gradient = both if own is None else both + own[:, looked_up]
             if gradient is not None:
                 norm = torch.linalg.vector_norm(
                     gradient.flatten(1),
@@ -367,8 +370,8 @@ class RolloutMeter:
         loss, found = next(iter(losses.items()))
         shared = None
         if self.scope.tied:
-            weight = self.pair.student.head.linear.weight
-            shared = direction.rows(self.scope.head_weight, weight, torch.unique(tokens))  # pyright: ignore
+            weight, name = self.pair.student.head.linear.weight, self.scope.head_weight
+            shared = direction.rows(name, weight, torch.unique(tokens))  # pyright: ignore
         finite = found.value.isfinite()
         forward = float(found.derivative(self._tangents([direction], at)[0], shared)[finite].sum())
         body = ParameterScope(

@@ -64,10 +64,7 @@ def measure_run(
         raise OptionError(f"--limit must be at least 1, found {limit}")
     _check_stop_tokens(run)
     rollouts = prepare_rollouts(run, student, teacher, teacher_context)
-    rollouts = rollouts if limit is None else rollouts.head(limit)
-    inputs = [rollout for rollout in rollouts_in_memory(rollouts) if rollout.num_tokens]
-    if not inputs:
-        raise RunError(f"{run.path}: no rollout has a token that counts")
+    inputs = _counted(run, rollouts if limit is None else rollouts.head(limit))
     shown = {
         "student": student.describe(),
         "teacher": teacher.describe(),
@@ -85,15 +82,17 @@ def measure_run(
     missing = {loss: stage.missing(len(shards)) for loss, stage in stages.items()}
     losses = tuple(loss for loss in settings.losses if missing[loss])
     if losses:
-        _measure(
-            shards,
-            inputs,
-            stages,
-            missing,
-            model_pair(student, teacher),
-            replace(settings, losses=losses),
-        )
+        pair, chosen = model_pair(student, teacher), replace(settings, losses=losses)
+        _measure(shards, inputs, stages, missing, pair, chosen)
     return {loss: stage.finish(**_summary(stage, len(shards))) for loss, stage in stages.items()}
+
+
+def _counted(run: Run, rollouts: pl.DataFrame) -> list[Rollout]:
+    """The rollouts with a token that counts."""
+    inputs = [rollout for rollout in rollouts_in_memory(rollouts) if rollout.num_tokens]
+    if not inputs:
+        raise RunError(f"{run.path}: no rollout has a token that counts")
+    return inputs
 
 
 def _check_stop_tokens(run: Run) -> None:
@@ -116,11 +115,8 @@ def _measure(
 ) -> None:
     """Measure the rollouts of every shard that some loss lacks."""
     wanted = sorted({index for loss in settings.losses for index in missing[loss]})
-    only = [
-        index * ROLLOUTS_PER_SHARD + offset
-        for index in wanted
-        for offset in range(len(shards[index]))
-    ]
+    size = ROLLOUTS_PER_SHARD
+    only = [index * size + place for index in wanted for place in range(len(shards[index]))]
     bar = track("gradients", len(inputs), done=len(inputs) - len(only))
     with TemporaryDirectory(prefix="tip-analysis-") as folder, bar as advance:
         frames = stream_gradients(pair, inputs, settings, folder=Path(folder), only=only)

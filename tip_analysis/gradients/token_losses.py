@@ -163,10 +163,10 @@ def _assemble(
     along = total.new_zeros(len(directions), len(hidden))
     for index, direction in enumerate(directions):
         if scope.head_weight is not None:
-            part = direction.tensor(scope.head_weight, head.linear.weight)  # pyright: ignore[reportArgumentType]
+            part = direction.tensor(scope.head_weight, head.linear.weight)  # pyright: ignore
             along[index] += (a * (hidden @ part.T)).sum(-1, dtype=torch.float64)
         if scope.head_bias is not None:
-            part = direction.tensor(scope.head_bias, head.linear.bias)  # pyright: ignore[reportArgumentType]
+            part = direction.tensor(scope.head_bias, head.linear.bias)  # pyright: ignore
             along[index] += (a @ part.to(precise)).double()
     return TokenLosses(value, h, hidden_gradient.to(precise), closed, shared, along)
 

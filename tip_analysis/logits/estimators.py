@@ -103,10 +103,8 @@ def _information_ratio(student: Tensor, teacher: Tensor) -> Tensor:
 def _topk_bias(
     student: Tensor, teacher: Tensor, is_top_of_teacher: Tensor, totals: RowTotals
 ) -> dict[str, Tensor]:
-    x_s, x_t = (
-        student - totals.student_max.double().unsqueeze(1),
-        teacher - totals.teacher_max.double().unsqueeze(1),
-    )
+    x_s = student - totals.student_max.double().unsqueeze(1)
+    x_t = teacher - totals.teacher_max.double().unsqueeze(1)
     known = x_s.isfinite()
     d = torch.where(known, x_s - x_t - totals.log_sum_ratio.double().unsqueeze(1), 0.0)
     p = (x_s - totals.student_log_sum.double().unsqueeze(1)).exp()

@@ -48,7 +48,7 @@ class _ClosedForm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(form: Form, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(form: Form, *inputs: Tensor) -> Tensor:  # pyright: ignore
         return form.value(*inputs)
 
     @staticmethod
@@ -69,7 +69,7 @@ class _ClosedForm(torch.autograd.Function):
         return tuple(gradients)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # pyright: ignore
         inputs = ctx.saved_tensors
         parts = [
             (gradient(*inputs) * tangent).sum(-1)

@@ -159,10 +159,8 @@ def _columns(
     """The columns of the token table from what the pass found."""
     max_entropy = math.log(student.shape[1])
     entropy = totals.student_entropy.clamp(max=max_entropy)
-    square_norm, curvature = (
-        totals.square_difference / SCALE / SCALE,
-        totals.curvature.clamp(min=0.0) / SCALE / SCALE,
-    )
+    square_norm = totals.square_difference / SCALE / SCALE
+    curvature = totals.curvature.clamp(min=0.0) / SCALE / SCALE
     smallest = torch.finfo(compute_dtype(student, teacher)).tiny
     resolved = (curvature >= smallest) & (square_norm >= smallest)
     reverse_gradient_norm = (totals.square_reverse_gradient.sqrt() / math.sqrt(SCALE)).masked_fill(
@@ -188,25 +186,37 @@ def _columns(
         "forward_kl_logit_grad_norm": totals.square_difference.sqrt() / SCALE,
         "logit_curvature": curvature,
         "w_local": torch.where(resolved, totals.square_difference / totals.curvature, math.nan),
-        "student_topk_ids": totals.student_ids[:, :top_k],
-        "student_topk_logprobs": _logprobs(
-            totals.student_values[:, :top_k], totals.student_max, totals.student_log_sum
-        ),
-        "teacher_topk_ids": totals.teacher_ids,
-        "teacher_topk_logprobs": _logprobs(
-            totals.teacher_values, totals.teacher_max, totals.teacher_log_sum
-        ),
+        **_most_likely(totals, top_k),
     }
     if token_ids is not None:
-        ids = token_ids.to(student.device).long().unsqueeze(1)
-        of_student, of_teacher = student.gather(1, ids), teacher.gather(1, ids)
-        columns["student_logprob"] = _logprobs(
-            of_student, totals.student_max, totals.student_log_sum
-        ).squeeze(1)
-        columns["teacher_logprob"] = _logprobs(
-            of_teacher, totals.teacher_max, totals.teacher_log_sum
-        ).squeeze(1)
+        columns |= _of_sampled(student, teacher, token_ids, totals)
     return columns
+
+
+def _of_sampled(
+    student: Tensor, teacher: Tensor, token_ids: Tensor, totals: RowTotals
+) -> dict[str, Tensor]:
+    """Both models' log-probabilities of the sampled tokens."""
+    ids = token_ids.to(student.device).long().unsqueeze(1)
+    of_student, of_teacher = student.gather(1, ids), teacher.gather(1, ids)
+    student_norm = totals.student_max, totals.student_log_sum
+    teacher_norm = totals.teacher_max, totals.teacher_log_sum
+    return {
+        "student_logprob": _logprobs(of_student, *student_norm).squeeze(1),
+        "teacher_logprob": _logprobs(of_teacher, *teacher_norm).squeeze(1),
+    }
+
+
+def _most_likely(totals: RowTotals, top_k: int) -> dict[str, Tensor]:
+    """Each model's most likely tokens, with their log-probabilities."""
+    student_norm = totals.student_max, totals.student_log_sum
+    teacher_norm = totals.teacher_max, totals.teacher_log_sum
+    return {
+        "student_topk_ids": totals.student_ids[:, :top_k],
+        "student_topk_logprobs": _logprobs(totals.student_values[:, :top_k], *student_norm),
+        "teacher_topk_ids": totals.teacher_ids,
+        "teacher_topk_logprobs": _logprobs(totals.teacher_values, *teacher_norm),
+    }
 
 
 def _logprobs(logits: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:

@@ -299,7 +299,7 @@ def _compiled_stages() -> _Stages:
     tops, first_pass, second_pass = (
         torch.compile(stage, dynamic=False) for stage in _UNCOMPILED[:3]
     )
-    return _Stages(tops, first_pass, second_pass, keeps_exponentials=False)  # pyright: ignore[reportArgumentType]
+    return _Stages(tops, first_pass, second_pass, keeps_exponentials=False)  # pyright: ignore
 
 
 _compiler_failed = False

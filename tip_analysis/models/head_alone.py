@@ -112,10 +112,9 @@ def _head_alone(folder: str, options: dict[str, Any], dtype: torch.dtype) -> Pre
 def _names(model: PreTrainedModel, wanted: nn.Parameter) -> list[str]:
     """Names that a parameter of the head may have in a checkpoint; those of tied weights, and with
     or without a prefix."""
-    tied = model.get_input_embeddings().weight
-    is_tied = wanted is tied or (
-        bool(model.config.get_text_config().tie_word_embeddings) and wanted.shape == tied.shape  # pyright: ignore
-    )
+    tied: Any = model.get_input_embeddings().weight
+    config: Any = model.config.get_text_config()
+    is_tied = wanted is tied or (bool(config.tie_word_embeddings) and wanted.shape == tied.shape)
     names = [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from tip_analysis.core.errors import ContextLengthError, OptionError
 from tip_analysis.models.abilities import abilities
 from tip_analysis.models.batching import pad_sequences
+from tip_analysis.models.loading import device_of
 from tip_analysis.models.token_model import TokenModel
 
 Tokens = Sequence[int]
@@ -156,9 +157,9 @@ def _in_one_pass(
     padding_side: str,
 ) -> list[Tensor]:
     """Whole sequences as one padded batch: the chosen states of each."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     sequences = [_read(*pair) for pair in zip(prompts, responses, strict=True)]
-    batch = pad_sequences(sequences, padding_side=padding_side, device=device)  # pyright: ignore[reportArgumentType]
+    batch = pad_sequences(sequences, padding_side=padding_side, device=device)
     hidden = last_hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
     width = batch.input_ids.shape[1]
     rows = [
@@ -182,21 +183,21 @@ def _with_shared_prompts(
 ) -> list[Tensor]:
     """One pass over the distinct prompts, then one over the responses, which continue from the
     prompts' caches."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     body = abilities(model)
     distinct = {
         tuple(prompt): index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
     }
-    source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)  # pyright: ignore
+    source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     # Left padding: each prompt ends in the last column, so that responses begin in the next one.
-    shared = pad_sequences(list(distinct), padding_side="left", device=device)  # pyright: ignore[reportArgumentType]
+    shared = pad_sequences(list(distinct), padding_side="left", device=device)
     cache = body.new_cache()
     output = body.run(shared.input_ids, shared.attention_mask, shared.position_ids, cache)
     first = output.last_hidden_state[:, -1][source]
     rows = [row for row, response in enumerate(responses) if len(response) > 1]
     states = [first[row : row + 1][: len(responses[row])] for row in range(len(responses))]
     if rows:
-        tail = pad_sequences([_read((), responses[row]) for row in rows], device=device)  # pyright: ignore[reportArgumentType]
+        tail = pad_sequences([_read((), responses[row]) for row in rows], device=device)
         cache.batch_select_indices(source[rows])
         prompt_mask = shared.attention_mask[source[rows]]
         output = body.run(
@@ -224,16 +225,16 @@ class Continuation:
         """Read the sequences so far, each distinct one once; `hidden` [B, D] predicts the next
         token of each."""
         self._body = abilities(model)
-        device = model.get_input_embeddings().weight.device
+        device = device_of(model)
         distinct = {row: index for index, row in enumerate(dict.fromkeys(map(tuple, sequences)))}
-        batch = pad_sequences(list(distinct), padding_side="left", device=device)  # pyright: ignore[reportArgumentType]
+        batch = pad_sequences(list(distinct), padding_side="left", device=device)
         padded = self._body.keeps_only_keys
         self._cache = self._body.new_cache() if self._body.can_continue else None
         self._mask = batch.attention_mask if padded else None
         hidden = self._body.run(
             batch.input_ids, self._mask, batch.position_ids, self._cache
         ).last_hidden_state[:, -1]
-        source = torch.tensor([distinct[tuple(row)] for row in sequences], device=device)  # pyright: ignore
+        source = torch.tensor([distinct[tuple(row)] for row in sequences], device=device)
         self.hidden = hidden[source]
         self._next_position = batch.attention_mask.sum(-1)
         self._select(source)

@@ -36,6 +36,12 @@ from tip_analysis.models.weights import LOADING_ERRORS, load_tokenizer_files, lo
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model takes token ids."""
+    weight: Any = model.get_input_embeddings().weight
+    return weight.device
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A causal language model, its tokenizer, and what a record says of them."""
@@ -48,7 +54,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -237,7 +243,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) ->
     Each is decoded after an ordinary token, since some tokenizers strip the space from the first.
     Bytes that are no text on their own appear as U+FFFD.
     """
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # pyright: ignore[reportIndexIssue]
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # pyright: ignore
     before = str(tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
 
     def text(token_id: int) -> str:

@@ -55,7 +55,7 @@ class OutputHead:
     @property
     def device(self) -> torch.device:
         """Where hidden states go."""
-        return self.linear.weight.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+        return self.linear.weight.device  # pyright: ignore
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of last hidden states [N, D]."""
@@ -78,7 +78,7 @@ class OutputHead:
 
     def _some_tokens(self) -> Tensor:
         """Eight tokens [1, 8], evenly spaced over the vocabulary."""
-        weight: Tensor = self._model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+        weight: Tensor = self._model.get_input_embeddings().weight  # pyright: ignore
         size = min(self.vocab_size, weight.shape[0])
         tokens = torch.arange(8, device=weight.device).mul(max(1, size // 8))
         return tokens.remainder(size).unsqueeze(0)

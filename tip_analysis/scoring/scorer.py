@@ -247,13 +247,18 @@ def in_batches(
             advance(len(batch), tokens=sum(rows[index].num_tokens for index in batch))
     if advance is not None:
         advance(rollouts.height - len(rows))
+    return _in_order(made, order, [rollout.num_tokens for rollout in rows])
+
+
+def _in_order(made: list[Columns], order: list[int], sizes: list[int]) -> Columns:
+    """Columns of batches as one, for the rollouts 0, 1, 2 … of these sizes, which were made in
+    another order."""
     if not made:
         return {}
-    sizes = [rollout.num_tokens for rollout in rows]
     pieces = dict(
         zip(order, torch.arange(sum(sizes)).split([sizes[index] for index in order]), strict=True)
     )
-    places = torch.cat([pieces[index] for index in range(len(rows))])
+    places = torch.cat([pieces[index] for index in range(len(sizes))])
     return {name: torch.cat([columns[name] for columns in made])[places] for name in made[0]}
 
 

@@ -124,18 +124,28 @@ def store_teacher_states(
         settings={"device": str(teacher.device), "token_budget": budget.tokens},
         overwrite=overwrite,
     )
-    missing = [index for index in mine if not stage.is_whole(index)]
     shards = {index: rollouts[index * shard_size : (index + 1) * shard_size] for index in mine}
+    _store_missing(stage, teacher, shards, budget, top_k)
+    return _finish(run, stage, shard_size)
+
+
+def _store_missing(
+    stage: Stage,
+    teacher: LanguageModel,
+    shards: dict[int, pl.DataFrame],
+    budget: TokenBudget,
+    top_k: dict[str, int],
+) -> None:
+    """Write the shards that are not whole."""
+    missing = [index for index in shards if not stage.is_whole(index)]
     total = sum(shard.height for shard in shards.values())
-    with track(
-        "teacher's pass", total, done=total - sum(shards[index].height for index in missing)
-    ) as advance:
+    done = total - sum(shards[index].height for index in missing)
+    with track("teacher's pass", total, done=done) as advance:
         for index in missing:
             columns = in_batches(
                 shards[index], budget, lambda rows: _side(teacher, rows, top_k), advance
             )
             _write(stage, index, columns, teacher.head)
-    return _finish(run, stage, shard_size)
 
 
 @torch.no_grad()
@@ -351,8 +361,8 @@ class ShardStates:
         expected = self._file.get_tensor("checked_logits")
         found = _some_logits(self._head, self._file.get_slice("hidden")[:1])
         scale = expected.abs().max().clamp(min=1e-6)
-        dtype = self._head.linear.weight.dtype
-        if not bool((found - expected).abs().max() / scale <= HEAD_TOLERANCE[dtype]):  # pyright: ignore[reportArgumentType]
+        dtype: Any = self._head.linear.weight.dtype
+        if not bool((found - expected).abs().max() / scale <= HEAD_TOLERANCE[dtype]):
             raise ModelError(
                 "the teacher's head does not give the logits that the teacher gave when its states"
                 " were stored"

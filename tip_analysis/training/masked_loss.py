@@ -157,9 +157,7 @@ def weighted_divergence(
     loss = TrainingLoss(loss)
     if chunk_size < 1:
         raise OptionError(f"chunk_size must be at least 1, found {chunk_size}")
-    parameters = [
-        parameter for parameter in student_head.linear.parameters() if parameter.requires_grad
-    ]
+    parameters = [own for own in student_head.linear.parameters() if own.requires_grad]
 
     def chunk_loss(rows: slice, states: Tensor) -> Tensor:
         student = student_head(states)[:, :vocab_size]
@@ -172,7 +170,7 @@ def weighted_divergence(
         )
         return (losses * weights[rows].to(losses)).sum()
 
-    return _ChunkedLoss.apply(chunk_loss, chunk_size, hidden, *parameters)  # pyright: ignore[reportReturnType]
+    return _ChunkedLoss.apply(chunk_loss, chunk_size, hidden, *parameters)  # pyright: ignore
 
 
 class _ChunkedLoss(torch.autograd.Function):

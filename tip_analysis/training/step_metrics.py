@@ -17,7 +17,7 @@ from torch import Tensor
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import Quadrant
+from tip_analysis.core.names import Quadrant, SelectionScope
 from tip_analysis.training.step_selection import step_statistics
 
 METRIC_COLUMNS = frozenset({"student_entropy", "student_entropy_norm", "reverse_kl", "forward_kl"})
@@ -64,7 +64,11 @@ def step_metrics(
 
 
 def soft_or_overlap(
-    scored: pl.LazyFrame, selected: np.ndarray, *, retention_ratio: float, selection_scope: str
+    scored: pl.LazyFrame,
+    selected: np.ndarray,
+    *,
+    retention_ratio: float,
+    selection_scope: SelectionScope | str,
 ) -> float:
     """Jaccard overlap, in [0, 1], of a selection with that of Soft-OR at the same ρ and scope.
 

@@ -29,7 +29,8 @@ def prepare_student(
     network.eval().requires_grad_(False)
     dtype = torch.float64 if options.precision == Precision.FLOAT64 else torch.float32
     if options.lora_rank:
-        network = network.to(torch.bfloat16 if options.precision == Precision.BFLOAT16 else dtype)  # pyright: ignore
+        kept = torch.bfloat16 if options.precision == Precision.BFLOAT16 else dtype
+        network = network.to(kept)  # pyright: ignore[reportArgumentType]
         network = _with_adapters(network, options, model.name)
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -79,4 +80,4 @@ def _remove_dropout(network: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            module.attention_dropout = 0.0  # pyright: ignore

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import trl  # pyright: ignore[reportMissingImports]
+import trl  # pyright: ignore
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
-from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
+from trl import DistillationConfig, DistillationTrainer  # pyright: ignore
 
 from tip_analysis.analysis.rules import rule as rule_of
 from tip_analysis.analysis.taxonomy import Taxonomy
@@ -281,7 +281,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         self, models: Models, student: Tensor, teacher: Tensor
     ) -> tuple[Tensor, Tensor]:
         """TRL's divergence of each of N tokens, and the student's entropy, nats."""
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore
 
         (own, own_bias), (other, other_bias) = (_head_weights(model) for model in models)
         scales = [(logit_scale(config), logit_cap(config)) for config in map(_config, models)]
@@ -395,7 +395,7 @@ def _whole(value: Tensor) -> Tensor:
 
 def _gathered(*models: Model) -> Any:
     """Inside, DeepSpeed's ZeRO-3 has the output layers whole."""
-    from trl.trainer.utils import maybe_gather_lm_head_ctx  # pyright: ignore[reportMissingImports]
+    from trl.trainer.utils import maybe_gather_lm_head_ctx  # pyright: ignore
 
     heads = [model.get_output_embeddings() for model in models]
     return maybe_gather_lm_head_ctx(*(p for head in heads for p in head.parameters()))

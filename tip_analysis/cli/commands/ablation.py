@@ -254,9 +254,14 @@ class Ablate:
         if self.dry_run:
             self._show_plan(preset)
             return
+        rows = self._train(preset)
+        self._show_results(rows, preset)
+        show_claims(claims_table(rows, margin=self.margin))
+
+    def _train(self, preset: "Preset") -> "pl.DataFrame":
         from tip_analysis.training.door import ablate
 
-        rows = ablate(
+        return ablate(
             self.run,
             preset=preset,
             ratios=self.ratios,
@@ -270,8 +275,6 @@ class Ablate:
             engine=self.engines.settings(),
             **self.models.loading(65_536),
         )
-        self._show_results(rows, preset)
-        show_claims(claims_table(rows, margin=self.margin))
 
     def _show_plan(self, preset: "Preset") -> None:
         from tip_analysis.cli.console import show_table

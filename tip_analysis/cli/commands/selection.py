@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -19,6 +19,9 @@ from tip_analysis.cli.option_groups import (
 from tip_analysis.cli.ranges import Ratios, Seed, Seeds
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.names import SelectionScope
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,7 @@ class Select:
             raise OptionError("select needs a run folder, or --list")
         if not self.rules:
             raise OptionError(f"select needs --rules, among {', '.join(rule_names())}")
-        import polars as pl
-
         from tip_analysis.analysis.door import select
-        from tip_analysis.analysis.mask_tables import composition
         from tip_analysis.analysis.measurements import Preference
         from tip_analysis.analysis.quadrants import assign_quadrants
         from tip_analysis.core.run_folder import open_run
@@ -80,21 +80,21 @@ class Select:
             divergence_cut=taxonomy.divergence_cut,
             cut_scope=taxonomy.cut_scope,
         )
-        cuts = taxonomy.measure(run.tokens())
-        made_of = composition(masks, assign_quadrants(run.tokens(), cuts=cuts))
-        shares = made_of.pivot(
-            on="quadrant",
-            index=["rule", "retention_ratio", "seed"],
-            values="share",
-            maintain_order=True,
-        ).rename({"retention_ratio": "ratio"})
-        totals = made_of.group_by("rule", "retention_ratio", "seed", maintain_order=True).agg(
-            tokens=pl.col("num_tokens").sum()
-        )
-        show_table(
-            f"{self.run}: shares of the quadrants in each selection",
-            shares.hstack(totals.select("tokens")),
-        )
+        placed = assign_quadrants(run.tokens(), cuts=taxonomy.measure(run.tokens()))
+        title = f"{self.run}: shares of the quadrants in each selection"
+        show_table(title, _shares(masks, placed))
+
+
+def _shares(masks: "pl.DataFrame", placed: "pl.LazyFrame") -> "pl.DataFrame":
+    """One row for each mask: what it is made of, and how many tokens it has."""
+    import polars as pl
+
+    from tip_analysis.analysis.mask_tables import composition
+
+    made_of, keys = composition(masks, placed), ["rule", "retention_ratio", "seed"]
+    shares = made_of.pivot(on="quadrant", index=keys, values="share", maintain_order=True)
+    totals = made_of.group_by(keys, maintain_order=True).agg(tokens=pl.col("num_tokens").sum())
+    return shares.rename({"retention_ratio": "ratio"}).hstack(totals.select("tokens"))
 
 
 def _list_rules() -> None:

@@ -232,6 +232,8 @@ def _slip(slot: Slot, token: str, rng: np.random.Generator) -> str:
 def build_model(options: ModelOptions, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised model of the given size."""
     torch.manual_seed(seed)
+    names = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    ends: dict[str, Any] = {name: TOKEN_ID[token] for name, token in names.items()}
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=options.hidden_size,
@@ -243,19 +245,11 @@ def build_model(options: ModelOptions, seed: int) -> Qwen3ForCausalLM:
         max_position_embeddings=MAX_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
-        bos_token_id=TOKEN_ID[BOS],
-        eos_token_id=TOKEN_ID[EOS],
-        pad_token_id=TOKEN_ID[PAD],
         dtype="float32",
+        **ends,
     )
     model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=TOKEN_ID[BOS],
-        eos_token_id=TOKEN_ID[EOS],
-        pad_token_id=TOKEN_ID[PAD],
-        do_sample=True,
-        top_k=0,
-    )
+    model.generation_config = GenerationConfig(do_sample=True, top_k=0, **ends)
     return model
 
 

@@ -35,7 +35,10 @@ _STYLE = "".join(
             for name, border in _BORDERS.items()
         ),
         ".tip-bar{display:flex;height:1.1em;max-width:30em;border-radius:3px;overflow:hidden}",
-        ".tip-swatch{display:inline-block;width:.75em;height:.75em;border-radius:3px;margin-right:.4em}",
+        (
+            ".tip-swatch{display:inline-block;width:.75em;height:.75em;border-radius:3px;"
+            "margin-right:.4em}"
+        ),
         ".tip-prompt pre{white-space:pre-wrap;overflow-wrap:anywhere}",
         ".tip-prompt pre{max-height:16em;overflow-y:auto}",
     ]

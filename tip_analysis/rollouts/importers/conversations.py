@@ -235,7 +235,7 @@ def _generation_spans(
     )
     if rendered[0] != full:
         _refuse(where)
-    return [(int(start), int(end)) for start, end in spans[0]]  # pyright: ignore[reportGeneralTypeIssues]
+    return [(int(start), int(end)) for start, end in spans[0]]  # pyright: ignore
 
 
 def _template_text(tokenizer: "PreTrainedTokenizerBase", switches: Mapping[str, Any]) -> str:

@@ -146,39 +146,10 @@ class ImportReport:
 
     def warnings(self) -> list[str]:
         """What a reader of any figure made from these rollouts has to know, a sentence each."""
-        said = {
-            (
-                "were encoded again from text: their token ids may differ from those that were "
-                "sampled"
-            ): self.ids_retokenized,
-            "have ids that do not decode to their text": self.round_trip_mismatches,
-            (
-                "have U+FFFD in their text, in place of bytes that are lost: their ids are not "
-                "those that were sampled"
-            ): self.texts_with_lost_characters,
-            (
-                "hold something that the student wrote and the chat template does not show (a "
-                "thought, most likely): their tokens are not all that were sampled"
-            ): self.thoughts_dropped,
-            "lost the token that ended them: their source keeps text only": self.ends_lost,
-            (
-                "come without the token that ended them, if they were not cut off: their source "
-                "does not say"
-            ): self.ends_unknown,
-            (
-                "have a prompt without its chat markers: the student never saw it like that; give "
-                "the file of prompts, from which they can be restored"
-            ): self.prompts_not_restored,
-            "have a prompt that was rendered again with the student's chat template": (
-                self.template_reapplied
-            ),
-            "have token ids that decode to another text than stands beside them": (
-                self.text_mismatches
-            ),
-            "have an empty response": self.empty_responses,
-        }
         texts = [
-            f"{count} of {self.rollouts} rollouts {text}" for text, count in said.items() if count
+            f"{count} of {self.rollouts} rollouts {text}"
+            for name, text in _FACTS.items()
+            if (count := getattr(self, name))
         ]
         if self.partial_lines:
             texts.append(f"{self.partial_lines} unfinished last line(s) were left out")
@@ -190,6 +161,35 @@ class ImportReport:
         if self.failed_requests:
             texts.append(f"{self.failed_requests} failed request(s) were left out")
         return texts + self.notes
+
+
+_FACTS = {
+    "ids_retokenized": (
+        "were encoded again from text: their token ids may differ from those that were sampled"
+    ),
+    "round_trip_mismatches": "have ids that do not decode to their text",
+    "texts_with_lost_characters": (
+        "have U+FFFD in their text, in place of bytes that are lost: their ids are not those that"
+        " were sampled"
+    ),
+    "thoughts_dropped": (
+        "hold something that the student wrote and the chat template does not show (a thought,"
+        " most likely): their tokens are not all that were sampled"
+    ),
+    "ends_lost": "lost the token that ended them: their source keeps text only",
+    "ends_unknown": (
+        "come without the token that ended them, if they were not cut off: their source does not"
+        " say"
+    ),
+    "prompts_not_restored": (
+        "have a prompt without its chat markers: the student never saw it like that; give the file"
+        " of prompts, from which they can be restored"
+    ),
+    "template_reapplied": "have a prompt that was rendered again with the student's chat template",
+    "text_mismatches": "have token ids that decode to another text than stands beside them",
+    "empty_responses": "have an empty response",
+}
+"""What the counts of a report mean for a reader of figures: `7 of 20 rollouts …`."""
 
 
 def handle_bad_row(problem: InputError, options: ImportOptions, report: ImportReport) -> None:

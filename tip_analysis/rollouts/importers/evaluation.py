@@ -66,11 +66,7 @@ def _lighteval_drafts(
     options: ImportOptions,
     report: ImportReport,
 ) -> Iterator[Draft]:
-    text = response.get("text")
-    texts = [text] if isinstance(text, str) else list_at(response, "text", row.where)
-    outputs = list_at(response, "output_tokens", row.where)
-    if outputs and not isinstance(outputs[0], list):
-        outputs = [outputs]
+    texts, outputs = _lighteval_samples(row, response)
     num_samples = max(len(texts), len(outputs))
     if num_samples == 0:
         raise ImportFormatError(f"{row.where}: model_response holds neither text nor output_tokens")
@@ -78,28 +74,40 @@ def _lighteval_drafts(
     if prompt_ids and isinstance(prompt_ids[0], list):
         prompt_ids = prompt_ids[0]
     padding = integer(response.get("padded_tokens_count"), f"{row.where}: padded_tokens_count")
-    task, doc_id = doc.get("task_name"), doc.get("id")
     for index in range(num_samples):
         ids = outputs[index] if index < len(outputs) and len(outputs) == num_samples else None
         yield Draft(
             row.where,
             prompt=_prompt(response.get("input") or doc.get("query"), row),
             response=texts[index] if index < len(texts) else None,
-            prompt_token_ids=(
-                None if prompt_ids is None else token_ids(prompt_ids, f"{row.where}: input_tokens")
-            ),
-            response_token_ids=(
-                None if ids is None else token_ids(ids, f"{row.where}: output_tokens")
-            ),
+            prompt_token_ids=_ids_at(prompt_ids, row, "input_tokens"),
+            response_token_ids=_ids_at(ids, row, "output_tokens"),
             num_padding=padding or 0,
-            prompt_key=(
-                None if doc_id in (None, "") else f"{task}-{doc_id}" if task else str(doc_id)
-            ),
+            prompt_key=_lighteval_key(doc),
             extras={
                 "reward": _sample_reward(metric, index, num_samples, row, options, report),
                 "ground_truth": _gold(doc),
             },
         )
+
+
+def _lighteval_samples(row: Row, response: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Texts and token ids of the samples, either of which may be missing."""
+    text = response.get("text")
+    texts = [text] if isinstance(text, str) else list_at(response, "text", row.where)
+    outputs = list_at(response, "output_tokens", row.where)
+    return texts, [outputs] if outputs and not isinstance(outputs[0], list) else outputs
+
+
+def _lighteval_key(doc: Mapping[str, Any]) -> str | None:
+    task, doc_id = doc.get("task_name"), doc.get("id")
+    if doc_id in (None, ""):
+        return None
+    return f"{task}-{doc_id}" if task else str(doc_id)
+
+
+def _ids_at(ids: Any, row: Row, name: str) -> list[int] | None:
+    return None if ids is None else token_ids(ids, f"{row.where}: {name}")
 
 
 def _sample_reward(

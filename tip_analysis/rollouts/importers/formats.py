@@ -91,6 +91,20 @@ FORMATS: dict[str, Format] = {
 """The formats by name."""
 
 
+def _check(format: str, **counts: int | None) -> None:
+    if format not in FORMATS:
+        raise UnknownNameError("format", format, FORMATS)
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise OptionError(f"{name}: expected at least 1, found {value}")
+
+
+def _nothing_found(report: ImportReport) -> ImportFormatError:
+    reason = f"; the first row at fault: {report.skipped[0]}" if report.skipped else ""
+    files = ", ".join(report.files) or "no file"
+    return ImportFormatError(f"{files}: holds no rollout of the format {report.format}{reason}")
+
+
 def import_rollouts(
     format: str,
     files: Sequence[str | Path],
@@ -139,11 +153,7 @@ def import_rollouts(
             names the line.
         OptionError: `limit` or `prompts_per_batch` is below 1.
     """
-    if format not in FORMATS:
-        raise UnknownNameError("format", format, FORMATS)
-    for name, value in (("limit", limit), ("prompts_per_batch", prompts_per_batch)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name}: expected at least 1, found {value}")
+    _check(format, limit=limit, prompts_per_batch=prompts_per_batch)
     paths = _expand(files, FORMATS[format])
     report = ImportReport(format, files=[str(path) for path in paths])
     by_id = {prompt.id: prompt for prompt in prompts}
@@ -163,11 +173,7 @@ def import_rollouts(
     found = _identify(found, format, options, report)
     found = _fitting(found, options, report)
     if not found:
-        reason = f"; the first row at fault: {report.skipped[0]}" if report.skipped else ""
-        raise ImportFormatError(
-            f"{', '.join(report.files) or 'no file'}: holds no rollout of the format {format}"
-            f"{reason}"
-        )
+        raise _nothing_found(report)
     for one in found:
         report.add(one.facts)
     rows = [one.row for one in found]

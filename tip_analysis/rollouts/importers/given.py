@@ -59,39 +59,43 @@ def read_native(
 
 def _native_draft(row: Row) -> Draft:
     values = row.values
-    messages = values.get("messages")
-    if isinstance(messages, str):
-        messages = json_value(messages, f"{row.where}: messages", error=ImportFormatError)
-    mask = values.get("loss_mask")
-    if mask is not None and not (
-        isinstance(mask, list) and all(isinstance(item, bool | int) for item in mask)
-    ):
-        raise ImportFormatError(
-            f"{row.where}: loss_mask: expected a list of true and false, found {preview(mask)}"
-        )
     prompt_id = values.get("prompt_id")
     if not isinstance(values.get("rollout_id", ""), str):
         found = preview(values["rollout_id"])
         raise ImportFormatError(f"{row.where}: rollout_id: expected a string, found {found}")
     return Draft(
         row.where,
-        prompt=(
-            None
-            if messages is None
-            else parse_messages(messages, f"{row.where}: messages", error=ImportFormatError)
-        ),
+        prompt=_native_messages(row),
         tools=parse_tools(values.get("tools"), f"{row.where}: tools", error=ImportFormatError),
-        prompt_token_ids=token_ids(
-            field_of(row, "prompt_token_ids", list), f"{row.where}: prompt_token_ids"
+        prompt_token_ids=_ids_at(field_of(row, "prompt_token_ids", list), row, "prompt_token_ids"),
+        response_token_ids=_ids_at(
+            field_of(row, "response_token_ids", list), row, "response_token_ids"
         ),
-        response_token_ids=token_ids(
-            field_of(row, "response_token_ids", list), f"{row.where}: response_token_ids"
-        ),
-        loss_mask=None if mask is None else [bool(item) for item in mask],
+        loss_mask=_loss_mask(row),
         prompt_key=None if prompt_id is None else str(prompt_id),
         finish_reason=_NATIVE_ENDS.get(str(values.get("finish_reason"))),
         extras=_native_extras(row),
     )
+
+
+def _native_messages(row: Row) -> tuple[Message, ...] | None:
+    messages, where = row.values.get("messages"), f"{row.where}: messages"
+    if isinstance(messages, str):
+        messages = json_value(messages, where, error=ImportFormatError)
+    if messages is None:
+        return None
+    return parse_messages(messages, where, error=ImportFormatError)
+
+
+def _loss_mask(row: Row) -> list[bool] | None:
+    mask = row.values.get("loss_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or not all(isinstance(item, bool | int) for item in mask):
+        raise ImportFormatError(
+            f"{row.where}: loss_mask: expected a list of true and false, found {preview(mask)}"
+        )
+    return [bool(item) for item in mask]
 
 
 def _native_extras(row: Row) -> dict[str, Any]:
@@ -297,29 +301,31 @@ def _choice_draft(
             " `messages` beside each response, or give the batch's request file or the file of"
             " prompts (joined by custom_id)"
         )
-    sampling = {
-        name: number(request.get(name), f"{row.where}: {name}") for name in ("temperature", "top_p")
-    }
+    answers = {"ground_truth": known and known.answer, "solution": known and known.solution}
     reason = _FINISH_REASONS.get(str(choice.get("finish_reason")))
     return Draft(
         row.where,
         prompt=prompt,
         response=_choice_response(row, choice, has_ids=ids is not None),
-        prompt_token_ids=(
-            None if prompt_ids is None else token_ids(prompt_ids, f"{row.where}: prompt_token_ids")
-        ),
-        response_token_ids=None if ids is None else token_ids(ids, f"{row.where}: token_ids"),
+        prompt_token_ids=_ids_at(prompt_ids, row, "prompt_token_ids"),
+        response_token_ids=_ids_at(ids, row, "token_ids"),
         tools=tools,
         prompt_key=key,
         finish_reason=reason,
         turn_end=_TURN_ENDS.get(reason, TurnEnd.OPEN),
-        extras=sampling
-        | {
-            "seed": request.get("seed"),
-            "ground_truth": known and known.answer,
-            "solution": known and known.solution,
-        },
+        extras=_sampling_of(row, request) | answers,
     )
+
+
+def _ids_at(ids: Any, row: Row, name: str) -> list[int] | None:
+    return None if ids is None else token_ids(ids, f"{row.where}: {name}")
+
+
+def _sampling_of(row: Row, request: Mapping[str, Any]) -> dict[str, Any]:
+    """How the request asked to sample."""
+    names = ("temperature", "top_p")
+    asked = {name: number(request.get(name), f"{row.where}: {name}") for name in names}
+    return asked | {"seed": request.get("seed")}
 
 
 _FINISH_REASONS = {

@@ -119,31 +119,31 @@ class Resolver:
 
     def _shown_text(self, text: str, draft: Draft) -> _Shown:
         if self._is_chat and draft.specials_skipped and not self._has_specials(text):
-            if self._restorer is None:
-                self._restorer = PromptRestorer(
-                    self._tokenizer,
-                    prompts=self._prompts.values(),
-                    template=self._template,
-                    chat_template_kwargs=self._switches,
-                )
-            restored = self._restorer.restore(text)
+            restored = self._restored(text)
+            self._facts["prompts_not_restored" if restored is None else "prompts_restored"] += 1
             if restored is not None:
-                self._facts["prompts_restored"] += 1
-                rendered = restored.rendered
-                return _Shown(
-                    rendered.text,
-                    rendered.token_ids,
-                    TemplateOrigin.REAPPLIED,
-                    restored.messages,
-                    restored.prompt,
-                )
-            self._facts["prompts_not_restored"] += 1
+                return restored
         if self._is_chat and self._has_specials(text):
             return _Shown(text, encode(self._tokenizer, text), TemplateOrigin.EXACT)
         bare = render_bare(self._tokenizer, text)
         if not bare.token_ids:
             raise ImportFormatError(f"{draft.where}: the prompt has no token")
         return _Shown(bare.text, bare.token_ids, TemplateOrigin.NONE)
+
+    def _restored(self, text: str) -> _Shown | None:
+        """The prompt with its chat markers; None where it is none that is known."""
+        if self._restorer is None:
+            self._restorer = PromptRestorer(
+                self._tokenizer,
+                prompts=self._prompts.values(),
+                template=self._template,
+                chat_template_kwargs=self._switches,
+            )
+        found = self._restorer.restore(text)
+        if found is None:
+            return None
+        shown = found.rendered.text, found.rendered.token_ids, TemplateOrigin.REAPPLIED
+        return _Shown(*shown, found.messages, found.prompt)
 
     def _rendered(self, draft: Draft, messages: tuple[Message, ...]) -> _Shown:
         switches = with_tools(self._switches, draft.tools)

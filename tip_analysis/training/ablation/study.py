@@ -85,12 +85,8 @@ def run_ablation(
             keys = [runner.arm_key(arm, seed) for arm, seed in tasks]
         else:
             keys = _run_in_processes(run, study, tasks, board, jobs, threads)
-    return (
-        run.ablations()
-        .filter(pl.col("arm_key").is_in(keys))
-        .collect()
-        .sort("rule", "retention_ratio", "seed", "step", maintain_order=True)
-    )
+    rows = run.ablations().filter(pl.col("arm_key").is_in(keys)).collect()
+    return rows.sort("rule", "retention_ratio", "seed", "step", maintain_order=True)
 
 
 def study_from_preset(
@@ -109,25 +105,16 @@ def study_from_preset(
         options: further fields of `StudyOptions`.
     """
     sampling = Sampling(max_new_tokens=preset.max_new_tokens)
-    defaults: dict[str, Any] = {
-        "student": preset.student,
-        "teacher": preset.teacher,
-        "mode": preset.mode,
-        "training": preset.training,
-        "sampling": sampling,
-        "evaluation_sampling": sampling,
-        "num_samples": preset.num_samples,
-        "grader": preset.grader,
-        "template": preset.template,
-        "max_prompt_tokens": preset.max_prompt_tokens,
-        "chat_template_kwargs": preset.chat_template_kwargs,
-    }
-    given: dict[str, Any] = {
-        "prompts": tuple(prompts),
-        "evaluation_prompts": tuple(evaluation_prompts),
-    }
-    fields: dict[str, Any] = defaults | options | given
-    return StudyOptions(**fields)
+    both: dict[str, Any] = {"sampling": sampling, "evaluation_sampling": sampling}
+    shared = {name: getattr(preset, name) for name in _SHARED}
+    given: dict[str, Any] = {"prompts": tuple(prompts)}
+    given |= {"evaluation_prompts": tuple(evaluation_prompts)}
+    return StudyOptions(**(both | shared | options | given))
+
+
+_SHARED = ("student", "teacher", "mode", "training", "num_samples", "grader", "template")
+_SHARED += ("max_prompt_tokens", "chat_template_kwargs")
+"""Fields that a study has of its preset."""
 
 
 def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs: int) -> None:
