@@ -375,3 +375,56 @@ def test_live_cuts_answer_at_once(window, large):
         return times;
         """)
     assert min(times) < 50
+
+
+@pytest.fixture(scope="module")
+def two_teachers(tables, tmp_path_factory) -> tuple[Path, pl.DataFrame, pl.DataFrame]:
+    """The same rollouts under two teachers: the second agrees with the student more often."""
+    folder = tmp_path_factory.mktemp("teachers")
+    lower = pl.when(pl.int_range(pl.len()) % 3 == 0).then(0.01).otherwise(pl.col("reverse_kl"))
+    other = tables.tokens.with_columns(reverse_kl=lower.cast(pl.Float32))
+    second = Tables(
+        tables.rollouts, other, tables.gradients.head(0), tables.masks.head(0), tables.vocabulary
+    )
+    runs = [
+        write_run(folder / "first", tables),
+        write_run(folder / "second", second, config={"teacher": "other-teacher"}),
+    ]
+    path = write_report(runs, folder / "both.html", ReportOptions(Taxonomy(**CUTS)))
+    return path, tables.tokens, other
+
+
+def test_compare_two_teachers_on_one_rollout(window, two_teachers, task):
+    path, ours, theirs = two_teachers
+    window.open(path)
+    window.click(".flow-cell[data-from='3'][data-to='4']")
+    before, after = (_quadrants(tokens, 0.3, 0.5) for tokens in (ours, theirs))
+    moved = (before == "Q3") & (after == "Q4")
+    cell = window.run(
+        "return document.querySelector('.flow-cell[aria-pressed=true] span').textContent"
+    )
+    assert cell == f"{moved.sum():,}"
+    rows = window.rows(".moves-table tbody tr")
+    assert rows
+    change = (ours["reverse_kl"] - theirs["reverse_kl"]).abs().to_numpy()
+    best = ours.filter(pl.Series(moved & (change == change[moved].max()))).row(0, named=True)
+    link = window.run("return document.querySelector('.moves-table tbody a').getAttribute('href')")
+    assert link == f"#token=0/{best['rollout_id'].replace('/', '%2F')}/{best['position']}"
+    window.click(".moves-table tbody a")
+    window.wait("return location.hash.includes('token=')")
+    place, panel = window.selected()
+    assert place == best["position"]
+    window.choose("#b-run", "second")
+    assert f"{best['rollout_id']}" in window.run(
+        "const s = document.getElementById('b-rollout'); return s.selectedOptions[0].textContent"
+    )
+    assert window.selected()[0] == best["position"]
+    assert panel != window.selected()[1]
+
+
+def test_runs_with_other_tokens_are_not_aligned(tables, tmp_path):
+    other = make_tables(seed=9)
+    runs = [write_run(tmp_path / "a", tables), write_run(tmp_path / "b", other)]
+    options = ReportOptions(Taxonomy(**CUTS), num_resamples=20)
+    page = write_report(runs, tmp_path / "both.html", options).read_text("utf-8")
+    assert "are not compared token by token: expected the same token at each place" in page

@@ -33,6 +33,18 @@ class QuadrantShareTable(dy.Schema):
     share_high = dy.Float64(nullable=True, description="High end")
 
 
+class QuadrantFlowTable(dy.Schema):
+    """Where the tokens of one run are in another run of the same rollouts, 16 rows:
+    `analysis.quadrant_flow`."""
+
+    quadrant_a = dy.Enum(Quadrant, primary_key=True, description="Quadrant in the one run")
+    quadrant_b = dy.Enum(Quadrant, primary_key=True, description="Quadrant in the other")
+    num_tokens = dy.Int64(min=0, description="Tokens")
+    share = dy.Float64(**_SHARE, description="Of all tokens that both runs hold")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
+
+
 class DensityTable(dy.Schema):
     """Tokens per cell of the plane of both axes, one row per cell that holds tokens; no cell
     crosses a cut, and values below the first edge lie in the first cell: `analysis.density`."""

@@ -26,6 +26,7 @@ from tip_analysis.report.sections import (
     dynamics,
     gradients,
     groups,
+    moving,
     overview,
     provenance,
     selections,
@@ -123,10 +124,12 @@ def section_makers(
     """Key, title and maker of each section, in their order; nothing is made yet."""
     trained = any(view.run.has("dynamics") for view in views)
     steps = ("dynamics", "Training over steps", lambda: dynamics.dynamics(views))
+    several = [("moves", "What moved between runs", lambda: moving.moving(views))]
     return [
         ("overview", "The finding", lambda: overview.overview(views)),
         ("map", "Quadrant map", lambda: taxonomy.quadrant_map(views)),
         ("browser", "Token browser", lambda: browser.browser(views)),
+        *(several if len(views) > 1 else []),
         ("shares", "Shares of the quadrants", lambda: overview.quadrant_shares(views)),
         ("sensitivity", "Sensitivity to the cuts", lambda: taxonomy.sensitivity(views)),
         ("gradients", "Gradient norms and alignment", lambda: gradients.gradients(views)),

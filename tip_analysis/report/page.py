@@ -276,6 +276,7 @@ SCRIPTS = (
     "table.js",
     "explore.js",
     "browser.js",
+    "moves.js",
     "keys.js",
 )
 """The page's script, in order: each file adds one member to `tip`, and the last starts it."""

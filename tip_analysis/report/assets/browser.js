@@ -256,7 +256,12 @@ tip.browser = (() => {
     };
     if (actions[event.key]) { event.preventDefault(); actions[event.key](); }
   });
-  at("b-run").addEventListener("change", (event) => { Object.assign(state, { run: Number(event.target.value), rollout: 0, token: 0 }); fillRewards(); draw(); });
+  at("b-run").addEventListener("change", (event) => {
+    const { id } = rollout() ?? {}, number = Number(event.target.value), same = placeOf(number, id);
+    Object.assign(state, { run: number, rollout: Math.max(0, same), token: same < 0 ? 0 : state.token });
+    fillRewards();
+    draw();
+  });
   at("b-rollout").addEventListener("change", (event) => openRollout(Number(event.target.value), 0, { focus: false }));
   at("b-reward").addEventListener("change", (event) => { state.reward = event.target.value; draw(); });
   at("b-color").addEventListener("change", (event) => { state.color = event.target.value; if (spans.length) { paint(); } });
