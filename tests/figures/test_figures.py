@@ -159,6 +159,22 @@ _MEMORY = pl.DataFrame(
     {"rule": ["all", "q3"], "retention_ratio": [1.0, 0.1], "relative_memory": [1.0, 0.5]}
 )
 
+
+def _flow() -> pl.DataFrame:
+    pairs = [(one, other) for one in QUADRANTS for other in QUADRANTS]
+    return pl.DataFrame(
+        {
+            "quadrant_a": [one for one, _ in pairs],
+            "quadrant_b": [other for _, other in pairs],
+            "num_tokens": list(range(16)),
+            "share": [number / 120 for number in range(16)],
+            "low": [None] * 16,
+            "high": [None] * 16,
+        },
+        schema_overrides={"low": pl.Float64, "high": pl.Float64},
+    )
+
+
 DRAWINGS = {
     "quadrant_shares": lambda width: figures.quadrant_shares(_shares(), PAPER_RANGES, width=width),
     "quadrant_map": lambda width: figures.quadrant_map(
@@ -183,6 +199,7 @@ DRAWINGS = {
     ),
     "claims": lambda width: figures.claims(_claims(), width=width),
     "memory_by_ratio": lambda width: figures.memory_by_ratio(_MEMORY, _MEMORY, width=width),
+    "quadrant_flow": lambda width: figures.quadrant_flow(_flow(), width=width),
 }
 WIDTHS = (figures.PAGE_WIDTH, figures.COLUMN_WIDTH)
 
@@ -205,7 +222,7 @@ def test_every_figure_is_drawn_here():
     drawn = {
         name for name in figures.__all__ if name.islower() and callable(getattr(figures, name))
     }
-    assert drawn - {"figure_style", "save_figure"} == set(DRAWINGS)
+    assert drawn - {"figure_style", "save_figure", "write_figures"} == set(DRAWINGS)
 
 
 def test_no_state_is_left():

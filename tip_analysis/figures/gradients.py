@@ -1,12 +1,14 @@
 """Figures of per-token gradients: what each quadrant carries, and how that compares with its number
 of tokens."""
 
+import math
 from typing import Any
 
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tip_analysis.core.result_tables import EnergyShareTable, QuadrantProfileTable, checked
 from tip_analysis.figures.style import (
@@ -20,8 +22,11 @@ from tip_analysis.figures.style import (
     list_down,
     new_panels,
     percent_axis,
+    plain_number,
 )
 
+VANISHING = 1 / 40
+"""Of the largest bar: what is lower can hardly be seen beside it."""
 LOSS_NAMES = {
     "reverse_kl": "reverse KL",
     "forward_kl": "forward KL",
@@ -35,7 +40,8 @@ def quadrant_profile(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figur
     """Means by quadrant, one row of panels for each loss, one column for each measure: the
     saturation trap side by side.
 
-    Each panel has a linear axis of its own that starts at 0 where no value is negative.
+    Each panel has an axis of its own: linear from 0 where no value is negative, and logarithmic,
+    said so in its title, where on a linear one all bars but the largest would vanish.
 
     Args:
         table: a `QuadrantProfileTable`.
@@ -52,8 +58,10 @@ def quadrant_profile(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figur
         for i, loss in enumerate(losses):
             for j, measure in enumerate(measures):
                 axes = panels[i, j] if wide else panels[j, i]
-                _bars(axes, table.filter(pl.col("loss") == loss, pl.col("measure") == measure))
-                axes.set_title(_panel_title(loss, measure, wide, first=j == 0), fontsize=8.5)
+                part = table.filter(pl.col("loss") == loss, pl.col("measure") == measure)
+                _bars(axes, part)
+                title = _panel_title(loss, measure, wide, first=j == 0)
+                axes.set_title(f"{title} (log)" if bars_vanish(part) else title, fontsize=8.5)
     return figure
 
 
@@ -102,10 +110,29 @@ def _bars(axes: Axes, part: pl.DataFrame) -> None:
             axes.plot(
                 [index, index], [row["low"], row["high"]], color=INK, lw=1.2, solid_capstyle="butt"
             )
-    axes.axhline(0, color=MUTED, lw=0.7)
     axes.set_xticks(range(4), list(QUADRANT_COLORS))
     axes.tick_params(axis="x", length=0, labelcolor=INK)
-    axes.locator_params(axis="y", nbins=4)
+    if bars_vanish(part):
+        _log_from(axes, float(part["value"].min()))  # pyright: ignore[reportArgumentType]
+    else:
+        axes.axhline(0, color=MUTED, lw=0.7)
+        axes.locator_params(axis="y", nbins=4)
+
+
+def bars_vanish(part: pl.DataFrame) -> bool:
+    """Whether, on a linear axis, every bar but the largest would be a line: all values are above 0,
+    and the second largest is less than a fortieth of the largest."""
+    values = sorted(part["value"].drop_nulls())
+    return len(values) > 2 and values[0] > 0 and values[-2] < VANISHING * values[-1]
+
+
+def _log_from(axes: Axes, lowest: float) -> None:
+    """A logarithmic axis from the power of ten below the lowest bar."""
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=10.0 ** math.floor(math.log10(lowest) - 0.15))
+    axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(plain_number))
 
 
 def _share_marks(axes: Axes, part: pl.DataFrame) -> None:

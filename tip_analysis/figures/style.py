@@ -44,6 +44,8 @@ INK, MUTED, GRID, SURFACE = "#1f2430", "#5b6472", "#d8dde4", "#fefefe"
 theme."""
 ON_LIGHT, ON_BLUE = "#101418", "#fffffe"
 """Text on a light colour, and on the dark blue of Q1."""
+CREATOR = "tip-analysis figure"
+"""The mark of a file that this room wrote."""
 SEQUENTIAL = "mako_r"
 WIDE = 5.0
 """Inches from which panels stand side by side."""
@@ -97,16 +99,26 @@ def figure_style(font_size: float = 9.0) -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, path: str | Path, *, dpi: int = 300) -> Path:
+def save_figure(
+    figure: Figure, path: str | Path, *, dpi: int = 300, suffix: str | None = None
+) -> Path:
     """Write a figure as its suffix says: .pdf and .svg are vector, .png is for slides. Equal
-    figures give equal bytes."""
+    figures give equal bytes.
+
+    Args:
+        figure: any figure of this room.
+        path: where it is written.
+        dpi: of rasters.
+        suffix: the kind of file, where the path does not end so.
+    """
     path = Path(path)
+    kind = suffix or path.suffix
     metadata: dict[str, Any] = {
-        ".pdf": {"CreationDate": None, "ModDate": None},
-        ".svg": {"Date": None},
-    }.get(path.suffix, {})
+        ".pdf": {"CreationDate": None, "ModDate": None, "Creator": CREATOR},
+        ".svg": {"Date": None, "Creator": CREATOR},
+    }.get(kind, {})
     with figure_style():
-        figure.savefig(path, dpi=dpi, metadata=metadata)
+        figure.savefig(path, dpi=dpi, metadata=metadata, format=kind.removeprefix("."))
     return path
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
@@ -15,6 +15,9 @@ from tip_analysis.cli.option_groups import (
     Taxonomy,
     TaxonomyOptions,
 )
+
+if TYPE_CHECKING:
+    from tip_analysis.analysis.run_view import ReportOptions
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class Report:
     """Run folders with scored tokens; several are compared side by side."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
     """Where the page is written; by default reports/NAME.html, NAME being the first run's."""
+    figures: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Also write the first run's figures there, each as PDF and SVG, for print; the folder must be
+    empty, or hold figures of an earlier report only."""
     measurement: Pairs = ()
     """Which gradients, where several were measured: param_scope=…, method=…, num_probes=…, seed=…;
     by default what the run prefers (its first)."""
@@ -114,5 +120,16 @@ class Report:
         report_options = ReportOptions(
             self.taxonomy.parsed(), measurement=Preference.parse(self.measurement)
         )
+        if self.figures is not None:
+            self._write_figures(report_options)
         written = write_report(self.runs, self.output, report_options)
         console.print(f"report: {written}", soft_wrap=True)
+
+    def _write_figures(self, options: "ReportOptions") -> None:
+        from tip_analysis.analysis.run_view import open_views
+        from tip_analysis.cli.console import console
+        from tip_analysis.figures import write_figures
+
+        view = open_views(self.runs, options)[0]
+        written = write_figures(view, self.figures or Path())
+        console.print(f"figures: {len(written)} files in {self.figures}", soft_wrap=True)

@@ -8,6 +8,7 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis.correlations import TARGETS, correlation_table, equation_6
+from tip_analysis.analysis.figure_tables import MEASURES
 from tip_analysis.analysis.gradient_tables import (
     DIVERGENCE,
     LOGIT_NORMS,
@@ -34,12 +35,6 @@ from tip_analysis.report.page import (
     picture,
 )
 from tip_analysis.report.sections.overview import label_of, population, slug_of
-
-MEASURES = {
-    DIVERGENCE: "mean divergence, nats",
-    "grad_norm_sq": "mean ‖g‖²",
-    "grad_dot_loss": "mean φ",
-}
 
 
 def gradients(views: Sequence[RunView]) -> Section:
