@@ -4,7 +4,14 @@ import re
 
 import polars as pl
 import pytest
-from synthetic import make_ablations, make_tables, write_ablations, write_run
+from synthetic import (
+    make_ablations,
+    make_dynamics,
+    make_tables,
+    write_ablations,
+    write_dynamics,
+    write_run,
+)
 
 import tip_analysis as tip
 from tip_analysis.analysis.run_view import ReportOptions, RunView
@@ -18,7 +25,9 @@ from tip_analysis.figures.style import QUADRANT_COLORS
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = write_run(tmp_path_factory.mktemp("runs") / "whole", make_tables())
-    write_ablations(path, make_ablations())
+    arms = make_ablations()
+    write_ablations(path, arms)
+    write_dynamics(path, make_dynamics(arms))
     return path
 
 
@@ -29,6 +38,15 @@ def test_each_figure_takes_a_run_however_it_is_given(run, name):
     for figure in drawn:
         assert figure.axes
         assert any(axes.has_data() or axes.texts for axes in figure.axes)
+
+
+def test_titles_of_a_profile_fit_a_phone(run):
+    figure = tip.figures.quadrant_profile(run, width=tip.figures.COLUMN_WIDTH)
+    with tip.figures.figure_style():
+        figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes._left_title.get_window_extent()  # pyright: ignore
+        assert box.x1 <= figure.bbox.x1 + 2, axes.get_title(loc="left")
 
 
 def test_a_figure_of_a_run_is_that_of_its_table(run):

@@ -2,6 +2,7 @@
 behind."""
 
 import itertools
+from functools import cache
 
 import matplotlib as mpl
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from synthetic import make_ablations, make_dynamics
 
 from tip_analysis import figures
+from tip_analysis.analysis.dynamics import dynamics_curves
 from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.core.errors import SchemaError
 
@@ -160,6 +163,11 @@ _MEMORY = pl.DataFrame(
 )
 
 
+@cache
+def _curves() -> pl.DataFrame:
+    return dynamics_curves(make_dynamics(make_ablations()))
+
+
 def _flow() -> pl.DataFrame:
     pairs = [(one, other) for one in QUADRANTS for other in QUADRANTS]
     return pl.DataFrame(
@@ -199,6 +207,7 @@ DRAWINGS = {
     ),
     "claims": lambda width: figures.claims(_claims(), width=width),
     "memory_by_ratio": lambda width: figures.memory_by_ratio(_MEMORY, _MEMORY, width=width),
+    "training_curves": lambda width: figures.training_curves(_curves(), width=width),
     "quadrant_flow": lambda width: figures.quadrant_flow(_flow(), width=width),
 }
 WIDTHS = (figures.PAGE_WIDTH, figures.COLUMN_WIDTH)
@@ -216,6 +225,26 @@ def test_vector_files_at_paper_size(name, tmp_path):
     pdf = figures.save_figure(figure, tmp_path / "a.pdf").read_bytes()
     assert pdf.startswith(b"%PDF")
     assert b"/Type /Font" in pdf
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_no_text_is_cut_off(name, width):
+    """Titles, labels and legends lie inside the figure, on a page and on a phone."""
+    figure = DRAWINGS[name](width)
+    with figures.figure_style():
+        figure.draw_without_rendering()
+    whole, shown = figure.bbox, [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        titles = [axes.title, axes._left_title, axes._right_title]  # pyright: ignore
+        shown += [*titles, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+    for text in shown:
+        if text.get_visible() and text.get_text().strip():
+            box = text.get_window_extent()
+            assert box.x0 >= whole.x0 - 2, text.get_text()
+            assert box.x1 <= whole.x1 + 2, text.get_text()
+            assert box.y0 >= whole.y0 - 2, text.get_text()
+            assert box.y1 <= whole.y1 + 2, text.get_text()
 
 
 def test_every_figure_is_drawn_here():

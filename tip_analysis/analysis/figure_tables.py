@@ -24,6 +24,7 @@ from tip_analysis.analysis.benchmarks import benchmarks_of
 from tip_analysis.analysis.claims import claims_table
 from tip_analysis.analysis.coverage_tables import coverage_curve as coverage_of
 from tip_analysis.analysis.densities import density
+from tip_analysis.analysis.dynamics import METRICS, dynamics_curves
 from tip_analysis.analysis.gradient_tables import (
     DIVERGENCE,
     gradient_profile,
@@ -165,6 +166,13 @@ def memory_by_ratio(view: RunView) -> Drawn:
     return Drawn(relative_memory(_arms(view)[0]), {"paper": paper_memory()})
 
 
+def training_curves(view: RunView) -> Drawn:
+    """What students wrote over the steps of their training."""
+    command = f"tip-analysis ablate {view.run.path} --rules … --dynamics-every 1"
+    _require(view, "dynamics", "record of training steps", command)
+    return Drawn(dynamics_curves(view.run.dynamics().collect()), {"words": METRICS})
+
+
 def _arms(view: RunView) -> tuple[pl.DataFrame, str]:
     """Arms that were trained to their end, and the first benchmark."""
     command = f"tip-analysis ablate {view.run.path} --rules …"
@@ -196,6 +204,7 @@ MAKERS: dict[str, Callable[[RunView], Drawn]] = {
         difference_from_all,
         claims,
         memory_by_ratio,
+        training_curves,
     )
 }
 """The figures that one run can fill, by name."""

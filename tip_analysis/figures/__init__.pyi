@@ -13,8 +13,8 @@ from .door import quadrant_flow as quadrant_flow
 from .door import quadrant_map as quadrant_map
 from .door import quadrant_profile as quadrant_profile
 from .door import quadrant_shares as quadrant_shares
+from .door import training_curves as training_curves
 from .door import write_figures as write_figures
-from .dynamics import training_curves as training_curves
 from .pairs import average_and_best as average_and_best
 from .pairs import mean_over_pairs as mean_over_pairs
 from .style import COLUMN_WIDTH as COLUMN_WIDTH

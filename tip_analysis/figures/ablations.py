@@ -56,7 +56,7 @@ def accuracy_by_ratio(
     rules = [arm.rule for arm in named if arm.has_ratio]
     wide = width >= WIDE
     with figure_style():
-        figure, axes = new_figure(width, 3.6 if wide else width * 1.3)
+        figure, axes = new_figure(width, 3.0 if wide else width * 1.3)
         for arm in named:
             if not arm.has_ratio:
                 _level_lines(axes, arm, arms.filter(arm.rows())["accuracy"])
@@ -149,7 +149,8 @@ def claims(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
             _claim_row(axes, row, place)
         list_down(axes, table["claim"].to_list())
         percent_axis(axes.xaxis, symbol="")
-        axes.set_xlabel("difference of accuracies, points; grey: within the margin of equality")
+        gap = " " if width >= WIDE else "\n"
+        axes.set_xlabel(f"difference of accuracies, points;{gap}grey: the margin of equality")
     return figure
 
 

@@ -20,7 +20,7 @@ from tip_analysis.analysis.run_view import ReportOptions, RunView
 from tip_analysis.core.atomic_files import replacing
 from tip_analysis.core.errors import OptionError, RunError, SchemaError
 from tip_analysis.core.run_folder import Run
-from tip_analysis.figures import ablations, gradients, groups, moves, selection, taxonomy
+from tip_analysis.figures import ablations, dynamics, gradients, groups, moves, selection, taxonomy
 from tip_analysis.figures.style import CREATOR, save_figure
 
 Source = pl.DataFrame | RunView | Run | str | PathLike[str]
@@ -59,6 +59,7 @@ accuracy_by_ratio = from_run(ablations.accuracy_by_ratio)
 difference_from_all = from_run(ablations.difference_from_all)
 claims = from_run(ablations.claims)
 memory_by_ratio = from_run(ablations.memory_by_ratio)
+training_curves = from_run(dynamics.training_curves)
 
 FIGURES: dict[str, Callable[Concatenate[Source, ...], Figure]] = {
     figure.__name__: figure
@@ -76,6 +77,7 @@ FIGURES: dict[str, Callable[Concatenate[Source, ...], Figure]] = {
         difference_from_all,
         claims,
         memory_by_ratio,
+        training_curves,
     )
 }
 """The figures of one run, by name."""

@@ -61,7 +61,8 @@ def quadrant_profile(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figur
                 part = table.filter(pl.col("loss") == loss, pl.col("measure") == measure)
                 _bars(axes, part)
                 title = _panel_title(loss, measure, wide, first=j == 0)
-                axes.set_title(f"{title} (log)" if bars_vanish(part) else title, fontsize=8.5)
+                title = f"{title} (log)" if bars_vanish(part) else title
+                axes.set_title(title, fontsize=8.5 if wide else 7.5)
     return figure
 
 

@@ -104,7 +104,7 @@ def coverage_curve(table: pl.DataFrame, *, label: str, width: float = PAGE_WIDTH
     table = checked(table, CoverageTable)
     wide = width >= WIDE
     with figure_style():
-        figure, axes = new_figure(width, 3.6 if wide else width * 1.25)
+        figure, axes = new_figure(width, 3.2 if wide else width * 1.25)
         axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=(0, (1, 2)))
         _coverage_lines(axes, table)
         axes.set_xlabel("retention ratio ρ")

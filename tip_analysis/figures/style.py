@@ -181,8 +181,6 @@ def paper_band(
 
 def plain_number(value: float, _position: int | None = None) -> str:
     """0.001, 1, 10; powers only beyond what reads well."""
-    return (
-        f"{value:.2g}"
-        if value == 0 or 1e-4 <= abs(value) < 1e5
-        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    )
+    if value != 0 and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.2g}" if abs(value) < 100 else f"{value:,.0f}"

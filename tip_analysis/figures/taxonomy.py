@@ -56,7 +56,7 @@ def quadrant_shares(
     runs = table.partition_by("run", as_dict=True, maintain_order=True)
     names = {str(key[0]): rows for key, rows in runs.items()}
     with figure_style():
-        figure, axes = new_figure(width, 0.75 + len(_BAR_GROUPS) * (0.32 + 0.3 * len(names)))
+        figure, axes = new_figure(width, 0.75 + len(_BAR_GROUPS) * (0.26 + 0.26 * len(names)))
         ticks: dict[float, str] = {}
         y = 0.0
         for group in _BAR_GROUPS:

@@ -2,8 +2,8 @@
 tip.table = (() => {
   const STEP = 30;
   const COLUMNS = [
-    ["student_entropy", "entropy", "nats"], ["reverse_kl", "reverse KL", "nats"], ["forward_kl", "forward KL", "nats"],
-    ["q3_score", "Q3 score", "nats"], ["soft_or", "Soft-OR", ""], ["student_top1_prob", "top-1", ""],
+    ["q3_score", "Q3 score", "nats"], ["student_entropy", "entropy", "nats"], ["reverse_kl", "reverse KL", "nats"],
+    ["forward_kl", "forward KL", "nats"], ["soft_or", "Soft-OR", ""], ["student_top1_prob", "top-1", ""],
     ["grad_norm", "‖g‖", ""], ["grad_dot_loss", "φ", ""],
   ];
 
