@@ -41,12 +41,12 @@ from .measurements import choose_measurement as choose_measurement
 from .measurements import join_gradients as join_gradients
 from .measurements import measurements_in as measurements_in
 from .measurements import prefer_measurement as prefer_measurement
-from .pair_tables import arms_of_pairs as arms_of_pairs
-from .pair_tables import paper_arms_of_pairs as paper_arms_of_pairs
 from .moves import aligned_tokens as aligned_tokens
 from .moves import moved_share as moved_share
 from .moves import quadrant_flow as quadrant_flow
 from .moves import strongest_moves as strongest_moves
+from .pair_tables import arms_of_pairs as arms_of_pairs
+from .pair_tables import paper_arms_of_pairs as paper_arms_of_pairs
 from .paper_claims import paper_differences as paper_differences
 from .paper_preset import PAPER_RANGES as PAPER_RANGES
 from .planted import planted_detection as planted_detection
