@@ -33,6 +33,42 @@ def table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def engines_table(results: Path = RESULTS) -> str:
+    """Tokens a second of each engine, in Markdown."""
+    found = json.loads((results / "engines.json").read_text("utf-8"))
+    names = {
+        "own": "`hf`: this package's sampler",
+        "vllm": "`vllm`",
+        "generate": "transformers' `generate`",
+        "continuous": "transformers' continuous batching",
+    }
+    lines = ["| engine | tokens | seconds | tokens/s | start |", "| --- | --- | --- | --- | --- |"]
+    lines += [_engine_row(names[name], one) for name, one in found["engines"].items()]
+    return "\n".join(lines)
+
+
+def _engine_row(name: str, found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return f"| {name} | does not run here: {found['failed']} | | | |"
+    return (
+        f"| {name} | {found['tokens']:,} | {found['seconds']:.1f} | {found['tokens_per_s']:.1f} |"
+        f" {found['startup_s']:.1f} s |"
+    )
+
+
+def approximate_table(results: Path = RESULTS) -> str:
+    """What a teacher's top k costs in accuracy, in Markdown."""
+    found = json.loads((results / "approximate_teacher.json").read_text("utf-8"))
+    head = "| column | mean, exact |" + "".join(f" k = {k} |" for k in found["k"])
+    lines = [head, "| --- | --- |" + " --- |" * len(found["k"])]
+    for name, first in next(iter(found["k"].values())).items():
+        cells = [
+            f" {one[name]['median']:.2g}, {one[name]['p99']:.2g} |" for one in found["k"].values()
+        ]
+        lines.append(f"| `{name}` | {first['exact_mean']:.3g} |" + "".join(cells))
+    return "\n".join(lines)
+
+
 Row = tuple[str, str, str]
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dataframely as dy
 import polars as pl
@@ -69,19 +70,35 @@ def formats() -> str:
     return "\n".join([*head, *rows])
 
 
-def benchmarks() -> str:
-    """The measured ratios, in Markdown."""
+def _summary() -> Any:
     spec = importlib.util.spec_from_file_location("summary", ROOT / "benchmarks" / "summary.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.table()
+    return module
+
+
+def benchmarks() -> str:
+    """The measured ratios, in Markdown."""
+    return _summary().table()
+
+
+def engines() -> str:
+    """Tokens a second of the engines that write rollouts, in Markdown."""
+    return _summary().engines_table()
+
+
+def approximate() -> str:
+    """What a teacher's top k costs in accuracy, in Markdown."""
+    return _summary().approximate_table()
 
 
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "columns": (DOCS / "reference" / "columns.md", columns),
     "benchmarks": (DOCS / "reference" / "benchmarks.md", benchmarks),
+    "engines": (DOCS / "how_to" / "vllm.md", engines),
+    "approximate": (DOCS / "how_to" / "vllm.md", approximate),
     "rules": (DOCS / "concepts" / "scores.md", rules),
     "formats": (DOCS / "how_to" / "import_rollouts.md", formats),
 }

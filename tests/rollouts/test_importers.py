@@ -1182,6 +1182,36 @@ def test_vllm_responses_with_token_ids(tmp_path):
     )
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_log_probabilities_of_the_engine_are_kept(tmp_path, chat):
+    ids = encoded("It is 46.<|im_end|>")
+    said = [-0.5 * place for place in range(len(ids))]
+
+    def response(ids, said, **more):
+        content = {"content": [{"token": "", "logprob": one} for one in said]}
+        logprobs = content if chat else {"token_logprobs": said}
+        return chat_response(token_ids=ids, logprobs=logprobs, **more) | {
+            "prompt_token_ids": encoded(SHOWN)
+        }
+
+    rows = [
+        response(ids, said),
+        response(ids[:-1], said[:-1]),  # the end is put there: it has none
+        response(ids, said[:-1]),  # of other tokens
+        response(ids, [*said[:-1], None], finish_reason="length"),
+        response(ids, ["x", *said[1:]]),
+        chat_response(token_ids=ids, logprobs=7) | {"prompt_token_ids": encoded(SHOWN)},
+    ]
+    found, _ = imported("vllm", write_lines(tmp_path / "r.jsonl", rows))
+    kept = [row["sampled_logprobs"] for row in found]
+    assert kept[0] == said
+    assert kept[1] in ([*said[:-1], None], said[:-1])
+    assert kept[2] is None
+    assert kept[3] == [*said[:-1], None]
+    assert kept[4] == [None, *said[1:]]
+    assert kept[5] is None
+
+
 def test_openai_text_beside_messages_and_several_choices(tmp_path):
     response = chat_response()
     response["choices"].append({"index": 1, "message": assistant("47."), "finish_reason": "length"})

@@ -116,9 +116,7 @@ class ServedTeacher:
         """
         counted = [rollout for rollout in rollouts_in_memory(rollouts) if rollout.num_tokens]
         told = in_parallel(
-            range(len(counted)),
-            lambda place: self._rows(counted[place], scorer),
-            self.client.concurrency,
+            range(len(counted)), lambda place: self._rows(counted[place], scorer), self.client
         )
         found = dict(told)
         rows = [found[place] for place in range(len(counted))]

@@ -2,6 +2,7 @@
 lies."""
 
 import json
+import time
 
 import polars as pl
 import pytest
@@ -307,10 +308,25 @@ def test_work_in_parallel_ends_with_the_first_error():
             raise ValueError("three")
         return item
 
-    assert sorted(in_parallel(range(3), work, 2)) == [(0, 0), (1, 1), (2, 2)]
+    client = CompletionsClient("http://127.0.0.1:9", concurrency=2)
+    assert sorted(in_parallel(range(3), work, client)) == [(0, 0), (1, 1), (2, 2)]
     with pytest.raises(ValueError, match="three"):
-        list(in_parallel(range(100), work, 2))
+        list(in_parallel(range(100), work, client))
     assert max(begun) < 10
+
+
+def test_what_waits_for_another_try_is_given_up_with_the_first_error(model, server):
+    """One request is refused for good while others wait a minute to ask again."""
+
+    def misbehave(count, handler):
+        refusal = failing(400, "no") if count == 4 else failing(503, Retry_After="20")
+        return refusal(count, handler)
+
+    server.misbehave = misbehave
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="status 400: no"):
+        engine(model, server).generate(requests(4), SAMPLING)
+    assert time.monotonic() - began < 10
 
 
 def test_an_answer_without_end_is_not_read(model, server, monkeypatch):

@@ -34,9 +34,9 @@ EAGER = EngineSettings("vllm", options={"enforce_eager": True})
 PROMPT = [1, 4, 5, 6, 9]
 
 
-def tiny_qwen3(folder: Path, *, seed: int = 0, sharpness: float = 4.0) -> Path:
+def tiny_qwen3(folder: Path, *, seed: int = 0) -> Path:
     """A random Qwen3 of head size 64, which vLLM's attention for CPUs takes, with the arithmetic
-    pair's tokenizer."""
+    pair's tokenizer; its layers weigh enough to tell one prefix from another."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -55,7 +55,10 @@ def tiny_qwen3(folder: Path, *, seed: int = 0, sharpness: float = 4.0) -> Path:
     )
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(sharpness)
+        for parameter in model.model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6.0)
+        model.get_output_embeddings().weight.mul_(2.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

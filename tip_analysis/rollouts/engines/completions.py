@@ -118,9 +118,17 @@ class CompletionsClient:
 
         return self._ask("POST", "/v1/completions", {"model": self.model, **payload}, read_answer)
 
+    def begin(self) -> None:
+        """Ask again what fails, from now on."""
+        self._stopped.clear()
+
+    def give_up(self) -> None:
+        """Ask nothing again: whatever waits for another try fails at once."""
+        self._stopped.set()
+
     def close(self) -> None:
         """Close the connections; whatever waits is given up."""
-        self._stopped.set()
+        self.give_up()
         self._http.close()
 
     def _ask(self, method: str, path: str, payload: Any, read: Callable[[Any], Result]) -> Result:
@@ -207,16 +215,19 @@ def _seconds(text: str | None) -> float | None:
 
 
 def in_parallel(
-    items: Iterable[Item], work: Callable[[Item], Result], concurrency: int
+    items: Iterable[Item], work: Callable[[Item], Result], client: CompletionsClient
 ) -> Iterator[tuple[Item, Result]]:
-    """Call `work` on each item, so many at once; yields each with its result as it comes.
+    """Call `work` on each item, as many at once as the client may ask; yields each with its result
+    as it comes.
 
-    The first error ends it: what has not begun never begins.
+    The first error, or Ctrl-C, ends it: what has not begun never begins, and what is under way is
+    not asked again.
     """
+    client.begin()
     left = iter(items)
-    with ThreadPoolExecutor(concurrency) as pool:
+    with ThreadPoolExecutor(client.concurrency) as pool:
         running: dict[Future[Result], Item] = {
-            pool.submit(work, item): item for item in islice(left, concurrency)
+            pool.submit(work, item): item for item in islice(left, client.concurrency)
         }
         try:
             while running:
@@ -226,6 +237,9 @@ def in_parallel(
                     yield item, future.result()
                     for more in islice(left, 1):
                         running[pool.submit(work, more)] = more
+        except BaseException:
+            client.give_up()
+            raise
         finally:
             for future in running:
                 future.cancel()

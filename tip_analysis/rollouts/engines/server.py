@@ -84,9 +84,7 @@ class ServerEngine:
         """
         made: dict[int, Generation] = {}
         found = in_parallel(
-            range(len(requests)),
-            lambda row: self._generate(requests[row], sampling),
-            self.client.concurrency,
+            range(len(requests)), lambda row: self._generate(requests[row], sampling), self.client
         )
         for row, generation in found:
             made[row] = generation

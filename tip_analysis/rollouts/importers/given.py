@@ -313,7 +313,7 @@ def _choice_draft(
         prompt_key=key,
         finish_reason=reason,
         turn_end=_TURN_ENDS.get(reason, TurnEnd.OPEN),
-        extras=_sampling_of(row, request) | answers,
+        extras=_sampling_of(row, request) | answers | _logprobs_at(choice, ids),
     )
 
 
@@ -326,6 +326,19 @@ def _sampling_of(row: Row, request: Mapping[str, Any]) -> dict[str, Any]:
     names = ("temperature", "top_p")
     asked = {name: number(request.get(name), f"{row.where}: {name}") for name in names}
     return asked | {"seed": request.get("seed")}
+
+
+def _logprobs_at(choice: Mapping[str, Any], ids: Any) -> dict[str, Any]:
+    """ln P of each sampled token, where the server was asked for it and for the ids."""
+    found = choice.get("logprobs")
+    found = found if isinstance(found, dict) and ids is not None else {}
+    values, content = found.get("token_logprobs"), found.get("content")
+    if values is None and isinstance(content, list):
+        values = [one.get("logprob") for one in content if isinstance(one, dict)]
+    if not isinstance(values, list):
+        return {}
+    known = [float(one) if isinstance(one, int | float) and one <= 0 else None for one in values]
+    return {"sampled_logprobs": known}
 
 
 _FINISH_REASONS = {

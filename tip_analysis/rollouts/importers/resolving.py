@@ -98,6 +98,8 @@ class Resolver:
         if prompt is not None:
             row |= {"ground_truth": prompt.answer, "solution": prompt.solution}
         row |= {name: value for name, value in draft.extras.items() if value is not None}
+        if (logprobs := row.get("sampled_logprobs")) is not None:
+            row["sampled_logprobs"] = _fitted(logprobs, draft.response_token_ids, written.token_ids)
         self._count(row, draft, shown, written)
         return row, self._facts
 
@@ -321,3 +323,14 @@ def _is_text(response: Sequence[Message]) -> bool:
     return len(response) == 1 and not any(
         response[0].get(name) for name in ("reasoning_content", "tool_calls")
     )
+
+
+def _fitted(
+    logprobs: list[float | None], given: list[int] | None, kept: list[int]
+) -> list[float | None] | None:
+    """The log-probabilities of the tokens that were kept: null for an end that was put there; None
+    where they belong to other tokens."""
+    common = min(len(kept), len(given or ()))
+    if given is None or len(logprobs) != len(given) or given[:common] != kept[:common]:
+        return None
+    return logprobs[:common] + [None] * (len(kept) - common)
