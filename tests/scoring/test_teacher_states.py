@@ -96,7 +96,7 @@ def test_two_phases_give_the_table_of_one_pass_to_the_last_bit(
     ) == (2, 1)
 
 
-def test_states_are_kept_in_the_dtype_of_the_body(run):
+def test_states_are_kept_in_the_dtype_of_the_body(run, student):
     teacher = tiny_language_model("qwen2", seed=3, dtype=torch.bfloat16)
     store_teacher_states(run, teacher)
     side = (
