@@ -225,7 +225,9 @@ def test_adapters_are_merged_into_a_copy(engine, model):
 def test_a_model_that_vllm_cannot_run_is_one_line():
     with (
         opened(EAGER, "arithmetic-student", Loading(dtype="float32")) as made,
-        pytest.raises(EngineError, match="vLLM cannot start on arithmetic-student") as raised,
+        pytest.raises(
+            EngineError, match="vLLM (cannot start|failed) on arithmetic-student"
+        ) as raised,
     ):
         made.generate(requests(1), Sampling(max_new_tokens=2))
     assert "\n" not in str(raised.value)
@@ -285,12 +287,12 @@ def test_ablate_trains_on_policy_with_it(tiny, tmp_path):
         evaluation_sets=(str(problems),),
         arms=("all",),
         seeds=(0,),
-        num_steps=3,
-        prompts_per_step=2,
-        rollouts_per_prompt=2,
+        num_steps=6,
+        prompts_per_step=4,
+        rollouts_per_prompt=8,
         max_new_tokens=12,
-        num_samples=2,
-        learning_rate=1e-2,
+        num_samples=8,
+        learning_rate=1e-3,
         schedule="constant",
         warmup_steps=0,
         grader="exact",

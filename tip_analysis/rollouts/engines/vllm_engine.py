@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,12 @@ class VLLMEngine:
         try:
             outputs = llm.generate(prompts, asked, use_tqdm=False)
         except Exception as error:
-            raise EngineError(f"vLLM failed: {first_line(error)}") from error
+            with suppress(Exception):  # it may be gone already
+                self._stop()
+            raise EngineError(
+                f"vLLM failed on {self.author.name}: {first_line(error)} (its own messages are"
+                " above)"
+            ) from error
         made = [
             self._generation(one, request) for one, request in zip(outputs, requests, strict=True)
         ]
