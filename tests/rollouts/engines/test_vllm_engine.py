@@ -226,7 +226,7 @@ def test_a_model_that_vllm_cannot_run_is_one_line():
     with (
         opened(EAGER, "arithmetic-student", Loading(dtype="float32")) as made,
         pytest.raises(
-            EngineError, match="vLLM (cannot start|failed) on arithmetic-student"
+            EngineError, match=r"vLLM (cannot start|failed) on arithmetic-student"
         ) as raised,
     ):
         made.generate(requests(1), Sampling(max_new_tokens=2))
