@@ -160,7 +160,7 @@ def chain(options: argparse.Namespace) -> dict[str, Any]:
         lists = [str(options.prompts), "--limit", str(options.limit)]
         sampled = ["--num-rollouts", str(options.num_rollouts)]
         sampled += ["--max-new-tokens", str(options.max_new_tokens), "--template", "boxed"]
-        dtype = ["--dtype", options.dtype]
+        model, dtype = options.model, ["--dtype", options.dtype]
         engine = ["--engine", "vllm", *dtype]
         if not options.compiled:
             engine += ["--engine-options", "enforce_eager=true"]
