@@ -165,25 +165,8 @@ def chain(options: argparse.Namespace) -> dict[str, Any]:
         if not options.compiled:
             engine += ["--engine-options", "enforce_eager=true"]
         commands = {
-            "rollout": [
-                "rollout",
-                run,
-                "--student",
-                options.model,
-                "--prompts",
-                *lists,
-                *sampled,
-                *engine,
-            ],
-            "score": [
-                "score",
-                run,
-                "--teacher",
-                options.model,
-                "--teacher-context",
-                "solution",
-                *dtype,
-            ],
+            "rollout": ["rollout", run, "--student", model, "--prompts", *lists, *sampled, *engine],
+            "score": ["score", run, "--teacher", model, "--teacher-context", "solution", *dtype],
             "report": ["report", run, "-o", str(Path(folder) / "page.html")],
         }
         seconds = {}
