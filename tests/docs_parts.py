@@ -97,8 +97,6 @@ def approximate() -> str:
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "columns": (DOCS / "reference" / "columns.md", columns),
     "benchmarks": (DOCS / "reference" / "benchmarks.md", benchmarks),
-    "engines": (DOCS / "how_to" / "vllm.md", engines),
-    "approximate": (DOCS / "how_to" / "vllm.md", approximate),
     "rules": (DOCS / "concepts" / "scores.md", rules),
     "formats": (DOCS / "how_to" / "import_rollouts.md", formats),
 }
