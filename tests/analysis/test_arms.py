@@ -2,7 +2,9 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import make_ablations
 
+from tip_analysis.analysis.ablation_tables import final_arms
 from tip_analysis.analysis.arms import (
     ALL,
     PAPER_ARMS,
@@ -201,3 +203,40 @@ def test_rows_of_an_arm_are_those_of_exactly_its_ratio() -> None:
     assert table.filter(Arm("q3", 0.3).rows()).rows() == [("q3", 0.3)]
     assert table.filter(Arm("q3", 0.1 * 3).rows()).height == 1
     assert table.filter(ALL.rows()).height == 1
+
+
+def test_arms_with_a_loss_or_weighting_of_their_own_have_one_spelling() -> None:
+    arms = parse_arms(
+        ["all,loss=k1", "soft_or:0.5:0.2,loss=k1,weighting=q3", "quadrant:Q3:1", "all"], []
+    )
+    assert [str(arm) for arm in arms] == [
+        "all,loss=k1",
+        "soft_or:0.5,weighting=q3,loss=k1",
+        "soft_or:0.2,weighting=q3,loss=k1",
+        "quadrant:Q3:1",
+        "all",
+    ]
+    assert [Arm.parse(str(arm)) for arm in arms] == arms
+    assert arms[1].base_rule == "soft_or"
+    assert arms[1].changes == {"weighting": "q3", "loss": "k1"}
+    assert (arms[0].has_ratio, arms[1].has_ratio, arms[-1].changes) == (False, True, {})
+    for text in ("all,loss", "all,rate=1", "all,loss=k1,loss=k2", "all,"):
+        with pytest.raises(OptionError, match=r"weighting=… or loss=…"):
+            parse_arms([text], [])
+    with pytest.raises(UnknownNameError, match="training loss 'k9'"):
+        parse_arms(["all,loss=k9"], [])
+    with pytest.raises(UnknownNameError, match="weighting 'softor'"):
+        parse_arms(["all,weighting=softor"], [])
+
+
+def test_arms_of_their_own_are_compared_whatever_the_study_took() -> None:
+    table = make_ablations()
+    own = table.filter(rule="q3").with_columns(
+        rule=pl.lit("q3,loss=k1"), loss=pl.lit("k1", table.schema["loss"])
+    )
+    other = table.filter(rule="random").with_columns(loss=pl.lit("jsd", table.schema["loss"]))
+    found = final_arms(pl.concat([table.filter(pl.col("rule") != "random"), own, other]))
+    assert "q3,loss=k1" in found["rule"]
+    assert "random" not in found["rule"], "it was trained on another loss than the others"
+    alone = final_arms(own)
+    assert set(alone["rule"]) == {"q3,loss=k1"}

@@ -43,7 +43,13 @@ def final_arms(table: pl.DataFrame) -> pl.DataFrame:
     whole = keyed.drop_nulls(["_loss", *(["_weighting"] if "_weighting" in names else [])])
     counted = (keyed if whole.is_empty() else whole).group_by(names).len()
     most = counted.sort("len", *names, descending=[True] + [False] * len(names)).head(1)
-    fits = [pl.col(name).is_null() | (pl.col(name) == most[name][0]) for name in names]
+    wanted = {name: value for name, value in most.row(0, named=True).items() if name in names}
+    fits = [
+        pl.col(name).is_null()
+        if value is None
+        else pl.col(name).is_null() | (pl.col(name) == value)
+        for name, value in wanted.items()
+    ]
     return keyed.filter(*fits).drop(names)
 
 

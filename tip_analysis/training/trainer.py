@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from tip_analysis.analysis.rules import rule as rule_of
-from tip_analysis.analysis.taxonomy import Taxonomy
 from tip_analysis.analysis.weightings import NO_WEIGHTING, weighting_of
 from tip_analysis.core.errors import LogitsError, OptionError
 from tip_analysis.core.names import Precision
@@ -43,9 +42,17 @@ from tip_analysis.models.loading import LanguageModel, shared_vocabulary
 from tip_analysis.rollouts.encoded import Rollout
 from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts
 from tip_analysis.training.masked_loss import scaled_weights, weighted_divergence
+from tip_analysis.training.observing import OBSERVED_COLUMNS, observed
 from tip_analysis.training.optimizers import build_optimizer, descend
 from tip_analysis.training.options import TrainingOptions, learning_rate_at
-from tip_analysis.training.step_metrics import METRIC_COLUMNS, soft_or_overlap, step_metrics
+from tip_analysis.training.step_pieces import (
+    micro_batches_of,
+    per_rollout,
+    restoring_order,
+    scatter,
+    token_order,
+    tokens_of,
+)
 from tip_analysis.training.step_selection import (
     needed_statistics,
     select_rows,
@@ -57,8 +64,6 @@ from tip_analysis.training.step_selection import (
 
 logger = logging.getLogger(__name__)
 
-OBSERVED_COLUMNS = METRIC_COLUMNS | {"topk_overlap"}
-"""Statistics of the steps that are observed."""
 RESCORED_TOGETHER = 64
 """Rollouts whose hidden states are held at once when fixed rollouts are scored again."""
 
@@ -158,9 +163,9 @@ class Trainer:
     def update_on(self, rollouts: Sequence[Rollout]) -> StepRecord:
         """One optimizer step on given rollouts, each with a token that the student wrote."""
         options = self.options
-        micro_batches = _micro_batches(rollouts, options.micro_batch_size)
-        observed = self._is_observed()
-        columns = self.columns | (OBSERVED_COLUMNS if observed else frozenset())
+        micro_batches = micro_batches_of(rollouts, options.micro_batch_size)
+        is_observed = self._is_observed()
+        columns = self.columns | (OBSERVED_COLUMNS if is_observed else frozenset())
         kept = (
             self._score(rollouts, micro_batches, columns)
             if columns and rollouts
@@ -181,7 +186,7 @@ class Trainer:
         )
         weights = self._scaled(rollouts, selected, raw_weights)
         record = replace(record, tokens_trained=int(np.count_nonzero(weights)))
-        if observed and rollouts:
+        if is_observed and rollouts:
             found = self.observe(rollouts, kept.statistics, weights != 0.0)
             record = replace(record, observed=found)
         if not weights.any():
@@ -191,7 +196,7 @@ class Trainer:
                 self.step,
             )
             return record
-        cut = _per_rollout(weights, rollouts)
+        cut = per_rollout(weights, rollouts)
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(
             self._backward([rollouts[i] for i in batch], [cut[i] for i in batch], states)
@@ -214,34 +219,15 @@ class Trainer:
     def observe(
         self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray], selected: np.ndarray
     ) -> dict[str, float | None]:
-        """What the rollouts of a step are like: `step_metrics`, lengths and overlaps, as
-        `schema.DynamicsTable` has them.
+        """What the rollouts of a step are like, as `schema.DynamicsTable` has it (`observing`).
 
         Args:
             rollouts: those of the step.
             statistics: [N] each, of the written tokens, with `OBSERVED_COLUMNS`.
             selected: [N] bool, the tokens that carry loss.
         """
-        options = self.options
         table = self._table(rollouts, statistics)
-        found: dict[str, float | None] = {
-            **step_metrics(table, selected, Taxonomy(**options.cuts)),
-            "response_tokens": float(np.mean([len(r.response) for r in rollouts])),
-            "topk_overlap": float(statistics["topk_overlap"].mean()),
-            "soft_or_overlap": soft_or_overlap(
-                table,
-                selected,
-                retention_ratio=rule_of(options.rule).retention(options.retention_ratio),
-                selection_scope=options.selection_scope,
-            ),
-        }
-        cut_off = [rollout.truncated for rollout in rollouts]
-        known = [value for value in cut_off if value is not None]
-        found["truncated_share"] = float(np.mean(known)) if len(known) == len(cut_off) else None
-        return {
-            name: None if value is None or math.isnan(value) else value
-            for name, value in found.items()
-        }
+        return observed(rollouts, table, selected, self.options)
 
     def _scaled(
         self, rollouts: Sequence[Rollout], selected: np.ndarray, raw_weights: np.ndarray
@@ -322,7 +308,7 @@ class Trainer:
             kept.states.append((student if single else None, teacher if single else teacher.cpu()))
             for name, values in statistics.items():
                 parts.setdefault(name, []).append(values)
-        order = _token_order(rollouts, micro_batches)
+        order = token_order(rollouts, micro_batches)
         kept.statistics.update(
             {name: np.concatenate(values)[order] for name, values in parts.items()}
         )
@@ -346,7 +332,7 @@ class Trainer:
                 student_head=self.student.head,
                 teacher_head=self.teacher.head,
                 vocab_size=self.vocab_size,
-                token_ids=_tokens(rollouts, written),
+                token_ids=tokens_of(rollouts, written),
             )
         return statistics, student, teacher
 
@@ -361,7 +347,7 @@ class Trainer:
         if not any(mask.any() for mask in carried):
             return 0.0
         chosen = [
-            _scatter(rollout.written, mask) for rollout, mask in zip(rollouts, carried, strict=True)
+            scatter(rollout.written, mask) for rollout, mask in zip(rollouts, carried, strict=True)
         ]
         rows = torch.from_numpy(np.flatnonzero(np.concatenate(carried)))
         student, teacher = states or (None, None)
@@ -386,7 +372,7 @@ class Trainer:
                 vocab_size=self.vocab_size,
                 loss=self.options.loss,
                 settings=self.settings,
-                token_ids=_tokens(rollouts, chosen),
+                token_ids=tokens_of(rollouts, chosen),
                 chunk_size=self.options.chunk_size,
             )
         loss.backward()
@@ -436,7 +422,7 @@ class Trainer:
             return states
         counts = [int(mask.sum()) for mask in chosen]
         return states.index_select(
-            0, torch.from_numpy(_restoring_order(order, counts)).to(states.device)
+            0, torch.from_numpy(restoring_order(order, counts)).to(states.device)
         )
 
     def precision(self) -> Any:
@@ -467,7 +453,7 @@ class Trainer:
             rollouts, {name: np.concatenate(values) for name, values in parts.items()}
         )
         self.source = self.source.changed(
-            rollouts, _per_rollout(selected, rollouts), _per_rollout(weights, rollouts)
+            rollouts, per_rollout(selected, rollouts), per_rollout(weights, rollouts)
         )
 
 
@@ -478,52 +464,6 @@ class _Scored:
 
     statistics: dict[str, np.ndarray]
     states: "list[tuple[Tensor | None, Tensor] | None]"
-
-
-def _micro_batches(rollouts: Sequence[Rollout], size: int | None) -> list[list[int]]:
-    """Indices of the rollouts of each backward pass, those of like length together."""
-    if size is None or size >= len(rollouts):
-        return [list(range(len(rollouts)))] if rollouts else []
-    order = sorted(
-        range(len(rollouts)),
-        key=lambda i: (-len(rollouts[i].prompt) - len(rollouts[i].response), i),
-    )
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _token_order(rollouts: Sequence[Rollout], micro_batches: list[list[int]]) -> np.ndarray:
-    order = [i for batch in micro_batches for i in batch]
-    return _restoring_order(order, [int(rollout.written.sum()) for rollout in rollouts])
-
-
-def _restoring_order(order: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """For groups of `counts[i]` rows that lie in the order `order`: the index that puts them in the
-    order 0, 1, 2 …"""
-    starts, total = {}, 0
-    for i in order:
-        starts[i] = total
-        total += counts[i]
-    return np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in range(len(counts))])
-
-
-def _per_rollout(values: np.ndarray, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-    """[N] values of the written tokens, cut into rollouts."""
-    return np.split(values, np.cumsum([int(rollout.written.sum()) for rollout in rollouts])[:-1])
-
-
-def _tokens(rollouts: Sequence[Rollout], chosen: Sequence[np.ndarray]) -> Tensor:
-    """[N] int64: the chosen tokens of some rollouts."""
-    parts = [
-        np.asarray(r.response, np.int64)[mask] for r, mask in zip(rollouts, chosen, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def _scatter(written: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A mask over written tokens as one over all response tokens."""
-    chosen = np.zeros_like(written)
-    chosen[np.flatnonzero(written)[mask]] = True
-    return chosen
 
 
 def trained(trainer: Trainer, until: int | None = None) -> Iterator[StepRecord]:
