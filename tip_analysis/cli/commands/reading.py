@@ -33,7 +33,7 @@ class Status:
 
     def carry_out(self) -> None:
         """Say what is done and what can come next."""
-        from tip_analysis.analysis.status import next_steps, stage_table
+        from tip_analysis.analysis.status import advice, next_steps, stage_table
         from tip_analysis.cli.console import console, show_note, show_table
         from tip_analysis.core.run_folder import open_run
 
@@ -44,7 +44,9 @@ class Status:
             show_note("altered or missing:", shard)
         if self.common.verify and not altered:
             console.print("every shard is as it was written")
-        console.print("next: " + "\n      ".join(next_steps(run)), soft_wrap=True)
+        for words in advice(run):
+            show_note("note:", words)
+        console.print("next: " + "\n      ".join(next_steps(run)), soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)
