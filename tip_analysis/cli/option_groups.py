@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from tip_analysis.cli.option_values import parse_switches
-from tip_analysis.cli.ranges import Cut, Few, Processes, SomeCount, SomeSeconds, SomeShare, Wait
-from tip_analysis.core.names import SamplingEngine, Scope
+from tip_analysis.cli.ranges import (
+    Count,
+    Cut,
+    Few,
+    Processes,
+    SomeCount,
+    SomeSeconds,
+    SomeShare,
+    Wait,
+)
+from tip_analysis.core.names import OnRewrite, SamplingEngine, Scope
 
 if TYPE_CHECKING:
     from tip_analysis.analysis.taxonomy import Taxonomy as Asked
@@ -90,6 +99,31 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class EnvironmentOptions:
+    """Wherever a model may act over several turns."""
+
+    environment: str | None = None
+    """What answers the model turn by turn, and grades it: a built-in name (arithmetic-agent),
+    FILE.py:CLASS, deepplanning:DIR or verifiers:ENV."""
+    max_turns: Count = 16
+    """Turns of the model in an environment."""
+    step_timeout: Wait = 60.0
+    """Seconds that an environment may take to answer one turn."""
+    on_rewrite: OnRewrite = OnRewrite.REFUSE
+    """A chat template that shows earlier turns otherwise than they were written: refuse such
+    rollouts by name, or record them."""
+
+    def chosen(self) -> dict[str, Any]:
+        """The environment, as the door's functions take it."""
+        return {
+            "environment": self.environment,
+            "max_turns": self.max_turns,
+            "step_timeout_s": self.step_timeout,
+            "on_rewrite": self.on_rewrite,
+        }
+
+
+@dataclass(frozen=True)
 class TrainingEngineOptions:
     """What a student that is trained writes with."""
 
@@ -150,6 +184,7 @@ class CommonOptions:
 
 
 Engines = OmitArgPrefixes[EngineOptions]
+Environments = OmitArgPrefixes[EnvironmentOptions]
 TrainingEngines = OmitArgPrefixes[TrainingEngineOptions]
 Models = OmitArgPrefixes[ModelOptions]
 Taxonomy = OmitArgPrefixes[TaxonomyOptions]

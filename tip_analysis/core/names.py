@@ -215,6 +215,15 @@ class ConversationMatch(Name):
     """The template shows an earlier turn otherwise than the student wrote it."""
 
 
+class OnRewrite(Name):
+    """What is done with a conversation whose template shows earlier turns otherwise."""
+
+    REFUSE = "refuse"
+    """It is left out, and named."""
+    RECORD = "record"
+    """It goes on with the ids as they were sampled, and is marked (`conversation_match`)."""
+
+
 class PlantedLabel(Name):
     """What a token of the arithmetic pair truly is."""
 

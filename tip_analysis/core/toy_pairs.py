@@ -29,13 +29,18 @@ class ToyPair:
     """(problem, response tokens) -> the true label of each token."""
     extract_answer: Callable[[str], str | None]
     """The integer that ends a response, or None."""
+    environment: Callable[[], Any] | None = None
+    """Makes the environment that the pair acts in, which has the pair's name; None for a pair of
+    single turns."""
+    relatives: "tuple[ToyPair, ...]" = ()
+    """Pairs that are registered along with it."""
 
 
 @cache
 def toy_pairs() -> dict[str, ToyPair]:
     """The registered pairs by name."""
-    pairs = [entry.load() for entry in entry_points(group=ENTRY_POINT_GROUP)]
-    return {pair.name: pair for pair in pairs}
+    pairs: list[ToyPair] = [entry.load() for entry in entry_points(group=ENTRY_POINT_GROUP)]
+    return {one.name: one for pair in pairs for one in (pair, *pair.relatives)}
 
 
 def pair_with_vocabulary(vocabulary: Mapping[str, int]) -> ToyPair | None:

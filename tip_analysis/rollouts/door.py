@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tip_analysis.core.names import OnBadRow, SamplingEngine
+from tip_analysis.core.errors import OptionError
+from tip_analysis.core.names import OnBadRow, OnRewrite, SamplingEngine
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.loading import load_tokenizer, tokenizer_fingerprint
 from tip_analysis.models.named import ModelLike
 from tip_analysis.rollouts.bad_rows import BadRows
 from tip_analysis.rollouts.engines.opening import EngineLike, Loading, opened
+from tip_analysis.rollouts.environments.episodes import Limits
+from tip_analysis.rollouts.environments.registry import EnvironmentSource, resolve_environment
+from tip_analysis.rollouts.environments.stage import sample_trajectories
 from tip_analysis.rollouts.importers.formats import import_rollouts
 from tip_analysis.rollouts.prompts import Prompt, read_prompts, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
@@ -29,7 +33,11 @@ def rollout(
     run: RunLike,
     *,
     student: ModelLike,
-    prompts: PromptsLike,
+    prompts: PromptsLike | None = None,
+    environment: str | EnvironmentSource | None = None,
+    max_turns: int = 16,
+    step_timeout_s: float = 60.0,
+    on_rewrite: OnRewrite | str = OnRewrite.REFUSE,
     num_rollouts: int = 4,
     max_new_tokens: int = 512,
     temperature: float = 1.0,
@@ -54,7 +62,13 @@ def rollout(
     Args:
         run: a run folder, made if it does not exist.
         student: the model that writes, loaded or named.
-        prompts: a file, a hub dataset, or the prompts themselves.
+        prompts: a file, a hub dataset, or the prompts themselves; an environment may have its own.
+        environment: what answers the student turn by turn: a registered name, `FILE.py:CLASS`,
+            `deepplanning:DIR` or `verifiers:ENV`; it grades too.
+        max_turns: turns of the student in an environment.
+        step_timeout_s: how long the environment may take to answer one turn.
+        on_rewrite: where the chat template shows earlier turns otherwise than they were written:
+            `refuse` the rollout, or `record` it.
         num_rollouts: rollouts of each prompt.
         max_new_tokens: longest response, in tokens.
         temperature: 0 is greedy.
@@ -88,23 +102,26 @@ def rollout(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     resolve_template(template)
     bad_rows = BadRows(on_bad_row)
-    asked = as_prompts(prompts, limit=limit, on_bad_row=bad_rows)
+    source = None if environment is None else resolve_environment(environment)
+    asked = tasks_or_prompts(prompts, source, limit=limit, on_bad_row=bad_rows)
     with opened(engine, student, Loading(dtype, device, token_budget), server_url) as writer:
         folder = create_run(run)
-        found = sample_rollouts(
-            folder,
-            student=writer.author,
-            prompts=asked,
-            sampling=sampling,
-            engine=writer,
-            num_rollouts=num_rollouts,
-            template=template,
-            chat_template_kwargs=chat_template_kwargs,
-            grader=grader,
-            prompts_per_batch=prompts_per_batch,
-            on_bad_row=bad_rows,
-            overwrite=overwrite,
-        )
+        shared: dict[str, Any] = {
+            "student": writer.author,
+            "prompts": asked,
+            "sampling": sampling,
+            "engine": writer,
+            "num_rollouts": num_rollouts,
+            "chat_template_kwargs": chat_template_kwargs,
+            "prompts_per_batch": prompts_per_batch,
+            "on_bad_row": bad_rows,
+            "overwrite": overwrite,
+        }
+        if source is None:
+            found = sample_rollouts(folder, template=template, grader=grader, **shared)
+        else:
+            limits = Limits(max_turns, step_timeout_s, OnRewrite(on_rewrite))
+            found = sample_trajectories(folder, source=source, limits=limits, **shared)
     return StageSummary(folder, "rollouts", found)
 
 
@@ -144,6 +161,21 @@ def import_run(
     folder = create_run(run)
     found = store_imported(folder, rows, report, student=student, options=how, overwrite=overwrite)
     return StageSummary(folder, "rollouts", found)
+
+
+def tasks_or_prompts(
+    prompts: PromptsLike | None, source: EnvironmentSource | None, **how: Any
+) -> list[Prompt]:
+    """The prompts that were given, else the environment's own tasks.
+
+    Raises:
+        OptionError: there are neither.
+    """
+    if prompts is not None:
+        return as_prompts(prompts, **how)
+    if source is None:
+        raise OptionError("--prompts is needed, unless an environment has tasks of its own")
+    return source.tasks(how.get("limit"))
 
 
 def as_prompts(

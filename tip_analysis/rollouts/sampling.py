@@ -68,6 +68,7 @@ def sample_sequences(
     sampling: Sampling,
     budget: TokenBudget,
     advance: Advance | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[Generation]:
     """One continuation for each sequence, in batches that the budget allows, in their order.
 
@@ -78,13 +79,16 @@ def sample_sequences(
         sampling: temperature, nucleus, length limit and seed.
         budget: tokens a batch, room for continuations included.
         advance: told of progress, in continuations.
+        limits: longest continuation of each, where they differ.
     """
+    longest = [sampling.max_new_tokens] * len(sequences) if limits is None else limits
 
     def work(rows: list[int]) -> list[Generation]:
         shown = [sequences[row] for row in rows]
-        return generate(model, shown, [names[row] for row in rows], sampling)
+        of_rows = [longest[row] for row in rows]
+        return generate(model, shown, [names[row] for row in rows], sampling, of_rows)
 
-    lengths = [len(sequence) + sampling.max_new_tokens for sequence in sequences]
+    lengths = [len(sequence) + limit for sequence, limit in zip(sequences, longest, strict=True)]
     made: dict[int, Generation] = {}
     for rows, batch in budget.run(lengths, work):
         made |= zip(rows, batch, strict=True)
@@ -99,6 +103,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     rollout_ids: Sequence[str],
     sampling: Sampling,
+    limits: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Sample one response for each prompt, as one batch; equal prompts share their first pass.
 
@@ -107,12 +112,14 @@ def generate(
         prompts: token ids of each prompt.
         rollout_ids: one name for each, to which its random numbers belong.
         sampling: temperature, nucleus, length limit and seed.
+        limits: length limit of each, where they differ.
     """
     device = model.device
+    longest = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
     noise = torch.from_numpy(
-        np.stack([uniforms(sampling.seed, name, sampling.max_new_tokens) for name in rollout_ids])
+        np.stack([uniforms(sampling.seed, name, max(longest)) for name in rollout_ids])
     ).to(device)
-    writing = _Writing(model, prompts, rollout_ids, noise, sampling)
+    writing = _Writing(model, prompts, rollout_ids, noise, sampling, longest)
     waiting = list(range(len(prompts)))
     while waiting:
         waiting = [row for rows in writing.together(waiting) for row in writing.write(rows)]
@@ -129,9 +136,11 @@ class _Writing:
         names: Sequence[str],
         noise: Tensor,
         sampling: Sampling,
+        limits: Sequence[int],
     ) -> None:
         self.model, self.prompts, self.names = model, prompts, names
         self.noise, self.sampling = noise, sampling
+        self.limits = torch.tensor(limits, device=noise.device)
         self.stop = torch.tensor(sorted(model.stop_token_ids), device=noise.device)
         self.no_tokens = model.rows_without_token
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -163,7 +172,7 @@ class _Writing:
             written, lengths = written + 1, lengths + 1
             ended = torch.isin(chosen, self.stop)
             self.stopped.update(rows[ended].tolist())
-            going_on = ~ended & (written < self.sampling.max_new_tokens)
+            going_on = ~ended & (written < self.limits[rows])
             if limit is not None:
                 leaving += rows[going_on & (lengths > limit)].tolist()
                 going_on &= lengths <= limit

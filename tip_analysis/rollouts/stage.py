@@ -112,7 +112,7 @@ def sample_rollouts(
             "prompts_per_batch": prompts_per_batch,
             **engine.identity(),
         },
-        inputs={"prompts": _hash_of(prompts)},
+        inputs={"prompts": hash_of_prompts(prompts)},
         settings={**engine.facts(), "num_prompts": len(prompts), **bad_rows.record()},
         overwrite=overwrite,
     )
@@ -159,7 +159,7 @@ def _warn_of_what_the_template_ignores(
         )
 
 
-def _hash_of(prompts: Sequence[Prompt]) -> str:
+def hash_of_prompts(prompts: Sequence[Prompt]) -> str:
     """Hash of all that decides what is shown and how it is graded; tools count where there are
     any."""
     return config_hash(

@@ -11,6 +11,8 @@ from tip_analysis.cli.option_groups import (
     CommonOptions,
     EngineOptions,
     Engines,
+    EnvironmentOptions,
+    Environments,
     Flag,
     ModelOptions,
     Models,
@@ -31,9 +33,9 @@ class Rollout:
     student: str
     """The student: hub id (id@revision), local folder (a LoRA adapter's too), .gguf file, or a
     built-in name."""
-    prompts: str
+    prompts: str | None = None
     """JSONL or Parquet file with problem, prompt or messages (and id, answer, solution), or a hub
-    dataset (name:split)."""
+    dataset (name:split); an environment may have tasks of its own."""
     num_rollouts: Few = 4
     """Rollouts of each prompt."""
     max_new_tokens: Count = 512
@@ -62,6 +64,7 @@ class Rollout:
     """Prompts whose rollouts make one optimizer step (column batch_id)."""
     overwrite: Flag = False
     """Start afresh: removes the run's rollouts and what was built on them."""
+    environments: Environments = field(default_factory=EnvironmentOptions)
     engines: Engines = field(default_factory=EngineOptions)
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
@@ -88,6 +91,7 @@ class Rollout:
             grader=self.grader,
             prompts_per_batch=self.prompts_per_batch,
             engine=self.engines.settings(),
+            **self.environments.chosen(),
             overwrite=self.overwrite,
             **self.models.loading(),
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from tip_analysis.core.errors import OptionError
 from tip_analysis.core.toy_pairs import ToyPair
+from tip_analysis.demo.agent.pair import AGENT_PAIR
 from tip_analysis.demo.arithmetic.language import TOKEN_ID, extract_answer, label_tokens, problems
 
 DEFAULT_NUMBER = 128
@@ -24,4 +25,6 @@ def _prompts(source: str) -> Sequence[Mapping[str, Any]]:
     return problems(int(number or DEFAULT_NUMBER), split=split or "held_out")
 
 
-PAIR = ToyPair("arithmetic", TOKEN_ID, _prompts, label_tokens, extract_answer)
+PAIR = ToyPair(
+    "arithmetic", TOKEN_ID, _prompts, label_tokens, extract_answer, relatives=(AGENT_PAIR,)
+)

@@ -294,7 +294,7 @@ def train_model(name: str, options: ModelOptions, *, seed: int) -> Qwen3ForCausa
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, options))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, options))
     with track(name, total=options.num_steps, unit="steps") as advance:
         for batch in batches(solutions, options.batch_size, options.num_steps, rng):
             loss = batch_loss(model, solutions, batch)
@@ -307,7 +307,8 @@ def train_model(name: str, options: ModelOptions, *, seed: int) -> Qwen3ForCausa
     return model.eval()
 
 
-def _one_cycle(step: int, options: ModelOptions) -> float:
+def one_cycle(step: int, options: ModelOptions) -> float:
+    """Learning rate of a step as a part of the peak: a linear warm-up, then half a cosine."""
     warm_up = max(1, options.num_steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up

@@ -1,8 +1,7 @@
 """The engine `hf`: this package's own sampler on a loaded model (`rollouts.sampling`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 
 from tip_analysis.core.names import SamplingEngine
@@ -38,21 +37,16 @@ class HFEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, advance: Advance | None = None
     ) -> list[Generation]:
-        """One continuation for each request, in their order; batches are of one length limit."""
-        made: dict[int, Generation] = {}
-        order = sorted(range(len(requests)), key=lambda row: requests[row].limit(sampling))
-        for limit, group in groupby(order, key=lambda row: requests[row].limit(sampling)):
-            rows = list(group)
-            written = sample_sequences(
-                self.author,
-                [requests[row].token_ids for row in rows],
-                [requests[row].name for row in rows],
-                replace(sampling, max_new_tokens=limit),
-                self.budget,
-                advance,
-            )
-            made |= zip(rows, written, strict=True)
-        return [made[row] for row in range(len(requests))]
+        """One continuation for each request, in their order."""
+        return sample_sequences(
+            self.author,
+            [request.token_ids for request in requests],
+            [request.name for request in requests],
+            sampling,
+            self.budget,
+            advance,
+            [request.limit(sampling) for request in requests],
+        )
 
     def update(self, student: LanguageModel) -> None:
         """Write with this model from now on."""
