@@ -24,14 +24,16 @@ from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.analysis.taxonomy import CutOptions
 from tip_analysis.analysis.weightings import NO_WEIGHTING, weigh_tokens, weighting_of
 from tip_analysis.core.errors import OptionError, RunError, VocabularyMismatchError
-from tip_analysis.core.names import FinishReason, Scope, SelectionScope
+from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.run_folder import Run
 from tip_analysis.models.batching import TokenBudget
 from tip_analysis.models.loading import LanguageModel, tokenizer_fingerprint
 from tip_analysis.rollouts.encoded import EncodedPrompt, Rollout, rollouts_in_memory
 from tip_analysis.rollouts.engines.engine import Engine, Request
 from tip_analysis.rollouts.engines.hf import HFEngine
-from tip_analysis.rollouts.sampling import Generation, Sampling, uniforms
+from tip_analysis.rollouts.engines.sampled import sampled_rollout
+from tip_analysis.rollouts.sampling import Sampling, uniforms
+from tip_analysis.training.agents import Playground
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class OnPolicyRollouts:
     engine: Engine | None = None
     """What the student writes with, given its weights before each step; by default this package's
     own sampler."""
+    playground: Playground | None = None
+    """The environment that the student acts in, where it is to act over several turns."""
 
     def rollouts(self, step: int, student: LanguageModel) -> list[Rollout]:
         """The rollouts of one step: prompts × samples, named `step/prompt_id/sample_index`."""
@@ -84,6 +88,9 @@ class OnPolicyRollouts:
         written = [prompt for prompt, _ in jobs]
         engine = self.engine or HFEngine(student, self.budget)
         engine.update(student)
+        if self.playground is not None:
+            acting = [(name, prompt.id) for name, prompt in zip(names, written, strict=True)]
+            return self.playground.rollouts(engine, acting, self.sampling)
         requests = [
             Request(name, prompt.token_ids) for name, prompt in zip(names, written, strict=True)
         ]
@@ -92,19 +99,6 @@ class OnPolicyRollouts:
             sampled_rollout(prompt, name, generation)
             for prompt, name, generation in zip(written, names, generations, strict=True)
         ]
-
-
-def sampled_rollout(prompt: EncodedPrompt, name: str, generation: Generation) -> Rollout:
-    """A response that a student has just written, as a rollout."""
-    return Rollout(
-        rollout_id=name,
-        prompt_id=prompt.id,
-        prompt=prompt.token_ids,
-        teacher_prompt=prompt.teacher_token_ids,
-        response=generation.token_ids,
-        logprobs=generation.logprobs,
-        truncated=generation.finish_reason == FinishReason.LENGTH,
-    )
 
 
 @dataclass(frozen=True)

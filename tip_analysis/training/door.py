@@ -15,14 +15,16 @@ import polars as pl
 from tip_analysis.analysis.arms import parse_arms
 from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import OnBadRow, SamplingEngine, TeacherContext
+from tip_analysis.core.names import OnBadRow, OnRewrite, SamplingEngine, TeacherContext
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.named import ModelLike
 from tip_analysis.rollouts.bad_rows import BadRows
-from tip_analysis.rollouts.door import PromptsLike, as_prompts
+from tip_analysis.rollouts.door import PromptsLike, as_prompts, tasks_or_prompts
 from tip_analysis.rollouts.engines.opening import EngineLike, Loading, opened, settings_of
 from tip_analysis.rollouts.engines.settings import EngineSettings
+from tip_analysis.rollouts.environments.episodes import Limits
+from tip_analysis.rollouts.environments.registry import EnvironmentSource, resolve_environment
 from tip_analysis.rollouts.grading import default_grader
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
@@ -35,6 +37,7 @@ from tip_analysis.training.ablation.problem_sets import (
     num_prompts_of,
 )
 from tip_analysis.training.ablation.study import run_ablation, study_from_preset
+from tip_analysis.training.agents import evaluate_agent
 from tip_analysis.training.evaluation import evaluate_model
 
 
@@ -42,7 +45,11 @@ def evaluate(
     run: RunLike,
     *,
     model: ModelLike,
-    prompts: PromptsLike | Sequence[str | Path],
+    prompts: PromptsLike | Sequence[str | Path] | None = None,
+    environment: str | EnvironmentSource | None = None,
+    max_turns: int = 16,
+    step_timeout_s: float = 60.0,
+    on_rewrite: OnRewrite | str = OnRewrite.REFUSE,
     num_samples: int = 16,
     max_new_tokens: int = 512,
     temperature: float = 1.0,
@@ -67,7 +74,11 @@ def evaluate(
         run: the run folder that the rows go to, made if it does not exist.
         model: loaded, or named as a student is.
         prompts: problems with answers: a file or hub dataset, several of them (a benchmark each),
-            or the prompts themselves.
+            or the prompts themselves; an environment may have its own tasks.
+        environment: what answers the model turn by turn, and grades: as for `rollout`.
+        max_turns: turns of the model in an environment.
+        step_timeout_s: how long the environment may take to answer one turn.
+        on_rewrite: as for `rollout`; refused samples end the evaluation.
         num_samples: k, samples of each problem.
         max_new_tokens: longest response, in tokens.
         temperature: 0 is greedy.
@@ -94,6 +105,29 @@ def evaluate(
         tip.evaluate("runs/mine", model="arithmetic-student", prompts="problems.jsonl")
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
+    if environment is not None:
+        source = resolve_environment(environment)
+        tasks = tasks_or_prompts(_only_source(prompts), source, limit=limit)
+        with opened(engine, model, Loading(dtype, device, token_budget), server_url) as writer:
+            folder = create_run(run)
+            summary = evaluate_agent(
+                folder,
+                model=writer.author,
+                engine=writer,
+                source=source,
+                prompts=tasks,
+                benchmark=source.name,
+                num_samples=num_samples,
+                sampling=sampling,
+                limits=Limits(max_turns, step_timeout_s, OnRewrite(on_rewrite)),
+                chat_template_kwargs=chat_template_kwargs,
+                on_bad_row=on_bad_row,
+                overwrite=overwrite,
+            )
+        title = f"evaluation of {writer.author.name}"
+        return StageSummary(folder, title, {"benchmark": source.name, **summary})
+    if prompts is None:
+        raise OptionError("an evaluation needs --prompts, or an environment with tasks of its own")
     benchmarks = _benchmarks(prompts, limit, OnBadRow(on_bad_row))
     with opened(engine, model, Loading(dtype, device, token_budget), server_url) as writer:
         is_toy = toy_pair_of(writer.author) is not None
@@ -115,6 +149,21 @@ def evaluate(
             for name, benchmark in benchmarks.items()
         }
     return StageSummary(folder, f"evaluation of {writer.author.name}", _side_by_side(found))
+
+
+def _only_source(prompts: PromptsLike | Sequence[str | Path] | None) -> PromptsLike | None:
+    """The one file of tasks, or the tasks themselves; None where there are none.
+
+    Raises:
+        OptionError: there are several files.
+    """
+    if prompts is None or isinstance(prompts, str | Path) or not prompts:
+        return prompts or None  # pyright: ignore[reportReturnType]
+    if not isinstance(prompts[0], str | Path):
+        return prompts  # pyright: ignore[reportReturnType]
+    if len(prompts) > 1:
+        raise OptionError("one evaluation in an environment takes the tasks of one file")
+    return prompts[0]
 
 
 @dataclass(frozen=True)

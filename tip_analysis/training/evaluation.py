@@ -25,8 +25,9 @@ from tip_analysis.core.schema import EvaluationTable
 from tip_analysis.core.table_files import scan
 from tip_analysis.models.token_model import TokenModel
 from tip_analysis.rollouts.bad_rows import BadRows, as_bad_rows
-from tip_analysis.rollouts.encoded import EncodedPrompt, encode_usable, with_room
+from tip_analysis.rollouts.encoded import EncodedPrompt, Rollout, encode_usable, with_room
 from tip_analysis.rollouts.engines.engine import Engine, Request
+from tip_analysis.rollouts.engines.sampled import sampled_rollout
 from tip_analysis.rollouts.grading import answer_in, grade, resolve_grader
 from tip_analysis.rollouts.prompts import Prompt, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
@@ -54,6 +55,15 @@ class Samples:
     """What each reward is made of, as JSON; none without an environment."""
     num_turns: Sequence[int | None] = ()
     """Turns of each; none without an environment."""
+    rollouts: Sequence[Rollout] = ()
+    """Of several turns, with what their environment said; none without one."""
+
+    def first_rollouts(self) -> list[Rollout]:
+        """The first sample of each problem, as a rollout."""
+        if self.rollouts:
+            return list(self.rollouts[:: self.num_samples])
+        first = self.generations[:: self.num_samples]
+        return [sampled_rollout(p, p.id, g) for p, g in zip(self.problems, first, strict=True)]
 
     @property
     def num_tokens(self) -> list[int]:
@@ -82,6 +92,7 @@ class Samples:
             [self.answers[i] for i in samples],
             [self.reward_parts[i] for i in samples] if self.reward_parts else (),
             [self.num_turns[i] for i in samples] if self.num_turns else (),
+            [self.rollouts[i] for i in samples] if self.rollouts else (),
         )
 
 
@@ -250,7 +261,7 @@ def evaluate_model(
             )
             stage.write(index, evaluation_rows(samples, model=model.name, seed=sampling.seed))
     rows = scan([stage.path(index) for index in range(len(shards))]).collect()
-    return stage.finish(**_summary(rows), **bad_rows.summary())
+    return stage.finish(**summary_of(rows), **bad_rows.summary())
 
 
 def _only_benchmark(prompts: Sequence[Prompt]) -> str:
@@ -268,7 +279,8 @@ def _only_benchmark(prompts: Sequence[Prompt]) -> str:
     return names[0]
 
 
-def _summary(rows: pl.DataFrame) -> dict[str, Any]:
+def summary_of(rows: pl.DataFrame) -> dict[str, Any]:
+    """What an evaluation's rows come to, for the record."""
     found = {
         name: None if value != value else value
         for name, value in asdict(accuracy(rewards_by_problem(rows))).items()

@@ -7,6 +7,8 @@ from tip_analysis.cli.option_groups import (
     CommonOptions,
     EngineOptions,
     Engines,
+    EnvironmentOptions,
+    Environments,
     Flag,
     ModelOptions,
     Models,
@@ -27,9 +29,9 @@ class Evaluate:
     """Run folder that the rows go to; made if it does not exist."""
     model: str
     """The model: named as a student is."""
-    prompts: Texts
+    prompts: Texts = ()
     """Problems with answers, as for `rollout`; each file or hub dataset is a benchmark of its
-    own."""
+    own. An environment may have tasks of its own."""
     num_samples: Few = 16
     """k, samples of each problem."""
     max_new_tokens: Count = 512
@@ -53,6 +55,7 @@ class Evaluate:
     arithmetic pair."""
     overwrite: Flag = False
     """Make the rows of this configuration again."""
+    environments: Environments = field(default_factory=EnvironmentOptions)
     engines: Engines = field(default_factory=EngineOptions)
     models: Models = field(default_factory=ModelOptions)
     common: Common = field(default_factory=CommonOptions)
@@ -65,7 +68,8 @@ class Evaluate:
         summary = evaluate(
             self.run,
             model=self.model,
-            prompts=self.prompts,
+            prompts=self.prompts or None,
+            **self.environments.chosen(),
             num_samples=self.num_samples,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -80,4 +84,5 @@ class Evaluate:
             overwrite=self.overwrite,
             **self.models.loading(),
         )
-        show_summary(f"{self.model} on {', '.join(self.prompts)}", summary)
+        tasks = ", ".join(self.prompts) or self.environments.environment
+        show_summary(f"{self.model} on {tasks}", summary)

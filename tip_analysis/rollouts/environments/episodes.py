@@ -102,6 +102,7 @@ class Episode:
             response=conversation.response,
             loss_mask=conversation.loss_mask,
             reward=self.reward.total,
+            truncated=self.finish_reason is FinishReason.LENGTH,
         )
 
 

@@ -41,17 +41,16 @@ from tip_analysis.rollouts.engines.engine import Engine
 from tip_analysis.rollouts.engines.hf import HFEngine
 from tip_analysis.rollouts.engines.opening import Loading, open_engine
 from tip_analysis.rollouts.engines.settings import EngineSettings
+from tip_analysis.rollouts.environments.episodes import Asked, Limits
+from tip_analysis.rollouts.environments.registry import resolve_environment
+from tip_analysis.rollouts.environments.stage import ask_all
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import longest_sequence
+from tip_analysis.training.agents import Playground, sample_tasks
 from tip_analysis.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from tip_analysis.training.data import (
-    FixedRollouts,
-    OnPolicyRollouts,
-    fixed_rollouts,
-    sampled_rollout,
-)
+from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, fixed_rollouts
 from tip_analysis.training.drift import measure_drift
 from tip_analysis.training.evaluation import Samples, sample_problems
 from tip_analysis.training.options import TrainingOptions
@@ -125,6 +124,10 @@ class StudyOptions:
     """Tokens a batch of the own sampler, room for responses included."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     """What students write with."""
+    environment: str | None = None
+    """The environment that students act in, which grades; None for single turns."""
+    limits: Limits = field(default_factory=Limits)
+    """How far a trajectory may go."""
 
     def __post_init__(self) -> None:
         set_names(self, mode=Mode, teacher_context=TeacherContext)
@@ -153,7 +156,13 @@ class StudyOptions:
             "chat_template_kwargs": dict(self.chat_template_kwargs),
             "max_prompt_tokens": self.max_prompt_tokens,
             **({} if self.engine.engine is SamplingEngine.HF else {"engine": self.engine.engine}),
+            **self._environment_identity(),
         }
+
+    def _environment_identity(self) -> dict[str, Any]:
+        if self.environment is None:
+            return {}
+        return {**resolve_environment(self.environment).identity(), **self.limits.identity()}
 
 
 class ArmRunner:
@@ -170,6 +179,7 @@ class ArmRunner:
         self.student_record = student.describe()
         self.teacher_record = self.teacher.describe()
         self.bad_rows = deepcopy(study.bad_rows)
+        self._asked: dict[str, Asked] = {}
         self.prompts = self._with_room(
             student,
             self._without_long(self._encode(student, study.prompts, study.teacher_context)),
@@ -214,6 +224,8 @@ class ArmRunner:
         teacher_context: TeacherContext | str,
     ) -> list[EncodedPrompt]:
         study = self.study
+        if study.environment is not None:
+            return self._ask(student, prompts, teacher_context)
         return encode_usable(
             prompts,
             self.bad_rows,
@@ -223,6 +235,37 @@ class ArmRunner:
             teacher_context=teacher_context,
             chat_template_kwargs=study.chat_template_kwargs,
         )
+
+    def _ask(
+        self,
+        student: LanguageModel,
+        prompts: Sequence[Prompt],
+        teacher_context: TeacherContext | str,
+    ) -> list[EncodedPrompt]:
+        """Tasks as the environment shows them."""
+        study = self.study
+        assert study.environment is not None
+        asked = ask_all(
+            prompts,
+            resolve_environment(study.environment),
+            self.bad_rows,
+            student,
+            study.sampling,
+            study.chat_template_kwargs,
+            teacher=self.teacher,
+            teacher_context=teacher_context,
+        )
+        self._asked |= {one.id: one for one in asked}
+        return [one.shown for one in asked]
+
+    @property
+    def playground(self) -> Playground | None:
+        """The environment with the tasks that were encoded; None for single turns."""
+        study = self.study
+        if study.environment is None:
+            return None
+        source = resolve_environment(study.environment)
+        return Playground(source, self._asked, study.limits, study.chat_template_kwargs)
 
     def _with_room(
         self, student: LanguageModel, prompts: list[EncodedPrompt], sampling: Sampling
@@ -393,21 +436,25 @@ class ArmRunner:
             options.rollouts_per_prompt,
             budget,
             self.engine,
+            self.playground,
         )
 
     def _evaluate(self, trainer: Trainer, seed: int) -> list[dict[str, Any]]:
         """Accuracy, divergence from the teacher and drift of the student as it is: one row per
         benchmark."""
         study = self.study
+        how: dict[str, Any] = {
+            "num_samples": study.num_samples,
+            "sampling": replace(study.evaluation_sampling, seed=seed),
+            "benchmarks": self.benchmarks,
+        }
         with trainer.precision():
-            samples = sample_problems(
-                self._engine_of(trainer.student),
-                self.problems,
-                num_samples=study.num_samples,
-                sampling=replace(study.evaluation_sampling, seed=seed),
-                grader=study.grader,
-                benchmarks=self.benchmarks,
-            )
+            engine = self._engine_of(trainer.student)
+            if (playground := self.playground) is not None:
+                tasks = [self._asked[problem.id] for problem in self.problems]
+                samples = sample_tasks(engine, playground, tasks, **how)
+            else:
+                samples = sample_problems(engine, self.problems, grader=study.grader, **how)
         drift = self._drift(trainer)
         return [self._result(trainer, part) | drift for part in samples.by_benchmark()]
 
@@ -422,9 +469,7 @@ class ArmRunner:
             "num_problems": found.num_problems,
             "num_samples": found.num_samples,
             "heldout_reverse_kl": (
-                heldout_reverse_kl(trainer, samples.problems, samples)
-                if self.teacher_knows_problems
-                else None
+                heldout_reverse_kl(trainer, samples) if self.teacher_knows_problems else None
             ),
             "problem_ids": [problem.id for problem in samples.problems],
             "problem_accuracy": samples.rewards.mean(1).tolist(),
@@ -510,16 +555,10 @@ def _resume(trainer: Trainer, work: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def heldout_reverse_kl(
-    trainer: Trainer, prompts: Sequence[EncodedPrompt], samples: Samples
-) -> float:
+def heldout_reverse_kl(trainer: Trainer, samples: Samples) -> float:
     """Mean over problems of the mean over tokens of KL(P_S ‖ P_T), nats, on the first sample of
     each problem."""
-    first = samples.generations[:: samples.num_samples]
-    rollouts = [
-        sampled_rollout(prompt, prompt.id, generation)
-        for prompt, generation in zip(prompts, first, strict=True)
-    ]
+    rollouts = samples.first_rollouts()
     written = [rollout.written for rollout in rollouts]
     with trainer.precision():
         statistics = step_statistics(
@@ -530,7 +569,7 @@ def heldout_reverse_kl(
             teacher_head=trainer.teacher.head,
             vocab_size=trainer.vocab_size,
         )
-    index = np.repeat(np.arange(len(rollouts)), [len(mask) for mask in written])
+    index = np.repeat(np.arange(len(rollouts)), [int(mask.sum()) for mask in written])
     return float(
         np.mean(
             np.bincount(index, weights=statistics["reverse_kl"].astype(np.float64))

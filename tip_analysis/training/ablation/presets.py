@@ -66,6 +66,10 @@ class Preset:
     """What a plan takes for an argument that the user must give and has not given."""
     deviations: tuple[str, ...] = ()
     """Where it is not, or may not be, what the paper did."""
+    environment: str | None = None
+    """What students act in over several turns, and are graded by; None for single turns."""
+    max_turns: int = 16
+    """Turns in an environment."""
 
     def __post_init__(self) -> None:
         set_names(self, mode=Mode)

@@ -127,7 +127,7 @@ def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs:
     if study.checkpoint_every < 1 or study.evaluate_every < 0:
         raise OptionError("checkpoint_every must be at least 1, evaluate_every at least 0")
     for prompt in study.evaluation_prompts:
-        if prompt.answer is None:
+        if prompt.answer is None and study.environment is None:
             raise PromptFileError(f"evaluation prompt {prompt.id!r} has no answer to grade against")
     for arm in arms:
         _check_weighting(study, arm)
