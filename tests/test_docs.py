@@ -78,7 +78,7 @@ def test_commands_options_and_rules_that_are_named_exist(page):
         assert f"\n{''.join(target)}:" in makefile, target
     for rule in re.findall(r'rule="(\w+)"', text):
         assert rule in {*rule_names(), "sure_teacher"}
-    written = re.findall(r"tip-analysis (\w+)((?: [^\n`]*)?)", text)
+    written = re.findall(r"tip-analysis ([\w-]+)((?: [^\n`]*)?)", text)
     for command, rest in written:
         if command in COMMANDS:
             known = COMMANDS[command]

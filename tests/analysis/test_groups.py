@@ -9,14 +9,8 @@ import pytest
 from scipy import stats
 from synthetic import make_tables
 
-from tip_analysis.analysis.groups import (
-    association,
-    frequency_group,
-    group_effects,
-    position_group,
-    reward_effects,
-    token_kind,
-)
+from tip_analysis.analysis.groupings import frequency_group, position_group, token_kind
+from tip_analysis.analysis.groups import association, group_effects, reward_effects
 from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.core.errors import SchemaError, UnknownNameError
 from tip_analysis.core.names import Quadrant

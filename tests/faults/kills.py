@@ -59,6 +59,11 @@ _ROLLED, _SCORED = (ROLLOUT,), (ROLLOUT, SCORE)
 _MASKS = [*["select", "run", "--rules", "soft_or", "q3", "--ratios", "0.5"]]
 _GRADIENTS = [*["gradients", "run", "--num-probes", "2", "--limit", "3", "--loss", "reverse_kl"]]
 _SCREEN = ["screen", "run", "--ratios", "0.5"]
+_RANK = ["rank-rules", "run", "--rules", "q3", "entropy", "--ratios", "0.5", "--num-resamples", "9"]
+_INFLUENCE = ["influence", "run", "--limit", "3"]
+_INTERVENE = ["intervene", "run", "--num-tokens", "3", "--num-continuations", "1"]
+_KEEP = [*ABLATE, "--keep-every", "2"]
+_TRACK = ["track", "run", "--arm", "entropy:0.5", "--limit", "3"]
 _STATES = [*SCORE, "--phase", "teacher"]
 _EXPORT = ["export", "run", "--to", "flat", "--entropy-cut", "0.3"]
 _EVALUATE = (
@@ -83,6 +88,12 @@ SCENARIOS = {
     "select again": Scenario([*_MASKS, "--overwrite"], (*_SCORED, _MASKS)),
     "evaluate": Scenario([*_EVALUATE.split(), *SMALL], _ROLLED, fills=("evaluate",)),
     "ablate": Scenario(ABLATE, _ROLLED, fills=("ablate",)),
+    "rank-rules": Scenario(_RANK, (*_SCORED, _GRADIENTS), fills=("rank",)),
+    "rank-rules again": Scenario([*_RANK, "--overwrite"], (*_SCORED, _GRADIENTS, _RANK)),
+    "influence": Scenario(_INFLUENCE, _SCORED, fills=("influence",)),
+    "intervene": Scenario(_INTERVENE, _SCORED, fills=("intervene",)),
+    "keep": Scenario(_KEEP, _SCORED, fills=("keep",)),
+    "track": Scenario(_TRACK, (*_SCORED, _KEEP), fills=("track",)),
     "export": Scenario(_EXPORT, (*_SCORED, _MASKS)),
     "export again": Scenario(
         [*["export", "run", "--to", "flat", "--entropy-cut", "mean", "--overwrite"]],
@@ -96,6 +107,7 @@ UNDISTURBED = {
     "demo": "the stages of others, one after the other",
     "status": "writes nothing",
     "compare": "writes nothing",
+    "claims": "writes nothing",
 }
 """Commands without a scenario, and why."""
 

@@ -76,8 +76,7 @@ def expanded_interval(value: Floats, replicates: Floats, num_prompts: int) -> In
     unknown = np.full(value.shape, math.nan)
     if num_prompts < 2:
         return Interval(value, unknown, unknown, unknown)
-    stretch = math.sqrt(num_prompts / (num_prompts - 1))
-    tail = float(stats.norm.cdf(stretch * stats.t.ppf(0.5 - CONFIDENCE / 2.0, num_prompts - 1)))
+    stretch, tail = math.sqrt(num_prompts / (num_prompts - 1)), tail_probability(num_prompts)
     known = np.isfinite(replicates)
     usable = (known.mean(0) >= 0.5) & (known.sum(0) >= 2)
     kept = np.where(np.isfinite(replicates), replicates, math.nan)[:, usable]
@@ -86,6 +85,13 @@ def expanded_interval(value: Floats, replicates: Floats, num_prompts: int) -> In
         low[usable], high[usable] = np.nanquantile(kept, [tail, 1.0 - tail], axis=0)
         se[usable] = np.nanstd(kept, axis=0, ddof=1) * stretch
     return Interval(value, low, high, se)
+
+
+def tail_probability(num_prompts: int, confidence: float = CONFIDENCE) -> float:
+    """The quantile of the resamples at which an expanded percentile interval of P ≥ 2 prompts
+    ends."""
+    stretch = math.sqrt(num_prompts / (num_prompts - 1))
+    return float(stats.norm.cdf(stretch * stats.t.ppf(0.5 - confidence / 2.0, num_prompts - 1)))
 
 
 def bootstrap_interval(

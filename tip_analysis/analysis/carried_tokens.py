@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from tip_analysis.analysis.grids import CHUNK_ROWS
-from tip_analysis.analysis.groups import token_kind
+from tip_analysis.analysis.groupings import token_kind
 from tip_analysis.analysis.run_view import GRADIENT_SCORES, RunView
 
 COMPLETE_ROWS = 30_000

@@ -67,7 +67,7 @@ def coverage_curve(
     rows = []
     for key, part in by_rule:
         num_seeds = part["seed"].n_unique()
-        share_of_seeds = _times_selected(part, frame) / num_seeds
+        share_of_seeds = times_selected(part, frame) / num_seeds
         kept = sums_by_group(values * share_of_seeds[:, None], prompts, size)
         interval = bootstrap_interval(kept, totals, num_resamples=num_resamples, seed=seed)
         ends = np.stack([interval.value, interval.low, interval.high, interval.se], axis=1)
@@ -80,7 +80,7 @@ def coverage_curve(
     return with_counts(table.fill_nan(None), frame)
 
 
-def _times_selected(mask: pl.DataFrame, frame: pl.DataFrame) -> Floats:
+def times_selected(mask: pl.DataFrame, frame: pl.DataFrame) -> Floats:
     """[N] how many of a mask's seeds select each token."""
     place = ["rollout_id", "position"]
     counted = frame.select(place).join(

@@ -5,8 +5,7 @@ Reads the token table (and rewards of the rollout table); writes nothing. Groups
 shares are measured again in each resample of prompts (`bootstrap`).
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Unpack
 
 import numpy as np
@@ -14,96 +13,13 @@ import polars as pl
 
 from tip_analysis.analysis.bootstrap import Floats, group_index, interval_frame, with_counts
 from tip_analysis.analysis.correlations import RankedColumn, correlation_matrix
+from tip_analysis.analysis.groupings import available_grouping, available_groupings, with_group
 from tip_analysis.analysis.quadrant_rule import QUADRANTS, Codes
 from tip_analysis.analysis.resampling import Resampler, written_tokens
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
 from tip_analysis.core.contract_checks import require_columns
-from tip_analysis.core.errors import SchemaError, UnknownNameError
+from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Quadrant
-
-POSITION_EDGES = (0, 1, 4, 16, 64, 256, 1024)
-"""First position of each group of positions."""
-
-
-def token_kind(token: pl.Expr) -> pl.Expr:
-    """What a token looks like: special, line break, space, number, punctuation, word start, word
-    part or other.
-
-    Only the text decides; the first that fits is taken. A leading space (also as `▁` or `Ġ`) starts
-    a word.
-    """
-    bare = token.str.replace_all("^[ \u2581\u0120]+", "")
-    return (
-        pl.when(token.str.contains(r"^<[^<>\s]+>$"))
-        .then(pl.lit("special"))
-        .when(token.str.contains("[\n\u010a]"))
-        .then(pl.lit("line break"))
-        .when(bare.str.contains(r"^\s*$"))
-        .then(pl.lit("space"))
-        .when(bare.str.contains(r"^\p{N}[\p{N}.,]*$"))
-        .then(pl.lit("number"))
-        .when(bare.str.contains(r"^[\p{P}\p{S}]+$"))
-        .then(pl.lit("punctuation"))
-        .when(token.str.contains("^[ \u2581\u0120]") & bare.str.contains(r"^\p{L}"))
-        .then(pl.lit("word start"))
-        .when(bare.str.contains(r"^\p{L}"))
-        .then(pl.lit("word part"))
-        .otherwise(pl.lit("other"))
-    )
-
-
-_POSITION_NAMES = (
-    *(
-        f"{low}" if high == low + 1 else f"{low}–{high - 1}"
-        for low, high in pairwise(POSITION_EDGES)
-    ),
-    f"{POSITION_EDGES[-1]}+",
-)
-_FREQUENCY_NAMES = (
-    "rarest fifth",
-    "second fifth",
-    "middle fifth",
-    "fourth fifth",
-    "commonest fifth",
-)
-_KIND_NAMES = (
-    "word start",
-    "word part",
-    "number",
-    "punctuation",
-    "space",
-    "line break",
-    "special",
-    "other",
-)
-
-
-def position_group(position: pl.Expr) -> pl.Expr:
-    """Which span of positions: 0, 1–3, 4–15, 16–63 …"""
-    span = pl.sum_horizontal((position >= edge).cast(pl.Int8) for edge in POSITION_EDGES[1:])
-    return span.replace_strict(dict(enumerate(_POSITION_NAMES)), return_dtype=pl.String)
-
-
-def frequency_group(token_id: pl.Expr) -> pl.Expr:
-    """Fifths of the table by how often their token occurs in it, from rarest to commonest; equal
-    counts stay together."""
-    count = pl.len().over(token_id).cast(pl.Float64)
-    fifth = (
-        ((count.rank("average") - 0.5) / pl.len() * len(_FREQUENCY_NAMES))
-        .floor()
-        .clip(0, len(_FREQUENCY_NAMES) - 1)
-    )
-    return fifth.cast(pl.Int8).replace_strict(
-        dict(enumerate(_FREQUENCY_NAMES)), return_dtype=pl.String
-    )
-
-
-GROUPINGS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr], tuple[str, ...]]] = {
-    "position": ("position", position_group, _POSITION_NAMES),
-    "frequency": ("token_id", frequency_group, _FREQUENCY_NAMES),
-    "kind": ("token", token_kind, _KIND_NAMES),
-}
-"""Name of a grouping: the column that it reads, how, and its groups in order."""
 
 
 def group_effects(
@@ -119,7 +35,7 @@ def group_effects(
 
     Args:
         tokens: Token table.
-        grouping: `position`, `frequency` or `kind`.
+        grouping: A name of `groupings.GROUPINGS` whose columns the table has.
         taxonomy: Whose cuts are measured again in each resample.
         num_resamples: None for a number that suits the size of the table.
         seed: Of the resamples.
@@ -166,6 +82,7 @@ def group_effects(
 def association(
     tokens: pl.LazyFrame | pl.DataFrame,
     *,
+    among: Sequence[str] | None = None,
     taxonomy: Taxonomy = DEFAULT_TAXONOMY,
     num_resamples: int | None = None,
     seed: int = 0,
@@ -173,6 +90,11 @@ def association(
 ) -> pl.DataFrame:
     """How much each grouping says about the quadrant: the answer to "is it just position, frequency
     or kind?".
+
+    Args:
+        tokens: Token table.
+        among: Names of groupings; by default all whose columns the table has.
+        taxonomy, num_resamples, seed, cuts: As in `group_effects`.
 
     Returns:
         One row per grouping: explained = I(group; quadrant) / H(quadrant), the share of the
@@ -185,7 +107,7 @@ def association(
         SchemaError: a column is missing.
     """
     rows = []
-    for grouping in GROUPINGS:
+    for grouping in available_groupings(tokens) if among is None else among:
         frame, groups, names, resampler = _grouped(
             tokens, grouping, taxonomy.changed(**cuts), num_resamples, seed
         )
@@ -205,15 +127,12 @@ def _grouped(
     num_resamples: int | None,
     seed: int,
 ) -> tuple[pl.DataFrame, np.ndarray, list[str], Resampler]:
-    if grouping not in GROUPINGS:
-        raise UnknownNameError("grouping", grouping, GROUPINGS)
-    column, group, order = GROUPINGS[grouping]
-    frame = written_tokens(tokens, [column], "group_effects").with_columns(
-        group(pl.col(column)).alias("_group")
-    )
+    chosen = available_grouping(tokens, grouping)
+    written = written_tokens(tokens, list(chosen.columns), "group_effects")
+    frame = with_group(written, grouping, "_group")
     resampler = Resampler(frame, taxonomy=taxonomy, num_resamples=num_resamples, seed=seed)
     present = set(frame["_group"].unique())
-    names = [name for name in order if name in present]
+    names = [name for name in chosen.names if name in present]
     groups = (
         frame["_group"].replace_strict(names, range(len(names)), return_dtype=pl.Int64).to_numpy()
     )

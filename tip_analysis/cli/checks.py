@@ -114,6 +114,19 @@ def _rules(entries: Sequence[str]) -> None:
         rule(split_entry(entry)[0])
 
 
+def _arm(text: str) -> None:
+    from tip_analysis.analysis.arms import Arm
+
+    Arm.parse(text)
+
+
+def _grouping(name: str) -> None:
+    from tip_analysis.analysis.groupings import GROUPINGS
+
+    if name != "quadrant" and name not in GROUPINGS:
+        raise UnknownNameError("grouping", name, ["quadrant", *GROUPINGS])
+
+
 def _preset(name: str) -> None:
     from tip_analysis.training.ablation.presets import PRESETS
 
@@ -146,12 +159,14 @@ def _runs(paths: Sequence[Path]) -> None:
 
 
 CHECKS: dict[str, Callable[[Any], None]] = {
+    "arm": _arm,
     "device": _device,
     "dtype": _dtype,
     "evaluation_prompts": _prompts,
     "files": _files,
     "from_": _format,
     "grader": _grader,
+    "grouping": _grouping,
     "model": _model,
     "params": _params,
     "preset": _preset,

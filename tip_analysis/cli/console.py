@@ -88,3 +88,30 @@ def show_table(title: str, frame: "pl.DataFrame") -> None:
     for row in frame.iter_rows():
         table.add_row(*(shown(value, digits=3) for value in row))
     console.print(table)
+
+
+RANKED_BY = ("cosine_loss", "phi_positive")
+"""The figure that a printed league table is ordered by: the first that was measured."""
+
+
+def league_by_ratio(league: "pl.DataFrame") -> "list[tuple[str, pl.DataFrame]]":
+    """A league table for each ratio: a rule a row, a figure a column, and the ranks that a rule may
+    have by one of them."""
+    import polars as pl
+
+    known = set(league.drop_nulls("value")["figure"].cast(pl.String))
+    by = next((figure for figure in RANKED_BY if figure in known), None)
+    tables = []
+    for (ratio,), part in league.group_by("retention_ratio", maintain_order=True):
+        wide = part.pivot(on="figure", index="rule", values="value", maintain_order=True)
+        if by is not None:
+            ranks = part.filter(pl.col("figure") == by).select(
+                "rule", "rank", ranks=pl.format("{} to {}", "rank_low", "rank_high")
+            )
+            wide = wide.join(ranks, on="rule", how="left").sort("rank", "rule", nulls_last=True)
+            wide = wide.drop("rank")
+        tables.append((float(ratio), wide))
+    return [
+        (f"rules at ρ = {ratio:g}; ranks by {by or 'nothing'} that cannot be ruled out", table)
+        for ratio, table in sorted(tables, key=lambda entry: entry[0])
+    ]

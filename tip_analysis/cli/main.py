@@ -46,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _carry_out(command: Any) -> None:
     from tip_analysis.cli.checks import check_command
+    from tip_analysis.cli.registry import COMMANDS
 
-    with extras_named(f"`tip-analysis {type(command).__name__.lower()}`"):
+    name = next(name for name, kind in COMMANDS.items() if kind is type(command))
+    with extras_named(f"`tip-analysis {name}`"):
         check_command(command)
         _prepare(command)
         command.carry_out()

@@ -13,6 +13,7 @@ from tip_analysis.cli.commands.ablation import Ablate
 from tip_analysis.cli.commands.demo import Demo
 from tip_analysis.cli.commands.evaluation import Evaluate
 from tip_analysis.cli.commands.gradients import Gradients
+from tip_analysis.cli.commands.instruments import Claims, Influence, Intervene, RankRules, Track
 from tip_analysis.cli.commands.reading import Compare, Export, Report, Status
 from tip_analysis.cli.commands.rollouts import Import, Rollout
 from tip_analysis.cli.commands.scoring import Score
@@ -26,7 +27,12 @@ COMMANDS: dict[str, type] = {
     "gradients": Gradients,
     "select": Select,
     "screen": Screen,
+    "rank-rules": RankRules,
+    "influence": Influence,
+    "intervene": Intervene,
     "ablate": Ablate,
+    "track": Track,
+    "claims": Claims,
     "evaluate": Evaluate,
     "compare": Compare,
     "status": Status,

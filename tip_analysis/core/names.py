@@ -152,6 +152,65 @@ class ScreenedPart(Name):
     MASK = "mask"
 
 
+class RankFigure(Name):
+    """What selection rules are ranked by, without training."""
+
+    PHI = "phi"
+    """Share of Σφ that the selection keeps."""
+    PHI_POSITIVE = "phi_positive"
+    """Share of the sum over tokens with φ > 0."""
+    REWARD = "reward"
+    """Σ of the reward alignment kept, over the sum of its positive part in all tokens."""
+    REWARD_POSITIVE = "reward_positive"
+    """Share of that positive part."""
+    GRAD_NORM_SQ = "grad_norm_sq"
+    """Share of ΣM."""
+    COSINE_LOSS = "cosine_loss"
+    """Cosine between the gradient of the selection's loss and that of the full loss."""
+    COSINE_REWARD = "cosine_reward"
+    """Cosine between a step down the selection's loss and ∇J."""
+    SNR = "snr"
+    """Signal over noise of one prompt's gradient of the selection's loss."""
+
+
+class TokenUse(Name):
+    """How a rule's score decides what a token counts for."""
+
+    SELECTION = "selection"
+    """The k best count, the others do not."""
+    WEIGHTING = "weighting"
+    """Every token counts, by its weight."""
+
+
+class Preconditioner(Name):
+    """What a gradient is multiplied by before it becomes a step."""
+
+    NONE = "none"
+    """Nothing: plain gradient descent."""
+    ADAM = "adam"
+    """1 / (√v̂ + ε), v̂ the mean squared gradient of a step's batch."""
+
+
+class ForcedToken(Name):
+    """What a continuation begins with at the token that is tested."""
+
+    STUDENT = "student"
+    """The token that the student wrote."""
+    TEACHER = "teacher"
+    """The teacher's most likely token."""
+    FRESH = "fresh"
+    """A new sample of the student's."""
+
+
+class Correction(Name):
+    """How several hypotheses that are tested together share one error rate."""
+
+    HOLM = "holm"
+    """Step down: the k-th strongest of m at level 0.05 / (m − k + 1)."""
+    BONFERRONI = "bonferroni"
+    """Every one at level 0.05 / m."""
+
+
 class FinishReason(Name):
     """Why a rollout ends where it ends."""
 

@@ -39,21 +39,33 @@ TABLE_OF_STAGE = {
     "gradients": "gradients",
     "select": "masks",
     "screen": "screens",
+    "rank": "rankings",
+    "influence": "influences",
+    "intervene": "interventions",
     "ablate": "ablations",
     "dynamics": "dynamics",
+    "keep": "checkpoints",
+    "track": "trajectories",
     "evaluate": "evaluations",
 }
 """The folder that each stage fills."""
 
-COMMAND_OF_STAGE = {"teacher": "score --phase teacher", "vocabulary": "score", "dynamics": "ablate"}
+COMMAND_OF_STAGE = {
+    "teacher": "score --phase teacher",
+    "vocabulary": "score",
+    "rank": "rank-rules",
+    "keep": "ablate --keep-every N",
+    "dynamics": "ablate",
+}
 """The command that does a stage, where it has another name."""
 
-SHARD_SUFFIX = {"teacher_states": ".safetensors"}
+SHARD_SUFFIX = {"teacher_states": ".safetensors", "checkpoints": ".safetensors"}
 """How shards are called that are no Parquet files."""
 
+_ON_TOKENS = ("gradients", "select", "screen", "rank", "influence", "intervene", "track")
 BUILT_ON = {
-    "rollout": ("teacher", "vocabulary", "score", "gradients", "select", "screen"),
-    "score": ("vocabulary", "gradients", "select", "screen"),
+    "rollout": ("teacher", "vocabulary", "score", *_ON_TOKENS),
+    "score": ("vocabulary", *_ON_TOKENS),
 }
 """Stages whose rows lose their meaning when a stage starts afresh."""
 
@@ -114,6 +126,7 @@ class ShardRecord(TypedDict, total=False):
     num_rows: Count
     padding_waste: float
     tail_mass: float
+    norms: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]]
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -12,7 +12,7 @@ import polars as pl
 
 from tip_analysis.core.contract_checks import first_fault, polars_schema, require_columns
 from tip_analysis.core.errors import SchemaError
-from tip_analysis.core.names import Quadrant
+from tip_analysis.core.names import ForcedToken, Quadrant, RankFigure, TokenUse
 from tip_analysis.core.text import one_line
 
 VERDICTS = ("supported", "contradicted", "not resolved", "not run")
@@ -123,7 +123,7 @@ class CoverageTable(dy.Schema):
 class GroupTable(dy.Schema):
     """Quadrants within groups of tokens: `analysis.group_effects` of one or more groupings."""
 
-    grouping = dy.String(primary_key=True, description="position, frequency or kind")
+    grouping = dy.String(primary_key=True, description="Name of the grouping")
     group = dy.String(primary_key=True, description="Group of tokens, in words")
     quadrant = dy.Enum(Quadrant, primary_key=True, description="Quadrant")
     share = dy.Float64(**_SHARE, description="Of the group, in this quadrant")
@@ -199,6 +199,125 @@ class MemoryTable(dy.Schema):
     rule = dy.String(description="Selection rule")
     retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
     relative_memory = dy.Float64(min=0.0, description="Over that of training on all tokens")
+
+
+class LeagueTable(dy.Schema):
+    """Rules in the order of offline figures, with the ranks that they may have:
+    `analysis.league_table`."""
+
+    rule = dy.String(description="Selection rule or weighting")
+    form = dy.Enum(TokenUse, description="Which of the two")
+    retention_ratio = dy.Float64(min_exclusive=0.0, max=1.0, description="ρ in (0, 1]")
+    figure = dy.Enum(RankFigure, description="What rules are ordered by")
+    value = dy.Float64(nullable=True, allow_inf=True, description="The figure; larger is more")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
+    rank = dy.Int64(nullable=True, min=1, description="1 is the largest")
+    rank_low = dy.Int64(nullable=True, min=1, description="The best rank that is not ruled out")
+    rank_high = dy.Int64(nullable=True, min=1, description="The worst")
+
+
+class ValidityTable(dy.Schema):
+    """Rank correlation of offline figures with trained accuracy: `analysis.ranking_validity`."""
+
+    benchmark = dy.String(description="The benchmark of the accuracy")
+    figure = dy.Enum(RankFigure, description="The offline figure")
+    retention_ratio = dy.Float64(nullable=True, description="Arms of this ρ; null for all arms")
+    spearman = dy.Float64(min=-1.0 - 1e-9, max=1.0 + 1e-9, description="Over arms")
+    low = dy.Float64(nullable=True, description="Low end of its interval over arms")
+    high = dy.Float64(nullable=True, description="High end")
+    num_arms = dy.Int64(min=1, description="Arms that were ranked and trained")
+    verdict = dy.String(description="Whether the figure predicts, in words")
+
+
+class InfluenceMatrix(dy.Schema):
+    """What a step on one group does to the loss of another: `analysis.influence_matrix`."""
+
+    source = dy.String(description="The group a that the step is for")
+    target = dy.String(description="The group b whose loss changes")
+    influence = dy.Float64(nullable=True, description="⟨P ∇L_a, ∇L_b⟩, cross-fitted")
+    influence_low = dy.Float64(nullable=True, description="Low end of its interval")
+    influence_high = dy.Float64(nullable=True, description="High end")
+    cosine = dy.Float64(nullable=True, description="The same over both norms; null where noise")
+    cosine_low = dy.Float64(nullable=True, description="Low end of its interval")
+    cosine_high = dy.Float64(nullable=True, description="High end")
+    per_token = dy.Float64(nullable=True, description="The same over the weights of both groups")
+
+
+class DroppedTable(dy.Schema):
+    """What Assumption 2 drops: `analysis.assumption_2`."""
+
+    group = dy.String(description="Group of tokens; `all` for the whole loss")
+    norm_sq = dy.Float64(description="‖Σ w_t g_t‖²")
+    kept = dy.Float64(nullable=True, description="Σ w_t² ‖g_t‖²; null where norms are missing")
+    kept_share = dy.Float64(nullable=True, description="The second over the first")
+
+
+class FlowTable(dy.Schema):
+    """Tokens by quadrant at a kept step and at the next: `analysis.trajectory_flow`."""
+
+    step_from = dy.Int64(min=0, description="A kept step")
+    step_to = dy.Int64(min=0, description="The next one")
+    quadrant_from = dy.Enum(Quadrant, description="Quadrant at the one")
+    quadrant_to = dy.Enum(Quadrant, description="Quadrant at the other")
+    num_tokens = dy.Int64(min=0, description="Tokens that were in the one and are in the other")
+    share = dy.Float64(min=0.0, max=1.0 + 1e-9, description="Of all tokens")
+
+
+class SurvivalTable(dy.Schema):
+    """Of the tokens that are Q3 at the first step, those that still are: `analysis.q3_survival`."""
+
+    tokens = dy.String(description="All, selected, not selected, planted errors")
+    step = dy.Int64(min=0, description="Kept step")
+    share = dy.Float64(min=0.0, max=1.0 + 1e-9, description="Share that is Q3 at this step")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
+    half_life = dy.Float64(nullable=True, description="Step at which half are left; null if never")
+
+
+class FallTable(dy.Schema):
+    """Scores before training against the realised fall of δ: `analysis.realised_falls`."""
+
+    tokens = dy.String(description="All, selected, not selected, planted errors")
+    score = dy.String(description="The score before training")
+    spearman = dy.Float64(nullable=True, description="Rank correlation with the fall of δ")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
+
+
+class EffectTable(dy.Schema):
+    """Paired Δ success of replacing tokens: `analysis.intervention_effects`."""
+
+    group = dy.String(description="Group of tested tokens; `all` for all of them")
+    choice = dy.Enum(ForcedToken, description="What was put in place of the student's token")
+    success_student = dy.Float64(nullable=True, description="Mean reward with the student's token")
+    difference = dy.Float64(nullable=True, description="Mean reward with the other, minus that")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
+    num_tokens = dy.Int64(min=1, description="Tested tokens")
+
+
+class AucTable(dy.Schema):
+    """How well scores find tokens whose replacement raises success:
+    `analysis.intervention_aucs`."""
+
+    score = dy.String(description="The score")
+    auc = dy.Float64(**_SHARE, description="Area under the ROC curve")
+    low = dy.Float64(nullable=True, description="Low end of its interval")
+    high = dy.Float64(nullable=True, description="High end")
+
+
+class HypothesisTable(dy.Schema):
+    """Verdicts on hypotheses that were registered before: `analysis.judge_hypotheses`."""
+
+    claim = dy.String(description="Its name")
+    statement = dy.String(description="What it says")
+    difference = dy.Float64(nullable=True, description="A minus B")
+    low = dy.Float64(nullable=True, description="Low end of its corrected interval")
+    high = dy.Float64(nullable=True, description="High end")
+    confidence = dy.Float64(min=0.0, max=1.0, description="Of that interval")
+    verdict = dy.Enum(VERDICTS, description="What the interval says")
+    size = dy.Int64(min=0, description="Seeds or prompts that it stands on")
 
 
 def checked(table: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:

@@ -13,6 +13,12 @@ with a logit of -inf.
 import dataframely as dy
 import polars as pl
 
+from tip_analysis.core.instrument_tables import (
+    InfluenceTable,
+    InterventionTable,
+    RankingTable,
+    TrajectoryTable,
+)
 from tip_analysis.core.names import (
     Approximation,
     Artefact,
@@ -590,6 +596,10 @@ TABLES: dict[str, type[dy.Schema]] = {
     "gradients": GradientTable,
     "masks": MaskTable,
     "screens": ScreenTable,
+    "rankings": RankingTable,
+    "influences": InfluenceTable,
+    "interventions": InterventionTable,
+    "trajectories": TrajectoryTable,
     "ablations": AblationTable,
     "dynamics": DynamicsTable,
     "evaluations": EvaluationTable,

@@ -15,8 +15,12 @@ from .door import quadrant_profile as quadrant_profile
 from .door import quadrant_shares as quadrant_shares
 from .door import training_curves as training_curves
 from .door import write_figures as write_figures
+from .influences import influence_matrix as influence_matrix
+from .interventions import intervention_aucs as intervention_aucs
+from .interventions import intervention_effects as intervention_effects
 from .pairs import average_and_best as average_and_best
 from .pairs import mean_over_pairs as mean_over_pairs
+from .ranking import league as league
 from .style import COLUMN_WIDTH as COLUMN_WIDTH
 from .style import INK as INK
 from .style import PAGE_WIDTH as PAGE_WIDTH
@@ -24,3 +28,5 @@ from .style import QUADRANT_COLORS as QUADRANT_COLORS
 from .style import QUADRANT_NAMES as QUADRANT_NAMES
 from .style import figure_style as figure_style
 from .style import save_figure as save_figure
+from .trajectories import q3_survival as q3_survival
+from .trajectories import trajectory_flow as trajectory_flow

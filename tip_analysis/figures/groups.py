@@ -5,6 +5,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tip_analysis.analysis.groupings import GROUPINGS
 from tip_analysis.core.result_tables import GroupTable, checked
 from tip_analysis.core.words import brief
 from tip_analysis.figures.style import (
@@ -18,11 +19,8 @@ from tip_analysis.figures.style import (
     quadrant_handles,
 )
 
-GROUPING_NAMES = {
-    "position": "position in the response",
-    "frequency": "how common the token is",
-    "kind": "kind of token",
-}
+GROUPING_NAMES = {name: grouping.title for name, grouping in GROUPINGS.items()}
+PANELS_PER_ROW = 3
 
 
 def group_shares(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
@@ -36,12 +34,15 @@ def group_shares(table: pl.DataFrame, *, width: float = PAGE_WIDTH) -> Figure:
     groupings = table["grouping"].unique(maintain_order=True).to_list()
     groups = [table.filter(pl.col("grouping") == name)["group"].n_unique() for name in groupings]
     wide = width >= WIDE
-    shape = (1, len(groupings)) if wide else (len(groupings), 1)
-    height = 0.8 + 0.26 * max(groups) if wide else 0.6 + sum(0.55 + 0.26 * size for size in groups)
-    ratios = None if wide else [0.55 + 0.26 * size for size in groups]
+    across = min(PANELS_PER_ROW, len(groupings)) if wide else 1
+    lines = [max(groups[start : start + across]) for start in range(0, len(groups), across)]
+    ratios = [0.55 + 0.26 * size for size in lines]
+    height = 0.6 + sum(ratios) if len(lines) > 1 else 0.8 + 0.26 * lines[0]
     with figure_style():
-        figure, panels = new_panels(shape, (width, height), height_ratios=ratios)
-        for axes, name in zip(panels.flat, groupings, strict=True):
+        figure, panels = new_panels((len(lines), across), (width, height), height_ratios=ratios)
+        for spare in panels.flat[len(groupings) :]:
+            spare.set_visible(False)
+        for axes, name in zip(panels.flat, groupings, strict=False):
             _group_bars(axes, table.filter(pl.col("grouping") == name))
             axes.set_title(GROUPING_NAMES.get(name, name), fontsize=8.5)
         handles = quadrant_handles()

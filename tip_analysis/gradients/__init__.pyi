@@ -1,9 +1,11 @@
 from .door import measure_gradients as measure_gradients
+from .influencing import influence as influence
 from .measuring import model_pair as model_pair
 from .measuring import norm_interval as norm_interval
 from .measuring import stream_gradients as stream_gradients
 from .measuring import token_gradients as token_gradients
 from .rollout_gradients import TokenGradients as TokenGradients
 from .rollout_gradients import stratified_positions as stratified_positions
+from .selection_gradients import rank_cosines as rank_cosines
 from .settings import GradientSettings as GradientSettings
 from .stage import measure_run as measure_run

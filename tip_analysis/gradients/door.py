@@ -4,17 +4,15 @@ The command line and `import tip_analysis as tip` call it; the work is done in `
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from tip_analysis.analysis.measurements import prefer_measurement
-from tip_analysis.core.errors import OptionError, RunError
-from tip_analysis.core.names import Loss, LossAggregation, Method, TeacherContext
-from tip_analysis.core.record import model_name
-from tip_analysis.core.run_folder import Run, RunLike, open_run
+from tip_analysis.core.names import Loss, LossAggregation, Method
+from tip_analysis.core.run_folder import RunLike, open_run
 from tip_analysis.core.stage_summary import StageSummary
+from tip_analysis.gradients.run_models import scored_pair, teacher_context
 from tip_analysis.gradients.settings import GradientSettings
 from tip_analysis.gradients.stage import measure_run, setting_of
-from tip_analysis.models.named import ModelLike, as_pair, name_of
+from tip_analysis.models.named import ModelLike
 
 
 def measure_gradients(
@@ -70,37 +68,16 @@ def measure_gradients(
         seed=seed,
         loss_aggregation=loss_aggregation,
     )
-    scored = _scoring_of(folder)
-    models = _scored_model("student", student, scored), _scored_model("teacher", teacher, scored)
-    loaded = as_pair(*models, dtype=dtype, device=device)
-    pair = {"student": loaded[0], "teacher": loaded[1]}
-    context = scored.get("teacher_context", TeacherContext.NONE)
-    how: dict[str, Any] = {"teacher_context": context, "limit": limit, "overwrite": overwrite}
-    found = measure_run(folder, settings=settings, **pair, **how)
+    loaded = scored_pair(folder, student, teacher, dtype=dtype, device=device)
+    found = measure_run(
+        folder,
+        student=loaded[0],
+        teacher=loaded[1],
+        settings=settings,
+        teacher_context=teacher_context(folder),
+        limit=limit,
+        overwrite=overwrite,
+    )
     if prefer:
         prefer_measurement(folder, setting_of(settings))
     return StageSummary(folder, f"gradients over {params}", found)
-
-
-def _scoring_of(folder: Run) -> dict[str, Any]:
-    """How a run was scored."""
-    scored = folder.stages().get("score", {}).get("config")
-    if scored is None:
-        raise RunError(
-            f"{folder.path} is not scored yet; `tip-analysis score {folder.path} --teacher MODEL`"
-            " comes first"
-        )
-    return scored
-
-
-def _scored_model(role: str, given: ModelLike | None, scored: dict) -> ModelLike:
-    """The model of a role that the tokens were scored with; any other is refused."""
-    name = model_name(scored.get(role))
-    if name is None:
-        raise OptionError(f"the run does not say which {role} it was scored with: score it again")
-    if given is not None and name_of(given) != name:
-        raise OptionError(
-            f"{role}: the tokens were scored with {name}, found {name_of(given)}; score a run"
-            " with it first"
-        )
-    return name if given is None else given

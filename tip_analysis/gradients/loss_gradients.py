@@ -165,7 +165,7 @@ def _token_weights(
 ) -> list[float] | None:
     """The weight of each token of each rollout in L or −J; None where there is nothing to weigh."""
     if name == REWARD:
-        return _reward_weights(rollouts)
+        return reward_weights(rollouts)
     if not rollouts:
         return None
     if aggregation is LossAggregation.TOKEN:
@@ -173,7 +173,7 @@ def _token_weights(
     return [1 / (len(rollouts) * rollout.num_tokens) for rollout in rollouts]
 
 
-def _reward_weights(rollouts: Sequence[Rollout]) -> list[float] | None:
+def reward_weights(rollouts: Sequence[Rollout]) -> list[float] | None:
     """Weights on −ln P_S(y_t) that make ∇J: −(r_i − b_i) / (n·prompts), with the leave-one-out
     baseline b_i."""
     rewards: dict[str, list[float]] = defaultdict(list)
@@ -212,7 +212,7 @@ def weighted_gradient(
         name: torch.zeros_like(p, dtype=precise, requires_grad=False)
         for name, p in scope.parameters.items()
     }
-    with _accumulating(model, scope, total), track(f"∇ {loss}", total=len(rollouts)) as advance:
+    with accumulating(model, scope, total), track(f"∇ {loss}", total=len(rollouts)) as advance:
         for rollout, weight in zip(rollouts, weights, strict=True):
             if weight:
                 positions = rollout.positions
@@ -224,23 +224,23 @@ def weighted_gradient(
                 )
                 teacher = pair.teacher_logits(rollout, positions)
                 hidden = last_hidden_states(model, tokens[None])[0, at]
-                gradient = _through_head(pair, hidden, teacher, targets, weight, loss)
+                gradient = through_head(pair, hidden, teacher, targets, weight, loss)
                 if hidden.requires_grad:
                     hidden.backward(gradient)
             advance(tokens=rollout.num_tokens)
     return total
 
 
-def _through_head(
+def through_head(
     pair: Pair,
     hidden: Tensor,
     teacher: TeacherLogits | None,
     targets: Tensor,
-    weight: float,
+    weight: float | Tensor,
     loss: Loss,
 ) -> Tensor:
-    """Backward through the head, block by block (its own parameters collect their gradients);
-    returns ∂/∂h [R, D]."""
+    """Backward through the head, block by block (its own parameters collect their gradients), of
+    the losses at R tokens under one weight or one each [R]; returns ∂/∂h [R, D]."""
     head = pair.student.head
     gradients, block = [], max(1, BLOCK_ELEMENTS // head.vocab_size)
     for rows in row_blocks(hidden.shape[0], block):
@@ -253,7 +253,10 @@ def _through_head(
             value = token_loss(
                 loss, logits, None if teacher is None else teacher(rows)[keep], targets[rows][keep]
             )
-        (value.sum() * weight).backward()
+        if isinstance(weight, Tensor):
+            (value * weight[rows][keep]).sum().backward()
+        else:
+            (value.sum() * weight).backward()
         gradients.append(torch.zeros_like(states) if states.grad is None else states.grad)
     return torch.cat(gradients)
 
@@ -277,7 +280,7 @@ def trainable(model: nn.Module, scope: ParameterScope) -> Iterator[None]:
 
 
 @contextmanager
-def _accumulating(
+def accumulating(
     model: nn.Module, scope: ParameterScope, total: dict[str, Tensor]
 ) -> Iterator[None]:
     """Add every gradient that a backward pass makes to `total`, and keep none of them."""

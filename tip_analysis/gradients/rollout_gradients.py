@@ -5,7 +5,8 @@ The student's primal pass and the teacher's logits are made once a rollout. Then
 forward-mode pass, for all tokens and all losses.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -106,24 +107,10 @@ class RolloutMeter:
         positions = self._positions(rollout)
         if not positions:
             return {}
-        tokens, at = read_tokens(
-            rollout.prompt, rollout.response, positions, self.pair.student.device
-        )
-        hidden = self._forward.primal(tokens)[at]
-        stored = {loss: self._stored(loss, rollout.prompt_id) for loss in self.settings.losses}
-        losses = token_losses(
-            self.pair.student.head,
-            hidden,
-            teacher=self.pair.teacher_logits(rollout, positions),
-            token_ids=torch.tensor([rollout.response[t] for t in positions], device=tokens.device),
-            losses=self.settings.losses,
-            scope=self.scope,
-            looked_up=torch.unique(tokens),
-            directions={loss: list(named.values()) for loss, named in stored.items()},
-            vocab_size=self.pair.vocab_size,
-        )
-        if not self._verified:
-            self._verify(rollout, positions, losses, tokens, at)
+        stored = {
+            Loss(loss): self._stored(loss, rollout.prompt_id) for loss in self.settings.losses
+        }
+        losses, tokens, at = self._losses(rollout, positions, stored)
         if self.by_backward:
             products = self._products_by_backward(losses, stored, tokens, at)
         else:
@@ -140,16 +127,68 @@ class RolloutMeter:
             for loss in losses
         }
 
+    def along(
+        self, rollout: Rollout, stored: Mapping[Loss, Mapping[str, Direction]]
+    ) -> tuple[list[int], dict[Loss, dict[str, Tensor]]]:
+        """⟨direction, g_t⟩ of every token that counts, for each loss and each of its directions.
+
+        Args:
+            rollout: the rollout.
+            stored: of each loss, the directions by name.
+
+        Returns:
+            Positions [R] in the response, and float64 [R] for each; NaN where the loss is infinite.
+
+        Raises:
+            ModelError: forward mode does not see all parameters of the scope.
+        """
+        positions = rollout.positions
+        if not positions:
+            return [], {}
+        losses, tokens, at = self._losses(rollout, positions, stored)
+        products = self._products(losses, stored, len(tokens), at)
+        unknown = {loss: ~found.value.isfinite() for loss, found in losses.items()}
+        return positions, {
+            loss: {
+                name: value.masked_fill(unknown[loss], math.nan) for name, value in named.items()
+            }
+            for loss, named in products.items()
+        }
+
+    def _losses(
+        self, rollout: Rollout, positions: list[int], stored: Mapping[Loss, Mapping[str, Direction]]
+    ) -> tuple[dict[Loss, TokenLosses], Tensor, Tensor]:
+        """The primal pass: losses with their derivatives, token ids [T], places [R] that predict
+        the tokens."""
+        tokens, at = read_tokens(
+            rollout.prompt, rollout.response, positions, self.pair.student.device
+        )
+        hidden = self._forward.primal(tokens)[at]
+        losses = token_losses(
+            self.pair.student.head,
+            hidden,
+            teacher=self.pair.teacher_logits(rollout, positions),
+            token_ids=torch.tensor([rollout.response[t] for t in positions], device=tokens.device),
+            losses=list(stored),
+            scope=self.scope,
+            looked_up=torch.unique(tokens),
+            directions={loss: list(named.values()) for loss, named in stored.items()},
+            vocab_size=self.pair.vocab_size,
+        )
+        if not self._verified:
+            self._verify(rollout, positions, losses, tokens, at)
+        return losses, tokens, at
+
     def _products_by_backward(
         self,
         losses: dict[Loss, TokenLosses],
-        stored: dict[str, dict[str, Direction]],
+        stored: Mapping[Loss, Mapping[str, Direction]],
         tokens: Tensor,
         at: Tensor,
-    ) -> dict[str, dict[str, Tensor]]:
+    ) -> dict[Loss, dict[str, Tensor]]:
         """As `_products`, by one backward pass a token."""
         student, body = self.pair.student, self.scope.body
-        products: dict[str, dict[str, Tensor]] = {}
+        products: dict[Loss, dict[str, Tensor]] = {}
         with trainable(student.model, self.scope):
             hidden = last_hidden_states(student.model, tokens[None])
             for loss, found in losses.items():
@@ -199,10 +238,10 @@ class RolloutMeter:
     def _products(
         self,
         losses: dict[Loss, TokenLosses],
-        stored: dict[str, dict[str, Direction]],
+        stored: Mapping[Loss, Mapping[str, Direction]],
         num_tokens: int,
         at: Tensor,
-    ) -> dict[str, dict[str, Tensor]]:
+    ) -> dict[Loss, dict[str, Tensor]]:
         """⟨∇L, g_t⟩ for ∇L from the other and from the own fold, and ⟨∇J, g_t⟩: float64 [R]
         each."""
         tangents: dict[int, Tensor] = {}
@@ -214,7 +253,7 @@ class RolloutMeter:
                 tangents |= {
                     id(unique[start + row]): t for row, t in enumerate(self._tangents(group, at))
                 }
-        products: dict[str, dict[str, Tensor]] = {}
+        products: dict[Loss, dict[str, Tensor]] = {}
         for loss, found in losses.items():
             products[loss] = {}
             for index, (name, direction) in enumerate(stored[loss].items()):

@@ -26,11 +26,15 @@ from tip_analysis.report.sections import (
     dynamics,
     gradients,
     groups,
+    influences,
+    interventions,
     moving,
     overview,
     provenance,
+    ranking,
     selections,
     taxonomy,
+    trajectories,
 )
 
 __all__ = ["ReportOptions", "build_report", "build_sections", "write_report"]
@@ -134,10 +138,14 @@ def section_makers(
         ("sensitivity", "Sensitivity to the cuts", lambda: taxonomy.sensitivity(views)),
         ("gradients", "Gradient norms and alignment", lambda: gradients.gradients(views)),
         ("selection", "Selection rules", lambda: selections.selections(views)),
+        ("ranking", "Rules ranked without training", lambda: ranking.ranking(views)),
+        ("influence", "Influence of groups on each other", lambda: influences.influences(views)),
         ("effects", "Position, frequency and kind of token", lambda: groups.group_effects(views)),
         ("artefacts", "Artefacts", lambda: artefacts.artefacts(views)),
+        ("interventions", "The causal test of tokens", lambda: interventions.interventions(views)),
         ("ablations", "Ablations and the paper’s claims", lambda: ablations.ablations(views)),
         *([steps] if trained else []),
+        ("trajectories", "Importance through training", lambda: trajectories.trajectories(views)),
         ("strongest", "Strongest tokens", lambda: taxonomy.strong_tokens(views)),
         ("provenance", "Provenance", lambda: provenance.provenance(views, str(output))),
     ]

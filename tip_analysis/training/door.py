@@ -231,6 +231,7 @@ def ablate(
     on_bad_row: OnBadRow | str = OnBadRow.FAIL,
     evaluate_every: int = 0,
     checkpoint_every: int = 20,
+    keep_every: int = 0,
     teacher_context: TeacherContext | str = TeacherContext.NONE,
     jobs: int = 1,
     threads: int = 1,
@@ -252,6 +253,7 @@ def ablate(
             counted.
         evaluate_every: steps between evaluations; 0 evaluates at the end only.
         checkpoint_every: steps between checkpoints.
+        keep_every: steps between weights that stay in the run folder, for `track`; 0 keeps none.
         teacher_context: what the teacher sees besides the prompt.
         jobs: arms trained at once, each in a process of its own.
         threads: of each such process.
@@ -284,6 +286,7 @@ def ablate(
         bad_rows=bad_rows,
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
+        keep_every=keep_every,
         teacher_context=teacher_context,
         engine=settings_of(engine) or EngineSettings(),
         dtype=dtype,

@@ -216,6 +216,8 @@ class Ablate:
     writes are recorded; 0 records none."""
     checkpoint_every: Count = 20
     """Steps between checkpoints."""
+    keep_every: CountOrNone = 0
+    """Steps between weights that stay in the run folder, for `track`; 0 keeps none."""
     limit: SomeCount = None
     """Use the first N prompts and the first N problems of each evaluation set only."""
     on_bad_row: OnBadRow = OnBadRow.FAIL
@@ -269,6 +271,7 @@ class Ablate:
             on_bad_row=self.on_bad_row,
             evaluate_every=self.evaluate_every,
             checkpoint_every=self.checkpoint_every,
+            keep_every=self.keep_every,
             teacher_context=self.teacher_context,
             jobs=self.jobs,
             threads=self.threads,

@@ -7,6 +7,7 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis import groups as effects
+from tip_analysis.analysis.groupings import GROUPINGS, available_groupings, with_rewards
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.words import count, interval, number, percent
 from tip_analysis.figures.groups import GROUPING_NAMES
@@ -32,12 +33,14 @@ def _part(view: RunView, label: str) -> Part:
         return Part("No token has statistics.", run=label)
     taxonomy = view.options.taxonomy
     resamples = min(60, view.options.num_resamples)
-    sample = view.sampled(view.raw).collect().lazy()
-    told = effects.association(sample, num_resamples=resamples, taxonomy=taxonomy)
+    tokens = with_rewards(view.raw, view.run.rollouts())
+    names = _shown_groupings(view, tokens)
+    sample = view.sampled(tokens).collect().lazy()
+    told = effects.association(sample, among=names, num_resamples=resamples, taxonomy=taxonomy)
     groups = pl.concat(
         [
-            effects.group_effects(view.raw, grouping=name, num_resamples=2, taxonomy=taxonomy)
-            for name in effects.GROUPINGS
+            effects.group_effects(tokens, grouping=name, num_resamples=2, taxonomy=taxonomy)
+            for name in names
         ]
     )
     drawn = _groups_picture(view, groups)
@@ -47,6 +50,16 @@ def _part(view: RunView, label: str) -> Part:
     return Part(
         _finding(told, groups), blocks, f"{population(view)} {view.interval_words()}", label
     )
+
+
+def _shown_groupings(view: RunView, tokens: pl.LazyFrame) -> list[str]:
+    """Groupings that the run has the columns of; those of rewards only where rewards differ."""
+    of_rewards = view.rollouts["reward"].drop_nulls().n_unique() > 1
+    return [
+        name
+        for name in available_groupings(tokens)
+        if of_rewards or "reward" not in GROUPINGS[name].columns
+    ]
 
 
 def _groups_picture(view: RunView, groups: pl.DataFrame) -> Block:
@@ -72,8 +85,8 @@ def _finding(told: pl.DataFrame, groups: pl.DataFrame) -> str:
         .sort("lift", descending=True)
     )
     first = (
-        f"Of the three, {GROUPING_NAMES[best['grouping']]} says most about a token’s quadrant: it"
-        f" removes {percent(best['explained'])} of the uncertainty"
+        f"Of {len(told)} groupings, {GROUPING_NAMES[best['grouping']]} says most about a token’s"
+        f" quadrant: it removes {percent(best['explained'])} of the uncertainty"
     )
     if q3.height == 0:
         return f"{first}."

@@ -53,6 +53,12 @@ from tip_analysis.training.checkpoints import checkpoints, load_checkpoint, save
 from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, fixed_rollouts
 from tip_analysis.training.drift import measure_drift
 from tip_analysis.training.evaluation import Samples, sample_problems
+from tip_analysis.training.kept_weights import (
+    begin_keeping,
+    keep_weights,
+    kept_steps,
+    steps_on_record,
+)
 from tip_analysis.training.options import TrainingOptions
 from tip_analysis.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from tip_analysis.training.step_selection import step_statistics
@@ -104,6 +110,8 @@ class StudyOptions:
     """Steps between evaluations; 0 evaluates at the end only."""
     checkpoint_every: int = 20
     """Steps between checkpoints, which are what a killed arm goes on from."""
+    keep_every: int = 0
+    """Steps between weights that stay in the run folder, for `track`; 0 keeps none."""
     grader: str = "math"
     """Name of the grader."""
     template: str = "plain"
@@ -292,12 +300,16 @@ class ArmRunner:
         stage = self._begin(arm, seed)
         work = own_folder(own_folder(self.run.path, "ablations"), ".work") / stage.key
         with locked(work.with_suffix(".lock"), f"{self.run.path}: {arm} under seed {seed}"):
-            if stage.is_whole(0):
+            kept = self._keeping(arm, seed, stage.key)
+            if stage.is_whole(0) and not self._lacks(kept):
                 status, rows = "kept", read(stage.path(0)).rows(named=True)
             else:
-                rows = self._train(arm, seed, stage.key, work)
-                stage.write(0, pl.DataFrame(rows, schema=polars_schema(AblationTable)))
+                rows = self._train(arm, seed, stage.key, work, kept)
+                if not stage.is_whole(0):
+                    stage.write(0, pl.DataFrame(rows, schema=polars_schema(AblationTable)))
                 status = "done"
+            if kept is not None:
+                kept.finish(steps=steps_on_record(kept))
             stage.finish(**_summary(rows))
             shutil.rmtree(work, ignore_errors=True)
         return status
@@ -354,9 +366,31 @@ class ArmRunner:
             stage.write(0, pl.DataFrame(rows, schema=polars_schema(DynamicsTable)))
         stage.finish(num_rows=len(rows))
 
-    def _train(self, arm: Arm, seed: int, key: str, work: Path) -> list[dict[str, Any]]:
+    def _keeping(self, arm: Arm, seed: int, key: str) -> Stage | None:
+        """Where an arm's weights are kept; None where none are to be."""
+        every, last = self.study.keep_every, self.study.training.num_steps
+        if not every or arm.is_untrained:
+            return None
+        return begin_keeping(self.run, key, arm, seed, every, last)
+
+    def _lacks(self, kept: Stage | None, until: int | None = None) -> bool:
+        """Whether weights of a step before `until` are to be kept and are not there."""
+        if kept is None:
+            return False
+        steps = kept_steps(self.study.keep_every, self.study.training.num_steps)
+        return any(not kept.is_whole(step) for step in steps if until is None or step < until)
+
+    def _train(
+        self, arm: Arm, seed: int, key: str, work: Path, kept: Stage | None = None
+    ) -> list[dict[str, Any]]:
         trainer = self._trainer(arm, seed)
+        latest = next(iter(checkpoints(work)), None)
+        if latest is not None and self._lacks(kept, int(latest.name.removeprefix("step-"))):
+            shutil.rmtree(work, ignore_errors=True)  # weights of earlier steps are wanted too
         rows = _resume(trainer, work)
+        wanted = kept_steps(self.study.keep_every, trainer.options.num_steps) if kept else []
+        if kept is not None and trainer.step in wanted:
+            keep_weights(kept, trainer)
         device = trainer.student.device
         last = 0 if arm.is_untrained else trainer.options.num_steps
         peak = 0
@@ -374,6 +408,8 @@ class ArmRunner:
                     loss=record.loss,
                     time_s=record.time_s,
                 )
+                if kept is not None and trainer.step in wanted:
+                    keep_weights(kept, trainer)
                 due = trainer.step % self.study.checkpoint_every == 0
                 if due and trainer.step < last:
                     save_checkpoint(trainer, work, rows)

@@ -124,8 +124,10 @@ def _check(study: StudyOptions, arms: Sequence[Arm], seeds: Sequence[int], jobs:
         raise OptionError("on-policy training needs prompts to train on")
     if not study.evaluation_prompts:
         raise OptionError("an ablation needs held-out problems to evaluate on")
-    if study.checkpoint_every < 1 or study.evaluate_every < 0:
-        raise OptionError("checkpoint_every must be at least 1, evaluate_every at least 0")
+    if study.checkpoint_every < 1 or study.evaluate_every < 0 or study.keep_every < 0:
+        raise OptionError(
+            "checkpoint_every must be at least 1, evaluate_every and keep_every at least 0"
+        )
     for prompt in study.evaluation_prompts:
         if prompt.answer is None and study.environment is None:
             raise PromptFileError(f"evaluation prompt {prompt.id!r} has no answer to grade against")
