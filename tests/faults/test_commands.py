@@ -2,6 +2,9 @@
 without a row here fails."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -79,3 +82,46 @@ def test_a_run_that_is_a_file_is_one_line(command, place, run, tmp_path, capfd, 
         assert line.startswith("error: ")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     count_check("commands: runs that are files")
+
+
+SURROUNDINGS = {
+    "stdout closed": ("", ">&-"),
+    "stderr closed": ("", "2>&-"),
+    "all closed": ("", "<&- >&- 2>&-"),
+    "stdout full": ("", ">/dev/full"),
+    "stderr full": ("", "2>/dev/full"),
+    "no reader": ("", "| true"),
+    "ASCII": ("LC_ALL=POSIX PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", ""),
+    "no home": ("env -u HOME", ""),
+    "no folder for temporary files": ("TMPDIR=/nowhere", ""),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize(
+    "command", [name for name in COMMANDS if name not in ("demo", "gradients")]
+)
+def test_commands_in_odd_surroundings(command, surroundings, run, tmp_path, count_check):
+    before, after = SURROUNDINGS[surroundings]
+    if command in ("rollout", "import", "evaluate"):
+        run = tmp_path / "new"
+    arguments = typed(command, run, tmp_path)
+    if command in ("rollout", "evaluate"):
+        arguments += ["--max-new-tokens", "2"]
+    line = f"{before} {shlex.join([sys.executable, '-m', 'tip_analysis', *arguments])} {after}"
+    done = subprocess.run(
+        ["/bin/bash", "-o", "pipefail", "-c", line],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode in (0, 2, 141), done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+    assert len(said) <= 1
+    assert "Traceback" not in done.stdout + done.stderr
+    if surroundings in ("ASCII", "no home", "no folder for temporary files", "stderr closed"):
+        assert done.returncode == 0 or command == "score", said  # whose student is none
+    count_check("commands: odd surroundings")
