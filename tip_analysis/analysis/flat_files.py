@@ -101,7 +101,8 @@ def _write_card(folder: Path, files: list[str]) -> None:
     """Name each table for `load_dataset`, which would else put files of several schemas into one;
     a README that is not ours is left alone."""
     path = folder / CARD
-    if path.exists() and not path.read_bytes().startswith(CARD_BEGINS.encode()):
+    ours = path.is_file() and path.read_bytes().startswith(CARD_BEGINS.encode())
+    if path.exists() and not ours:
         return
     lines = [CARD_BEGINS]
     for name in files:
@@ -139,10 +140,11 @@ def _source(run: Run, taxonomy: Taxonomy) -> str:
 
 
 def _refuse_run_folder(run: Run, folder: Path) -> None:
-    for parent in [folder, *folder.resolve().parents]:
-        if parent.exists() and parent.samefile(run.path):
+    for parent in [folder.resolve(), *folder.resolve().parents]:
+        own = parent.exists() and parent.samefile(run.path)
+        if own or (parent / "run.json").is_file():
             raise OptionError(
-                f"{folder} lies in the run folder {run.path}, whose files are the run's own; name"
+                f"{folder} lies in the run folder {parent}, whose files are the run's own; name"
                 " another folder"
             )
 
@@ -154,6 +156,8 @@ def _holds_files(folder: Path) -> bool:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """What an earlier export wrote of itself; empty where there is none that can be trusted."""
+    if not (folder / MANIFEST).is_file():
+        return {}
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
         files: list[tuple[str, Any]] = [*found["files"].items(), *found["stale"].items()]
@@ -180,6 +184,8 @@ def _export(
     folder: Path, tables: dict[str, pl.LazyFrame], source: str, before: dict[str, Any]
 ) -> _Files:
     """Make all files, say in the manifest what is to be there, and put them in their places."""
+    if (folder / "labels").is_symlink():
+        raise OptionError(f"{folder / 'labels'} is a link, which leads elsewhere: remove it")
     with storage_errors(folder), _staging(folder) as staging:
         files = {name: _make(staging / name, frame) for name, frame in tables.items()}
         stale = {**before.get("stale", {}), **before.get("files", {})}

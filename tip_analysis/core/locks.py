@@ -130,6 +130,8 @@ def _sign(path: Path, **about: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a pipe would be waited for
+        return {}
     try:
         holder = json.loads(path.read_bytes()[:65536])
     except (OSError, ValueError, RecursionError):

@@ -20,7 +20,7 @@ from typing import Any
 import polars as pl
 
 from tip_analysis.core.atomic_files import file_hash, make_folder, storage_errors
-from tip_analysis.core.errors import RunError
+from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.lazy_display import notebook_html
 from tip_analysis.core.locks import locked
 from tip_analysis.core.record import (
@@ -44,7 +44,7 @@ from tip_analysis.core.table_files import (
     shards_of,
 )
 
-__all__ = ["Run", "RunLike", "Stage", "create_run", "open_run"]
+__all__ = ["Run", "RunLike", "Stage", "check_place", "create_run", "open_run"]
 
 
 RunLike = str | os.PathLike[str]
@@ -99,6 +99,23 @@ def create_run(path: RunLike) -> "Run":
                 if not run.record_path.is_file():
                     run.write({"schema_version": SCHEMA_VERSION, "stages": {}})
     return run
+
+
+def check_place(path: Path) -> None:
+    """Refuse to write a file in the place of what a run folder holds.
+
+    Raises:
+        OptionError: it would replace the record of a run, or lie among its shards.
+    """
+    place = path.resolve()
+    owned = {"run.json", *TABLE_OF_STAGE.values()}
+    for parent in place.parents:
+        first = place.relative_to(parent).parts[0]
+        if (first in owned or first.startswith(".")) and (parent / "run.json").is_file():
+            raise OptionError(
+                f"{path} lies among the files of the run folder {parent}, which are the run's own;"
+                " name another place"
+            )
 
 
 class Run:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tip_analysis.analysis.run_view import ReportOptions, RunView, open_views
-from tip_analysis.core.atomic_files import write_atomically
+from tip_analysis.core.atomic_files import storage_errors, write_atomically
 from tip_analysis.core.errors import OptionError, RunError, TipAnalysisError
 from tip_analysis.core.provenance import package_version
-from tip_analysis.core.run_folder import RunLike
+from tip_analysis.core.run_folder import RunLike, check_place
 from tip_analysis.core.text import one_line, visible
 from tip_analysis.core.words import listed, plural
 from tip_analysis.report import paper
@@ -59,11 +59,13 @@ def write_report(
 
     Raises:
         RunError: there is no run at a path, or it has no scored tokens.
-        OptionError: an option is out of its range.
+        OptionError: an option is out of its range, or a file that is no page lies where the page
+            is to go.
         StorageError: the page cannot be written.
     """
     paths = [Path(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
     output = Path(output) if output else Path("reports") / f"{default_name(paths)}.html"
+    _check_output(output)
     html = build_report(paths, options, output=output)
 
     def write(part: Path) -> None:
@@ -71,6 +73,18 @@ def write_report(
 
     write_atomically(output, write)
     return output
+
+
+def _check_output(output: Path) -> None:
+    """Refuse to replace anything but a page."""
+    check_place(output)
+    if output.is_file():
+        with storage_errors(output), output.open("rb") as file:
+            begins = file.read(15)
+        if begins and begins.lower() != b"<!doctype html>":
+            raise OptionError(
+                f"{output} is no page, and would be lost: name another file, or remove it"
+            )
 
 
 def default_name(paths: Sequence[Path]) -> str:
