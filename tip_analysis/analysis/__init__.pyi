@@ -68,11 +68,11 @@ from .rank_stage import rank_rules as rank_rules
 from .rank_validity import ranking_validity as ranking_validity
 from .ranking import league_table as league_table
 from .registrations import read_hypotheses as read_hypotheses
+from .repeated_samples import sample_metrics as sample_metrics
 from .rules import register_rule as register_rule
 from .rules import rule_names as rule_names
 from .run_view import ReportOptions as ReportOptions
 from .run_view import RunView as RunView
-from .sample_metrics import sample_metrics as sample_metrics
 from .scores import add_scores as add_scores
 from .scores import register_score as register_score
 from .scores import score_expression as score_expression

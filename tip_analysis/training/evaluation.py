@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from tip_analysis.analysis.accuracy import accuracy, rewards_by_problem, truncated_share
-from tip_analysis.analysis.sample_metrics import sample_metrics
+from tip_analysis.analysis.repeated_samples import sample_metrics
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import OptionError, PromptFileError
 from tip_analysis.core.names import UNNAMED_BENCHMARK, FinishReason, OnBadRow

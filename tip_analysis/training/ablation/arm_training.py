@@ -23,7 +23,7 @@ import torch
 
 from tip_analysis.analysis.accuracy import accuracy
 from tip_analysis.analysis.arms import ALL, Arm
-from tip_analysis.analysis.sample_metrics import mean_majority, num_correct
+from tip_analysis.analysis.repeated_samples import mean_majority, num_correct
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.locks import locked

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic import make_ablations
 
-from tip_analysis.analysis.sample_metrics import (
+from tip_analysis.analysis.repeated_samples import (
     arm_pass_at,
     majority,
     mean_majority,
