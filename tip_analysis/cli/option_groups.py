@@ -104,7 +104,7 @@ class EnvironmentOptions:
 
     environment: str | None = None
     """What answers the model turn by turn, and grades it: a built-in name (arithmetic-agent),
-    FILE.py:CLASS, deepplanning:DIR or verifiers:ENV."""
+    FILE.py:CLASS, or deepplanning:DIR."""
     max_turns: Count = 16
     """Turns of the model in an environment."""
     step_timeout: Wait = 60.0

@@ -64,7 +64,7 @@ def rollout(
         student: the model that writes, loaded or named.
         prompts: a file, a hub dataset, or the prompts themselves; an environment may have its own.
         environment: what answers the student turn by turn: a registered name, `FILE.py:CLASS`,
-            `deepplanning:DIR` or `verifiers:ENV`; it grades too.
+            or `deepplanning:DIR`; it grades too.
         max_turns: turns of the student in an environment.
         step_timeout_s: how long the environment may take to answer one turn.
         on_rewrite: where the chat template shows earlier turns otherwise than they were written:

@@ -1,4 +1,4 @@
-"""Environments by name: registered ones, `FILE.py:CLASS`, and those of other packages.
+"""Environments by name: registered ones, `FILE.py:CLASS`, and DeepPlanning.
 
 Code is loaded only for what a user names in a call or on the command line; the name of an
 environment in a run folder is never followed.
@@ -103,12 +103,11 @@ def resolve_environment(name: "str | EnvironmentSource") -> EnvironmentSource:
     """The environment that a name stands for.
 
     Args:
-        name: a registered name, `FILE.py:CLASS`, `deepplanning:DIR`, or `verifiers:ENV`.
+        name: a registered name, `FILE.py:CLASS`, or `deepplanning:DIR`.
 
     Raises:
         UnknownNameError: none of these.
         OptionError: it cannot be loaded.
-        MissingExtraError: its package is not installed.
     """
     if isinstance(name, EnvironmentSource):
         return name
@@ -120,14 +119,10 @@ def resolve_environment(name: "str | EnvironmentSource") -> EnvironmentSource:
         from tip_analysis.rollouts.environments.deepplanning import deepplanning_source
 
         return deepplanning_source(rest)
-    if colon and kind == "verifiers":
-        from tip_analysis.rollouts.environments.verifiers_adapter import verifiers_source
-
-        return verifiers_source(rest)
     file, colon, cls = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _from_file(Path(file), cls)
-    valid = [*known, "FILE.py:CLASS", "deepplanning:DIR", "verifiers:ENV"]
+    valid = [*known, "FILE.py:CLASS", "deepplanning:DIR"]
     raise UnknownNameError("environment", name, valid)
 
 
