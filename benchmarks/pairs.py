@@ -106,6 +106,7 @@ def make_rollouts(
                     "rollout_id": f"{prompt}/{sample}",
                     "prompt_id": str(prompt),
                     "batch_id": 0,
+                    "prompt_text": "",
                     "prompt_token_ids": piece(1013 * prompt, prompt_tokens),
                     "response_token_ids": response,
                     "loss_mask": [True] * response_tokens,
