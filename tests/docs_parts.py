@@ -7,6 +7,7 @@ is written by hand.
 
 import importlib.util
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import polars as pl
 
 from tip_analysis.analysis.rules import RULES
 from tip_analysis.core.schema import TABLES
+from tip_analysis.figures.door import FIGURES
+from tip_analysis.report.glossary import TERMS, Term
 from tip_analysis.rollouts.importers.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,10 +97,58 @@ def approximate() -> str:
     return _summary().approximate_table()
 
 
+def glossary() -> str:
+    """The words of the page and of the documentation, in Markdown."""
+    head = ["| word | meaning |", "| --- | --- |"]
+    return "\n".join([*head, *map(_term, TERMS)])
+
+
+def _term(term: Term) -> str:
+    columns = ", ".join(f"`{column}`" for column in term.columns)
+    name = f"**{_cell(term.name)}**" + (f" ({columns})" if columns else "")
+    return f"| {name} | {_cell(term.meaning)} |"
+
+
+def gallery() -> str:
+    """Every figure of a run, with the line that draws it, in Markdown."""
+    return "\n".join(_figure(name) for name in FIGURES)
+
+
+def _figure(name: str) -> str:
+    first = (FIGURES[name].__doc__ or "").split("\n\n")[0]
+    said = " ".join(first.split())
+    code = f'```python\ntip.figures.{name}("runs/demo")\n```'
+    return f"## {name}\n\n{said}\n\n{code}\n\n![{name}](gallery/{name}.svg)\n"
+
+
+def draw_gallery(folder: Path) -> None:
+    """The images of the gallery, from a synthetic run."""
+    from synthetic import (
+        make_ablations,
+        make_dynamics,
+        make_tables,
+        write_ablations,
+        write_dynamics,
+        write_run,
+    )
+
+    from tip_analysis.figures import save_figure
+
+    with tempfile.TemporaryDirectory() as place:
+        run, arms = write_run(Path(place) / "synthetic", make_tables()), make_ablations()
+        write_ablations(run, arms)
+        write_dynamics(run, make_dynamics(arms))
+        folder.mkdir(exist_ok=True)
+        for name, draw in FIGURES.items():
+            save_figure(draw(run), folder / f"{name}.svg", dpi=100)
+
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "columns": (DOCS / "reference" / "columns.md", columns),
     "benchmarks": (DOCS / "reference" / "benchmarks.md", benchmarks),
     "rules": (DOCS / "concepts" / "scores.md", rules),
+    "glossary": (DOCS / "reference" / "glossary.md", glossary),
+    "gallery": (DOCS / "gallery.md", gallery),
     "formats": (DOCS / "how_to" / "import_rollouts.md", formats),
 }
 """Name of a generated part, the page that holds it, and what makes it."""
@@ -129,3 +180,4 @@ def listed_files(text: str) -> set[str]:
 if __name__ == "__main__":
     for name, (page, make) in PARTS.items():
         page.write_text(with_part(page.read_text("utf-8"), name, make()), "utf-8")
+    draw_gallery(DOCS / "gallery")

@@ -298,7 +298,11 @@ def make_dynamics(ablations: pl.DataFrame, *, steps: int = 60, seed: int = 0) ->
     """Observed steps of the trained arms of an ablation: curves with noise, Q2 empty at times."""
     rng = np.random.default_rng(seed)
     arms = ablations.filter(pl.col("step") > 0).select("arm_key", "rule", "retention_ratio", "seed")
-    rows = [arm | _observed(step, rng) for arm in arms.unique().to_dicts() for step in range(steps)]
+    rows = [
+        arm | _observed(step, rng)
+        for arm in arms.unique(maintain_order=True).to_dicts()
+        for step in range(steps)
+    ]
     frame = pl.DataFrame(rows, strict=False).cast(_dtypes(DynamicsTable))
     return validate(frame.select(DynamicsTable.column_names()), DynamicsTable)
 

@@ -5,10 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from docs_parts import DOCS, PARTS, README, ROOT, TREE, listed_files, with_part
+from docs_parts import DOCS, PARTS, README, ROOT, TREE, draw_gallery, listed_files, with_part
 
 from tip_analysis.analysis.rules import rule_names
 from tip_analysis.cli import registry
+from tip_analysis.figures.door import FIGURES
 
 PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
 
@@ -104,3 +105,18 @@ def test_a_stale_part_is_noticed():
     page, make = PARTS["columns"]
     text = page.read_text("utf-8").replace("| `reverse_kl` |", "| `kl` |")
     assert with_part(text, "columns", make()) != text
+
+
+def test_every_figure_of_the_gallery_has_its_image():
+    page = (DOCS / "gallery.md").read_text("utf-8")
+    images = {path.name for path in (DOCS / "gallery").iterdir()}
+    assert images == {f"{name}.svg" for name in FIGURES}
+    assert images == set(re.findall(r"\(gallery/([a-z_]+\.svg)\)", page))
+    assert all((DOCS / "gallery" / name).stat().st_size < 250_000 for name in images)
+
+
+@pytest.mark.slow
+def test_images_of_the_gallery_are_those_drawn_now(tmp_path):
+    draw_gallery(tmp_path)
+    for path in (DOCS / "gallery").iterdir():
+        assert path.read_text("utf-8") == (tmp_path / path.name).read_text("utf-8"), path.name

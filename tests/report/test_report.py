@@ -37,7 +37,7 @@ from tip_analysis.core.words import number
 from tip_analysis.report import paper
 from tip_analysis.report.build import ReportOptions, build_report, write_report
 from tip_analysis.report.page import json_block
-from tip_analysis.report.sections import overview
+from tip_analysis.report.sections import gradients, groups, overview, selections, taxonomy
 
 
 class _Page(HTMLParser):
@@ -716,6 +716,38 @@ def test_headline_is_silent_about_what_a_few_tokens_carry(run, tables):
     words = _headline(run, entropy_cut=100.0, divergence_cut=cut)
     assert "5 tokens, too few to say what it carries" in words
     assert "of the loss" not in words
+
+
+def test_every_headline_has_its_number_of_tokens_and_no_doubled_brackets(ablated):
+    """A number of tokens, seeds or rollouts in each finding, and intervals in one bracket."""
+    shown, _ = ablated
+    text = " ".join(shown.texts)
+    assert "[[" not in text
+    assert "]]" not in text
+
+
+def test_sections_are_silent_about_a_few_q3_tokens(run, tables):
+    divergence = tables.tokens["reverse_kl"].cast(pl.Float64)
+    cut = float(divergence.sort(descending=True)[5])
+    view = RunView(run, _options(entropy_cut=100.0, divergence_cut=cut))
+    finding = taxonomy.quadrant_map([view]).parts[0].finding
+    assert "Q3" not in finding
+    assert "too few to say" in selections.selections([view]).parts[0].finding
+    assert "Q3 carries" not in gradients.gradients([view]).parts[0].finding
+
+
+def test_headlines_name_n_and_an_interval(run):
+    view = RunView(run, _options())
+    makers = (
+        taxonomy.quadrant_map,
+        selections.selections,
+        gradients.gradients,
+        groups.group_effects,
+    )
+    for make in makers:
+        finding = make([view]).parts[0].finding
+        assert re.search(r"[\d,]+ (measured )?tokens?", finding), finding
+        assert re.search(r"\d% \[−?[\d.]+%, −?[\d.]+%\]", finding), finding
 
 
 @pytest.mark.parametrize(

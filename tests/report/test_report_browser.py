@@ -5,6 +5,8 @@ Needs Chromium and its driver (Debian: chromium, chromium-driver); the accessibi
 needs npm, to bring axe-core into a temporary folder.
 """
 
+import base64
+import re
 import shutil
 import subprocess
 import tarfile
@@ -17,9 +19,13 @@ from browser_window import INSTALLED, Window, open_window
 from synthetic import (
     HOSTILE_TOKENS,
     Tables,
+    make_ablations,
+    make_dynamics,
     make_hostile_tables,
     make_large_tokens,
     make_tables,
+    write_ablations,
+    write_dynamics,
     write_run,
 )
 
@@ -245,9 +251,35 @@ def axe(tmp_path_factory) -> str:
         return member.read().decode()
 
 
+@pytest.fixture(scope="module")
+def whole(tables, tmp_path_factory) -> Path:
+    """A page with every section filled."""
+    folder = tmp_path_factory.mktemp("whole")
+    run, arms = write_run(folder / "whole", tables), make_ablations()
+    write_ablations(run, arms)
+    write_dynamics(run, make_dynamics(arms))
+    return write_report([run], folder / "whole.html")
+
+
+def test_the_page_is_short_with_its_folds_closed(window, whole):
+    window.open(whole, width=1280)
+    assert window.run("return document.documentElement.scrollHeight") <= 14_000
+
+
 @pytest.mark.parametrize("dark", [False, True])
-def test_no_serious_accessibility_violation(window, page, axe, dark):
-    window.open(page, dark=dark)
+def test_the_page_prints_on_few_sheets(window, whole, dark):
+    window.open(whole, dark=dark)
+    options = {"printBackground": True, "preferCSSPageSize": True}
+    printed = window.driver.execute_cdp_cmd("Page.printToPDF", options)["data"]
+    assert len(re.findall(rb"/Type\s*/Page[^s]", base64.b64decode(printed))) <= 12
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark", "print"])
+def test_no_serious_accessibility_violation(window, whole, axe, scheme, width):
+    window.open(whole, dark=scheme == "dark", width=width)
+    if scheme == "print":
+        window.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     window.run(axe)
     found = window.driver.execute_async_script("axe.run().then(arguments[0])")
     serious = [
@@ -255,6 +287,7 @@ def test_no_serious_accessibility_violation(window, page, axe, dark):
         for item in found["violations"]
         if item["impact"] in ("serious", "critical")
     ]
+    window.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert serious == []
 
 

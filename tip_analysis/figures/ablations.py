@@ -45,7 +45,7 @@ def accuracy_by_ratio(
     arms: pl.DataFrame, *, metric: str = "mean@k", width: float = PAGE_WIDTH
 ) -> Figure:
     """Accuracy against ρ, one line a rule; training on all tokens and the untrained student are
-    level lines (Figures 2, 3).
+    horizontal lines (Figures 2, 3).
 
     Args:
         arms: an `ArmAccuracyTable`.

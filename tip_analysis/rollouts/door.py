@@ -78,7 +78,7 @@ def rollout(
         limit: the first so many prompts only.
         on_bad_row: `fail`, or `skip`: a row that cannot be used, or whose prompt the template
             refuses or is too long, is left out and counted.
-        template: what stands around a problem.
+        template: the text that surrounds a problem.
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default one that suits the prompts.
         prompts_per_batch: prompts whose rollouts make one optimizer step.

@@ -87,7 +87,7 @@ def evaluate(
         limit: the first so many problems of each benchmark only.
         on_bad_row: `fail`, or `skip`: a problem that cannot be used, for want of an answer for one,
             is left out and counted.
-        template: what stands around a problem.
+        template: the text that surrounds a problem.
         chat_template_kwargs: switches for the chat template.
         grader: a grader's name; by default `math`, or `exact` for the arithmetic pair.
         engine: what writes, as for `rollout`.

@@ -135,7 +135,7 @@ def _part(view: RunView, label: str) -> Part:
         _arms_block(arms, summary),
         _memory_picture(view, arms),
     ]
-    return Part(_finding(judged), blocks, _population(arms, summary), label)
+    return Part(_finding(judged, arms), blocks, _population(arms, summary), label)
 
 
 def _population(arms: pl.DataFrame, summary: pl.DataFrame) -> str:
@@ -156,12 +156,12 @@ def _problems(arms: pl.DataFrame) -> str:
     return listed([f"{n} problems of {visible(name, 40)}" for name, n in counts.iter_rows()])
 
 
-def _finding(judged: pl.DataFrame) -> str:
+def _finding(judged: pl.DataFrame, arms: pl.DataFrame) -> str:
     """Which claims hold: on the one benchmark, or for the mean over several."""
     where = ""
     if judged["benchmark"].n_unique() > 1:
         judged = judged.filter(benchmark=MEAN_OVER_BENCHMARKS)
-        where = ", for the unweighted mean over benchmarks,"
+        where = ", for the unweighted mean over benchmarks"
     words = []
     several = pl.len().over("claim") > 1
     ratio = pl.Series([f" at ρ = {Arm.parse(arm).retention_ratio:g}" for arm in judged["arm_a"]])
@@ -172,7 +172,8 @@ def _finding(judged: pl.DataFrame) -> str:
         names = named.filter(pl.col("verdict").cast(pl.String) == verdict)["claim"].to_list()
         if names:
             words.append(f"{verdict}: {listed(names)}")
-    return f"Of the paper’s claims, on this pair{where} {'; '.join(words)}."
+    number = f"{plural(arms['seed'].n_unique(), 'seed')}, {_problems(arms)}"
+    return f"The paper’s claims on this pair ({number}){where}: {'; '.join(words)}."
 
 
 def _accuracy_picture(view: RunView, table: pl.DataFrame, shown: _Shown) -> Block:

@@ -29,8 +29,8 @@ def artefacts(views: Sequence[RunView]) -> Section:
         "Artefacts",
         [_part(view, label_of(view, views)) for view in views],
         shows=(
-            "which tokens have a large divergence for a reason that says nothing about what the"
-            " student knows, and their share of each quadrant and of each sum."
+            "tokens whose divergence is large for a reason that says nothing about what the student"
+            " knows, and their share of each quadrant and of each sum."
         ),
         shows_not="that all other tokens matter: only the classes named here are looked for.",
     )
@@ -49,12 +49,13 @@ def _part(view: RunView, label: str) -> Part:
 def _finding(table: pl.DataFrame) -> str:
     found = num_artefacts(table)
     if not found:
-        return "No token of the run is an artefact of a known class."
+        total = table.filter(artefact=ANY, name="reverse_kl")["num_tokens"].sum()
+        return f"None of {plural(int(total), 'token')} is an artefact of a known class."
     of_loss = table.filter(artefact=ANY, name="reverse_kl").row(0, named=True)
     return (
         f"{plural(found, 'token')} ({percent(found / of_loss['num_tokens'])} of all) are artefacts,"
         f" and carry {percent(of_loss['share'])} of the summed reverse KL"
-        f" [{interval(of_loss['share_low'], of_loss['share_high'])}]."
+        f" {interval(of_loss['share_low'], of_loss['share_high'])}."
     )
 
 

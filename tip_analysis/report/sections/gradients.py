@@ -34,7 +34,7 @@ from tip_analysis.report.page import (
     Warnings,
     picture,
 )
-from tip_analysis.report.sections.overview import label_of, population, slug_of
+from tip_analysis.report.sections.overview import FEW_TOKENS, label_of, population, slug_of
 
 
 def gradients(views: Sequence[RunView]) -> Section:
@@ -104,15 +104,22 @@ def _part(view: RunView, label: str) -> Part:
 def _finding(loss: str, table: pl.DataFrame) -> str:
     rows = {str(row["quadrant"]): row for row in table.iter_rows(named=True)}
     largest = max(rows, key=lambda name: rows[name]["share_grad_norm_sq"] or 0.0)
-    q3 = rows["Q3"]
-    words = _direction_words(rows)
-    return (
-        f"Under the {LOSS_NAMES.get(loss, loss)}, {largest} carries most of the gradient"
-        f" ({percent(rows[largest]['share_grad_norm_sq'])} of Σ‖g‖² on"
-        f" {percent(rows[largest]['share'])} of the tokens); Q3 carries"
-        f" {percent(q3['share_grad_norm_sq'])} on {percent(q3['share'])}, and"
-        f" {percent(q3['share_grad_dot_loss'])} of Σφ. Gradients {words}."
+    total = sum(row["num_tokens"] or 0 for row in rows.values())
+    words = (
+        f"Under the {LOSS_NAMES.get(loss, loss)}, on {plural(total, 'measured token')}, {largest}"
+        f" carries most of the gradient: {_of(rows[largest], 'share_grad_norm_sq')} of Σ‖g‖² on"
+        f" {percent(rows[largest]['share'])} of the tokens."
     )
+    if (rows["Q3"]["num_tokens"] or 0) >= FEW_TOKENS and largest != "Q3":
+        words += (
+            f" Q3 carries {_of(rows['Q3'], 'share_grad_norm_sq')} of it on"
+            f" {percent(rows['Q3']['share'])}, and {_of(rows['Q3'], 'share_grad_dot_loss')} of Σφ."
+        )
+    return f"{words} Gradients {_direction_words(rows)}."
+
+
+def _of(row: dict[str, Any], name: str) -> str:
+    return f"{percent(row[name])} {interval(row[f'{name}_low'], row[f'{name}_high'])}".strip()
 
 
 def _direction_words(rows: Mapping[str, dict[str, Any]]) -> str:

@@ -21,9 +21,9 @@ def group_effects(views: Sequence[RunView]) -> Section:
         "effects",
         "Position, frequency and kind of token",
         [_part(view, label_of(view, views)) for view in views],
-        shows="how much of the quadrant is known once a token’s place, frequency or kind is known.",
+        shows="how much a token’s position, frequency or kind says about its quadrant.",
         shows_not=(
-            "why: a kind of token can be hard because of where it stands, and the other way round."
+            "why: a kind of token can be hard because of its position, or the other way round."
         ),
     )
 
@@ -85,15 +85,18 @@ def _finding(told: pl.DataFrame, groups: pl.DataFrame) -> str:
         .sort("lift", descending=True)
     )
     first = (
-        f"Of {len(told)} groupings, {GROUPING_NAMES[best['grouping']]} says most about a token’s"
-        f" quadrant: it removes {percent(best['explained'])} of the uncertainty"
+        f"Over {count(best['num_tokens'])} tokens, of {len(told)} groupings"
+        f" {GROUPING_NAMES[best['grouping']]} says most about a token’s quadrant: it removes"
+        f" {percent(best['explained'])}"
+        f" {interval(best['explained_low'], best['explained_high'])} of the uncertainty"
     )
     if q3.height == 0:
         return f"{first}."
     row = q3.row(0, named=True)
     return (
-        f"{first}. Q3 is most over-represented among tokens of the group “{row['group']}”"
-        f" ({percent(row['share'])} of them, {number(row['lift'])} times its share overall)."
+        f"{first}. Q3 is most over-represented in the group “{row['group']}”:"
+        f" {count(row['num_tokens'])} tokens, {percent(row['share'])} of the group and"
+        f" {number(row['lift'])} times its share overall."
     )
 
 

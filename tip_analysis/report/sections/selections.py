@@ -26,7 +26,7 @@ from tip_analysis.core.names import Loss
 from tip_analysis.core.words import count, interval, listed, number, percent, plural
 from tip_analysis.report.page import Block, Missing, Part, Section, Table, picture
 from tip_analysis.report.sections.gradients import measurement_words
-from tip_analysis.report.sections.overview import label_of, slug_of
+from tip_analysis.report.sections.overview import FEW_TOKENS, label_of, slug_of
 
 
 def selections(views: Sequence[RunView]) -> Section:
@@ -37,10 +37,10 @@ def selections(views: Sequence[RunView]) -> Section:
         [_part(view, label_of(view, views)) for view in views],
         shows=(
             "which quadrants a rule’s tokens come from, how alike two rules are, and how much of Q3"
-            " and of the loss’s descent each rule leaves out (Proposition 2: a rule of entropy"
-            " alone must miss Q3)."
+            " and of Σφ each rule leaves out (Proposition 2: a rule that sees entropy alone must"
+            " miss Q3)."
         ),
-        shows_not="which rule trains best: that takes the ablations.",
+        shows_not="which rule trains best: only ablations can show that.",
     )
 
 
@@ -118,12 +118,15 @@ def _finding(missed: pl.DataFrame) -> str:
     rows = missed.filter(~keeps_all()).drop_nulls("q3_missed").sort("q3_missed")
     if rows.height == 0:
         return "Q3 is empty: no rule can miss it."
-    ratio = rows["retention_ratio"].min()
+    ratio, size = rows["retention_ratio"].min(), int(rows["num_q3"][0])
+    if size < FEW_TOKENS:
+        return f"Q3 has {plural(size, 'token')} here, too few to say which rule keeps them."
     at_ratio = rows.filter(pl.col("retention_ratio") == ratio)
     best = at_ratio.row(0, named=True)
+    low, high = (None if best[name] is None else 1 - best[name] for name in _ENDS)
     words = (
-        f"At ρ = {ratio:g}, {best['rule']} keeps most of Q3 ({percent(1 - best['q3_missed'])} of"
-        " its tokens)"
+        f"At ρ = {ratio:g}, {best['rule']} keeps most of Q3: {percent(1 - best['q3_missed'])}"
+        f" {interval(low, high)} of its {count(size)} tokens"
     )
     entropy = at_ratio.filter("entropy_only").sort("q3_missed", descending=True)
     if entropy.height == 0:
@@ -131,8 +134,12 @@ def _finding(missed: pl.DataFrame) -> str:
     row = entropy.row(0, named=True)
     return (
         f"{words}; {row['rule']}, which sees entropy alone, misses {percent(row['q3_missed'])}"
-        " of it."
+        f" {interval(row['q3_missed_low'], row['q3_missed_high'])}."
     )
+
+
+_ENDS = ("q3_missed_high", "q3_missed_low")
+"""Ends of what is missed, from the high one: those of what is kept, from the low one."""
 
 
 def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
@@ -141,8 +148,8 @@ def _composition_picture(view: RunView, made: pl.DataFrame) -> Block:
         lambda width: figures.composition(table, width=width),
         key=f"composition-{slug_of(view)}",
         caption=(
-            "What each rule selects, by quadrant; sampling rules are averaged over their seeds. The"
-            " pale bar is all tokens that the rules are compared on."
+            "What each rule selects, by quadrant; sampling rules are averaged over seeds. The pale"
+            " bar shows all tokens on which the rules are compared."
         ),
         alt=(
             "Stacked bars of the quadrants in each selection; the table below says how much of Q3"

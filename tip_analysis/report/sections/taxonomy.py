@@ -14,7 +14,7 @@ from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import cut_sensitivity
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.text import visible
-from tip_analysis.core.words import listed, number, percent
+from tip_analysis.core.words import interval, listed, number, percent, plural
 from tip_analysis.report import paper
 from tip_analysis.report.page import (
     Block,
@@ -27,7 +27,7 @@ from tip_analysis.report.page import (
     picture,
 )
 from tip_analysis.report.sections import exploring
-from tip_analysis.report.sections.overview import label_of, population, slug_of
+from tip_analysis.report.sections.overview import FEW_TOKENS, label_of, population, slug_of
 
 STRONG_TITLES = {
     "Q3": "Confident, and the teacher disagrees (Q3)",
@@ -46,11 +46,11 @@ def quadrant_map(views: Sequence[RunView]) -> Section:
             for view in views
         ],
         shows=(
-            "how dense tokens lie on both axes, and whether a cut runs through a gap or through a"
-            " crowd."
+            "the density of tokens over both axes, and whether a cut runs through a gap or through"
+            " a cluster."
         ),
         shows_not=(
-            "rates: opacity is logarithmic, so that rare tokens stay visible beside common ones."
+            "rates: opacity is on a log scale, so that rare tokens stay visible beside common ones."
         ),
         template="exploring.html.j2",
         extra={"payload": exploring.payload(views)},
@@ -68,7 +68,8 @@ def sensitivity(views: Sequence[RunView]) -> Section:
             " the paper’s ranges hold."
         ),
         shows_not=(
-            "which cut is right: the data single out no cut, and the paper does not state its own."
+            "which cut is right: the data favour no particular cut, and the paper does not state"
+            " its own."
         ),
     )
 
@@ -87,25 +88,32 @@ def strong_tokens(views: Sequence[RunView]) -> Section:
             " paper’s worked examples."
         ),
         shows_not=(
-            "typical tokens: these are the extremes, one for each prompt; nor who is right: the"
-            " teacher errs too."
+            "typical tokens: these are the extremes, one for each prompt. Nor does it show who is"
+            " right: the teacher makes mistakes too."
         ),
     )
 
 
 def _map_finding(view: RunView) -> str:
-    shares = view.share_of
     if not view.population.num_tokens:
         return "No token has statistics."
-    confident = shares["Q3"] + shares["Q4"]
-    largest = max(shares, key=lambda name: shares[name])
-    wrong = shares["Q3"] / confident if confident else 0.0
-    return (
-        f"Most tokens, {percent(shares[largest])}, are"
-        f" {figures.QUADRANT_NAMES[largest].replace(',', ' and')} ({largest}). Of the tokens below"
-        f" the entropy cut, {percent(wrong)} lie above the divergence cut: entropy alone would not"
-        " see them."
+    rows = {row["quadrant"]: row for row in view.share_table.iter_rows(named=True)}
+    sizes = dict(view.shares.select(pl.col("quadrant").cast(pl.String), "num_tokens").rows())
+    largest = max(view.share_of, key=lambda name: view.share_of[name])
+    words = (
+        f"Most of {plural(view.population.num_tokens, 'token')}, {_share_words(rows[largest])},"
+        f" are {figures.QUADRANT_NAMES[largest].replace(',', ' and')} ({largest})."
     )
+    if (sizes.get("Q3") or 0) < FEW_TOKENS:
+        return words
+    return (
+        f"{words} Q3, {_share_words(rows['Q3'])}, lies below the entropy cut: a rule that sees"
+        " entropy alone cannot find it."
+    )
+
+
+def _share_words(row: dict[str, Any]) -> str:
+    return f"{percent(row['share'])} {interval(row['share_low'], row['share_high'])}".strip()
 
 
 def _map_blocks(view: RunView) -> list[Block]:
@@ -153,14 +161,17 @@ def _sensitivity_part(view: RunView, label: str) -> Part:
         alt="Shares for a grid of cuts; the table below has the extremes.",
     )
     return Part(
-        _sensitivity_finding(grid), [drawn, _sensitivity_table(grid)], population(view), label
+        _sensitivity_finding(view, grid), [drawn, _sensitivity_table(grid)], population(view), label
     )
 
 
-def _sensitivity_finding(grid: pl.DataFrame) -> str:
+def _sensitivity_finding(view: RunView, grid: pl.DataFrame) -> str:
     low, high = _span(grid["Q3"])
     holds = grid.filter("in_paper_ranges")
-    span = f"Over the grid of cuts the share of Q3 goes from {percent(low)} to {percent(high)}"
+    span = (
+        f"Over the grid of cuts, Q3 is {percent(low)} to {percent(high)} of"
+        f" {plural(view.population.num_tokens, 'token')}"
+    )
     if holds.height == 0:
         failing = [
             name
