@@ -202,6 +202,7 @@ def _difference_picture(view: RunView, minus_all: pl.DataFrame, shown: _Shown) -
     return picture(
         lambda width: figures.difference_from_all(ours, theirs, width=width),
         key=f"minus-all-{slug_of(view)}{shown.suffix}",
+        folded="Show differences from training on all tokens, beside the paper’s",
         caption=shown.caption
         + (
             "Accuracy minus that of training on all tokens, paired by seed. Hollow diamonds are the"

@@ -98,7 +98,7 @@ def _stop_block(view: RunView) -> Table:
         ],
     ]
     caption = "Stop tokens of both models; `--stop-tokens merged` scores them as one."
-    return Table(["stop tokens", ""], rows, caption, frozenset())
+    return Table(["stop tokens", ""], rows, caption, frozenset(), folded="Show the stop tokens")
 
 
 def _tokens(ids: Sequence[int], texts: dict[int, str]) -> str:

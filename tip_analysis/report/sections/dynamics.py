@@ -69,6 +69,7 @@ def _curves_picture(view: RunView, curves: pl.DataFrame) -> Block:
     return picture(
         lambda width: figures.training_curves(curves, words=METRICS, width=width),
         key=f"dynamics-{slug_of(view)}",
+        folded="Show the curves over steps",
         caption=(
             "What students wrote over the steps of their training, mean over seeds, in bins of"
             " equal length. The band spans the seeds."

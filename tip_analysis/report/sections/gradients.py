@@ -180,6 +180,7 @@ def _energy_picture(view: RunView, tables: dict[str, pl.DataFrame]) -> Block:
     return picture(
         lambda width: figures.energy_shares(shares, width=width),
         key=f"energy-{slug_of(view)}",
+        folded="Show each quadrant’s shares of the tokens, of Σ‖g‖² and of Σφ",
         caption=(
             "A quadrant whose filled marks lie right of its hollow one carries more gradient than"
             " its number of tokens. Shares of Σφ may be negative or above 100%, since φ has both"

@@ -166,7 +166,8 @@ def _reward_block(view: RunView, sample: pl.LazyFrame, resamples: int) -> Table:
         "Shares of the quadrants in rollouts with a reward above ½ and in the others; "
         f"{count(table['num_rollouts'][0])} graded rollouts."
     )
-    return Table(_REWARD_COLUMNS, rows, caption, frozenset(range(1, 7)))
+    numeric = frozenset(range(1, 7))
+    return Table(_REWARD_COLUMNS, rows, caption, numeric, folded="Show shares by reward")
 
 
 _REWARD_COLUMNS = [
