@@ -129,3 +129,10 @@ def test_other_queries_are_another_configuration(tmp_path):
     file = base / "travelplanning/data/travelplanning_query_en.json"
     file.write_text(file.read_text().replace("Hefei", "Wuhan"))
     assert resolve_environment(f"deepplanning:{base}").identity() != before
+
+
+def test_tools_that_cannot_be_imported_are_not_passed_over(tmp_path):
+    base = write_checkout(tmp_path)
+    (base / "shoppingplanning/tools/add_product.py").write_text("class AddProduct: ...")
+    with pytest.raises(InputError, match="'add_product_to_cart'"):
+        opened(base, "shopping-1")

@@ -192,15 +192,35 @@ _prompts: dict[tuple[Path, str, str], str] = {}
 
 
 def system_prompt(task_set: TaskSet) -> str:
-    """The benchmark's system prompt; read once."""
+    """The benchmark's system prompt; read once, when its tools are tried too.
+
+    Raises:
+        InputError: the benchmark's code fails, or lacks a tool that its schema names.
+    """
     key = (task_set.domain, task_set.kind, task_set.variant)
     if key not in _prompts:
         worker = Worker(task_set)
         try:
-            _prompts[key] = worker.ask("prompt", variant=task_set.variant)
+            found = worker.ask("prompt", variant=task_set.variant)
+            _check_tools(worker, task_set)
         finally:
             worker.close()
+        _prompts[key] = found
     return _prompts[key]
+
+
+def _check_tools(worker: Worker, task_set: TaskSet) -> None:
+    """The benchmark's agent leaves out tools that cannot be imported, without a word."""
+    sample = task_set.rows()[0]["id"].rpartition("/")[2]
+    place, variant = str(task_set.database), task_set.variant
+    there = worker.ask("set_up", sample=sample, variant=variant, database=place)
+    named = [tool["function"]["name"] for tool in task_set.tools()]
+    if missing := [name for name in named if name not in there]:
+        raise InputError(
+            f"DeepPlanning, {task_set.name}: the benchmark's agent has no tool {missing[0]!r} that"
+            f" its schema names (it has {', '.join(there) or 'none'}): are its requirements"
+            " installed beside this package?"
+        )
 
 
 class DeepPlanning:
