@@ -103,3 +103,27 @@ def test_every_grouping_takes_part_in_statistics() -> None:
         table = group_effects(tokens, grouping=name, num_resamples=4)
         assert set(table["group"]) <= set(GROUPINGS[name].names)
         assert table["num_tokens"].sum() == tables.tokens.height
+
+
+def test_columns_that_are_null_throughout_are_no_grouping() -> None:
+    tokens = make_tables(num_prompts=2, mean_length=10).tokens
+    assert {"segment", "turn"} <= set(available_groupings(tokens))
+    assert "part" not in available_groupings(tokens)  # no tool was called
+    later = ("turn", "segment", "call_part")
+    before = tokens.with_columns(pl.lit(None, tokens.schema[name]).alias(name) for name in later)
+    names = available_groupings(before)
+    assert not {"segment", "turn", "part"} & set(names)
+    assert association(before, among=names, num_resamples=2)["grouping"].to_list() == names
+
+
+def test_parts_of_a_turn() -> None:
+    table = pl.DataFrame(
+        {
+            "rollout_id": ["a"] * 5,
+            "segment": ["think", "tool_call", "tool_call", "answer", "other"],
+            "call_part": [None, "name", "argument", None, None],
+        }
+    )
+    assert groups_of(table, "part")["a"] == [
+        "think", "call: name", "call: argument", "answer", "other",
+    ]  # fmt: skip

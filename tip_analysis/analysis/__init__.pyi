@@ -29,6 +29,7 @@ from .gradient_tables import energy_shares as energy_shares
 from .gradient_tables import gradient_profile as gradient_profile
 from .gradient_tables import gradient_statistics as gradient_statistics
 from .gradient_tables import logit_profile as logit_profile
+from .group_averages import group_means as group_means
 from .groupings import GROUPINGS as GROUPINGS
 from .groupings import with_rewards as with_rewards
 from .groups import group_effects as group_effects

@@ -32,6 +32,7 @@ from tip_analysis.analysis.gradient_tables import (
     logit_profile,
 )
 from tip_analysis.analysis.gradient_tables import energy_shares as energy_of
+from tip_analysis.analysis.groupings import available_groupings
 from tip_analysis.analysis.paper_preset import PAPER_RANGES
 from tip_analysis.analysis.quadrants import cut_sensitivity as sensitivity_of
 from tip_analysis.analysis.run_view import RunView
@@ -104,7 +105,7 @@ def group_shares(view: RunView) -> Drawn:
         groups.group_effects(
             view.raw, grouping=name, num_resamples=2, taxonomy=view.options.taxonomy
         )
-        for name in groups.GROUPINGS
+        for name in available_groupings(view.raw)
     ]
     return Drawn(pl.concat(parts))
 

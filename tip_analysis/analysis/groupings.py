@@ -16,6 +16,7 @@ from itertools import pairwise
 import polars as pl
 
 from tip_analysis.core.errors import SchemaError, UnknownNameError
+from tip_analysis.core.schema import LATER_COLUMNS
 
 POSITION_EDGES = (0, 1, 4, 16, 64, 256, 1024)
 """First position of each group of positions."""
@@ -104,6 +105,15 @@ ERROR_NAMES = (
     "ungraded",
 )
 SEGMENT_NAMES = ("think", "answer", "tool_call", "other")
+PART_NAMES = (
+    "think",
+    "call: name",
+    "call: argument",
+    "call: syntax",
+    "tool_call",
+    "answer",
+    "other",
+)
 LARGEST_TURN = 8
 TURN_NAMES = (*(f"turn {turn}" for turn in range(1, LARGEST_TURN)), f"turn {LARGEST_TURN}+")
 REJECTED = math.log(0.01)
@@ -151,6 +161,13 @@ def first_error_group() -> pl.Expr:
     )
 
 
+def part_group() -> pl.Expr:
+    """The segment, and within a tool call its part."""
+    segment, part = pl.col("segment").cast(pl.String), pl.col("call_part").cast(pl.String)
+    of_call = pl.format("call: {}", part)
+    return pl.when(part.is_not_null()).then(of_call).otherwise(segment)
+
+
 def turn_group() -> pl.Expr:
     """Which of the student's turns."""
     turn = pl.col("turn").clip(0, LARGEST_TURN - 1).cast(pl.Int64)
@@ -194,6 +211,7 @@ GROUPINGS: dict[str, Grouping] = {
     "segment": Grouping(
         ("segment",), lambda: pl.col("segment").cast(pl.String), SEGMENT_NAMES, "segment"
     ),
+    "part": Grouping(("segment", "call_part"), part_group, PART_NAMES, "part of the turn"),
     "turn": Grouping(("turn",), turn_group, TURN_NAMES, "turn"),
     "correct": Grouping(("reward",), correct_group, CORRECT_NAMES, "whether the answer was right"),
     "first_error": Grouping(
@@ -218,8 +236,12 @@ def grouping(name: str) -> Grouping:
 
 
 def available_groupings(tokens: pl.LazyFrame | pl.DataFrame) -> list[str]:
-    """Those whose columns a table has."""
+    """Those whose columns a table has; a column that came later and is null throughout counts as
+    missing."""
     present = set(tokens.lazy().collect_schema().names())
+    if later := sorted(present & LATER_COLUMNS["tokens"]):
+        known = tokens.lazy().select(pl.col(later).is_not_null().any()).collect()
+        present -= {name for name in later if not known[name].item()}
     return [name for name, one in GROUPINGS.items() if present >= set(one.columns)]
 
 

@@ -7,6 +7,7 @@ import polars as pl
 
 from tip_analysis import figures
 from tip_analysis.analysis import groups as effects
+from tip_analysis.analysis.group_averages import group_means
 from tip_analysis.analysis.groupings import GROUPINGS, available_groupings, with_rewards
 from tip_analysis.analysis.run_view import RunView
 from tip_analysis.core.words import count, interval, number, percent
@@ -45,10 +46,67 @@ def _part(view: RunView, label: str) -> Part:
     )
     drawn = _groups_picture(view, groups)
     blocks: list[Block] = [drawn, _association_block(told), _lift_block(groups)]
+    blocks += _means_blocks(view, tokens, names, resamples)
     if view.rollouts["reward"].drop_nulls().n_unique() > 1:
         blocks.append(_reward_block(view, sample, resamples))
     return Part(
         _finding(told, groups), blocks, f"{population(view)} {view.interval_words()}", label
+    )
+
+
+_BY_TURN = ("turn", "part", "segment", "first_error")
+"""Groupings within which means are told; where calls have parts, those stand for segments."""
+_COLUMN_NAMES = {
+    "student_entropy": "entropy (nats)",
+    "reverse_kl": "δ (nats)",
+    "grad_norm_sq": "M",
+    "grad_dot_loss": "φ",
+}
+
+
+def _means_blocks(
+    view: RunView, tokens: pl.LazyFrame, names: Sequence[str], resamples: int
+) -> list[Block]:
+    """Means of h, δ, M and φ by turn, part of the turn, and before and after the first error: of
+    groupings that tell tokens apart."""
+    columns = ["student_entropy", "reverse_kl"]
+    if view.gradients is not None:
+        tokens = view.with_gradients(tokens)
+        tokens = tokens.with_columns(grad_norm_sq=pl.col("grad_norm") ** 2)
+        columns += ["grad_norm_sq", "grad_dot_loss"]
+    told = [
+        name for name in _BY_TURN if name in names and not (name == "segment" and "part" in names)
+    ]
+    sample = view.sampled(tokens).collect()
+    tables = [
+        group_means(sample, grouping=name, columns=columns, num_resamples=resamples)
+        for name in told
+    ]
+    parts = [table for table in tables if table["group"].n_unique() > 1]
+    return [_means_block(pl.concat(parts), columns)] if parts else []
+
+
+def _means_block(means: pl.DataFrame, columns: Sequence[str]) -> Table:
+    rows = []
+    for (grouping, group), part in means.group_by("grouping", "group", maintain_order=True):
+        cells = {row["column"]: row for row in part.iter_rows(named=True)}
+        row = [
+            f"{GROUPING_NAMES[str(grouping)]}: {group}",
+            count(cells["reverse_kl"]["num_tokens"]),
+        ]
+        for name in columns:
+            one = cells[name]
+            row += [
+                number(one["mean"]),
+                interval(one["mean_low"], one["mean_high"], as_share=False),
+            ]
+        rows.append([*row, percent(cells["reverse_kl"]["share"])])
+    shown = [part for name in columns for part in (_COLUMN_NAMES[name], "95% interval")]
+    return Table(
+        ["group", "tokens", *shown, "share of Σδ"],
+        rows,
+        "Means within groups of the student’s tokens, of those for which a value is finite.",
+        frozenset(range(1, 3 + 2 * len(columns))),
     )
 
 
