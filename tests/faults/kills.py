@@ -87,7 +87,7 @@ SCENARIOS = {
     "screen again": Scenario([*_SCREEN, "--overwrite"], (*_SCORED, _SCREEN)),
     "select again": Scenario([*_MASKS, "--overwrite"], (*_SCORED, _MASKS)),
     "evaluate": Scenario([*_EVALUATE.split(), *SMALL], _ROLLED, fills=("evaluate",)),
-    "ablate": Scenario(ABLATE, _ROLLED, fills=("ablate",)),
+    "ablate": Scenario(ABLATE, _ROLLED, fills=("ablate", "dynamics")),
     "rank-rules": Scenario(_RANK, (*_SCORED, _GRADIENTS), fills=("rank",)),
     "rank-rules again": Scenario([*_RANK, "--overwrite"], (*_SCORED, _GRADIENTS, _RANK)),
     "influence": Scenario(_INFLUENCE, _SCORED, fills=("influence",)),

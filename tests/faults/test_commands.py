@@ -23,6 +23,11 @@ ARGUMENTS = {
     "gradients": ["RUN"],
     "select": ["RUN", "--rules", "q3"],
     "screen": ["RUN"],
+    "rank-rules": ["RUN"],
+    "influence": ["RUN"],
+    "intervene": ["RUN"],
+    "track": ["RUN", "--arm", "q3:0.1"],
+    "claims": ["PROMPTS"],
     "ablate": ["RUN", "--preset", "arithmetic", "--dry-run"],
     "evaluate": ["RUN", "--model", "arithmetic-student", "--prompts", "PROMPTS"],
     "compare": ["RUN", "RUN"],
@@ -31,6 +36,7 @@ ARGUMENTS = {
     "report": ["RUN", "-o", "OUT.html"],
 }
 """What each command takes; nothing in it is wrong."""
+OF_A_RUN = [name for name, arguments in ARGUMENTS.items() if "RUN" in arguments]
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def test_every_command_has_a_row():
     assert ARGUMENTS.keys() == COMMANDS.keys()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_A_RUN)
 def test_verify_refuses_altered_shards(command, run, tmp_path, monkeypatch, capfd, count_check):
     monkeypatch.setattr("tip_analysis.core.run_folder.CHEAP_BYTES", 0)
     (shard,) = (run / "tokens").glob("*.parquet")
@@ -69,7 +75,7 @@ def test_verify_refuses_altered_shards(command, run, tmp_path, monkeypatch, capf
     count_check("commands: altered shards under --verify")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_A_RUN)
 @pytest.mark.parametrize("place", ["run.json", "run.json/x"])
 def test_a_run_that_is_a_file_is_one_line(command, place, run, tmp_path, capfd, count_check):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -84,6 +90,8 @@ def test_a_run_that_is_a_file_is_one_line(command, place, run, tmp_path, capfd, 
     count_check("commands: runs that are files")
 
 
+LOAD_MODELS = ("demo", "gradients", "influence", "intervene", "track")
+"""Commands that need the models of the run, which are none here, or minutes."""
 SURROUNDINGS = {
     "stdout closed": ("", ">&-"),
     "stderr closed": ("", "2>&-"),
@@ -100,9 +108,7 @@ SURROUNDINGS = {
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
-@pytest.mark.parametrize(
-    "command", [name for name in COMMANDS if name not in ("demo", "gradients")]
-)
+@pytest.mark.parametrize("command", [name for name in OF_A_RUN if name not in LOAD_MODELS])
 def test_commands_in_odd_surroundings(command, surroundings, run, tmp_path, count_check):
     before, after = SURROUNDINGS[surroundings]
     if command in ("rollout", "import", "evaluate"):
