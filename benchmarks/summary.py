@@ -42,16 +42,17 @@ def engines_table(results: Path = RESULTS) -> str:
         "generate": "transformers' `generate`",
         "continuous": "transformers' continuous batching",
     }
-    lines = ["| engine | tokens | seconds | tokens/s | start | load of the machine |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    lines += [_engine_row(names[name], one) for name, one in found["engines"].items()]
+    lines = []
+    if found["engines"]:
+        lines += ["| engine | tokens | seconds | tokens/s | start | load of the machine |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        lines += [_engine_row(names[name], one) for name, one in found["engines"].items()]
+        lines += [""]
     chain = found["chain"]
     times = ", ".join(f"`{name}` {taken:.0f} s" for name, taken in chain["seconds"].items())
-    lines += [
-        "",
-        f"The chain, loading included, {chain['tokens']:,} tokens: {times}; median gap of",
-    ]
-    lines += [f"log-probabilities {chain['logprob_gap_median']:.1g} nats."]
+    lines += [f"The chain, loading included, {chain['tokens']:,} tokens: {times};"]
+    lines += [f"gap of log-probabilities {chain['logprob_gap_median']:.1g} nats in the median,"]
+    lines += [f"{chain['logprob_gap_max']:.1g} at most."]
     return "\n".join(lines)
 
 

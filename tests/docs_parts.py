@@ -146,6 +146,7 @@ def draw_gallery(folder: Path) -> None:
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "columns": (DOCS / "reference" / "columns.md", columns),
     "benchmarks": (DOCS / "reference" / "benchmarks.md", benchmarks),
+    "engines": (DOCS / "how_to" / "vllm.md", engines),
     "rules": (DOCS / "concepts" / "scores.md", rules),
     "glossary": (DOCS / "reference" / "glossary.md", glossary),
     "gallery": (DOCS / "gallery.md", gallery),
