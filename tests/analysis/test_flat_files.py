@@ -1,5 +1,6 @@
 """Flat files of a run: nothing lost, labels as trainers read them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -10,7 +11,7 @@ from tip_analysis.analysis.flat_files import IGNORED, export_run
 from tip_analysis.analysis.quadrants import assign_quadrants
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.taxonomy import Taxonomy
-from tip_analysis.core.errors import OptionError
+from tip_analysis.core.errors import OptionError, RunError
 from tip_analysis.core.run_folder import open_run
 
 TAXONOMY = Taxonomy("q0.6", 0.4, normalization_scope="batch", divergence_clip=0.98)
@@ -126,3 +127,27 @@ def test_a_readme_of_ones_own_is_left_alone(tables, tmp_path):
     (tmp_path / "flat" / "README.md").write_text("mine")
     export_run(run, tmp_path / "flat", TAXONOMY)
     assert (tmp_path / "flat" / "README.md").read_text() == "mine"
+
+
+def test_masks_for_verl_are_zeros_and_ones_by_uid(tables, exported, tmp_path) -> None:
+    run = open_run(write_run(tmp_path / "run", tables))
+    plain = export_run(run, tmp_path / "flat")
+    assert not (tmp_path / "flat" / "verl").exists()
+    written = export_run(run, tmp_path / "flat", layout="verl", overwrite=True)
+    assert written.keys() - plain.keys() == set((tmp_path / "flat" / "verl").iterdir())
+    for path in (tmp_path / "flat" / "labels").iterdir():
+        labels, masks = pl.read_parquet(path), pl.read_parquet(path.parents[1] / "verl" / path.name)
+        assert masks.schema == {"uid": pl.String, "response_mask": pl.List(pl.Int64)}
+        assert masks["uid"].to_list() == labels["rollout_id"].to_list()
+        assert masks["response_mask"].to_list() == [
+            [int(one) for one in row] for row in labels["selected"].to_list()
+        ]
+        lengths = tables.rollouts["response_token_ids"].list.len()
+        assert masks["response_mask"].list.len().to_list() == lengths.to_list()
+
+
+def test_a_run_without_masks_has_none_for_verl(tables, tmp_path) -> None:
+    run = open_run(write_run(tmp_path / "run", replace(tables, masks=tables.masks.clear())))
+    with pytest.raises(RunError, match=r"no masks to hand to verl: `tip-analysis select"):
+        export_run(run, tmp_path / "flat", layout="verl")
+    assert not (tmp_path / "flat").exists()

@@ -130,12 +130,12 @@ def ours_on(rollouts, models, **changes):
     select = trainer.select
 
     def recorded(rollouts, statistics):
-        mask = select(rollouts, statistics)
+        mask, weights = select(rollouts, statistics)
         counts = np.cumsum([r.num_tokens for r in rollouts])[:-1]
         masks.update(
             {r.rollout_id: m for r, m in zip(rollouts, np.split(mask, counts), strict=True)}
         )
-        return mask
+        return mask, weights
 
     trainer.select = recorded
     return trainer.update_on(rollouts), masks, trainer
@@ -183,6 +183,31 @@ def test_masks_and_loss_are_those_of_our_own_trainer(
     for name, value in own.student.model.state_dict().items():
         # Adam's first step is lr·sign(g): where g is all but 0, a rounding turns it round
         assert (value - after[name]).abs().median() < 1e-6, name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("rule", "weighting"),
+    [("all", "soft_or"), ("q3", "divergence"), ("entropy_sampling", "horvitz_thompson")],
+)
+def test_weights_are_those_of_our_own_trainer(rule, weighting, accumulation, tmp_path):
+    models = pair()
+    before = {name: value.clone() for name, value in models[0].model.state_dict().items()}
+    chosen = {"weighting": weighting, "loss_aggregation": "token", "retention_ratio": 0.4}
+    trainer = trained(
+        tmp_path,
+        models,
+        token_rule=rule,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        **chosen,
+    )
+    rollouts = rollouts_of(trainer)
+    models[0].model.load_state_dict(before)
+    record, _, _ = ours_on(rollouts, models, rule=rule, **chosen)
+    assert len(set(trainer.seen[2])) > 2
+    assert logged(trainer, "loss") == pytest.approx([record.loss], rel=1e-5)
+    assert logged(trainer, "grad_norm") == pytest.approx([record.grad_norm], rel=1e-4)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -272,11 +297,11 @@ def test_stop_tokens_may_count_as_one(tmp_path):
     trainer = trained(tmp_path, (student, teacher), stop_tokens="merged", max_completion_length=6)
     end = student.tokenizer.eos_token_id
     assert trainer._stop_ids.tolist() == sorted({*ends, end})
-    from tip_analysis.training.trl_trainer import _Head
+    from tip_analysis.training.trl_parts import Head
 
     hidden = torch.randn(5, 32)
     plain, merged = (
-        _Head(student.model, 1.0, torch.tensor(ids)) for ids in ([], trainer._stop_ids.tolist())
+        Head(student.model, 1.0, torch.tensor(ids)) for ids in ([], trainer._stop_ids.tolist())
     )
     columns = frozenset({"reverse_kl"})
     one, other = (
@@ -335,7 +360,9 @@ def test_a_batch_of_which_nothing_is_selected_trains_nothing_and_breaks_nothing(
         ({"retention_ratio": 0.0}, OptionError, r"\(0, 1\]; found 0.0"),
         ({"selection_scope": "step"}, UnknownNameError, "rollout, batch, run"),
         ({"stop_tokens": "one"}, UnknownNameError, "declared, merged"),
-        ({"loss_aggregation": "mean"}, OptionError, "rollout or token"),
+        ({"loss_aggregation": "mean"}, UnknownNameError, "rollout, token"),
+        ({"weighting": "soft_ro"}, UnknownNameError, "soft_or"),
+        ({"weighting": "oracle"}, OptionError, "needs measured gradients"),
         ({"entropy_cut": "middle"}, OptionError, "middle"),
     ],
 )
@@ -345,21 +372,45 @@ def test_options_that_are_none_are_refused_before_anything_is_loaded(change, err
 
 
 def test_another_trl_is_refused_by_name(monkeypatch):
-    from tip_analysis.training import trl_trainer
+    from tip_analysis.training.trl_parts import check_trl
 
     monkeypatch.setattr(trl, "__version__", "1.17.0")
     with pytest.raises(UnsupportedVersionError, match=r"goes with TRL 1\.16, but 1\.17\.0"):
-        trl_trainer._check_trl()
+        check_trl()
     monkeypatch.setattr(trl, "__version__", "1.16.9")
-    trl_trainer._check_trl()
+    check_trl()
 
     def other(self, model, inputs):
         return model, inputs
 
     monkeypatch.setattr(trl.DistillationTrainer, "_compute_loss", other)
     with pytest.raises(UnsupportedVersionError, match=r"another DistillationTrainer\._compute"):
-        trl_trainer._check_trl()
+        check_trl()
     assert list(inspect.signature(other).parameters) == ["self", "model", "inputs"]
+
+
+def test_a_callback_tells_a_tracker_offline(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator  # pyright: ignore
+    from tip_analysis.trl import TrackerCallback  # pyright: ignore
+
+    student, teacher = pair()
+    trainer = TIPDistillationTrainer(
+        student.model,
+        teacher.model,
+        TIPDistillationConfig(**settings(tmp_path / "out", max_steps=2)),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=student.tokenizer,
+        callbacks=[TrackerCallback("tensorboard", series="mine")],
+    )
+    trainer.train()
+    read = event_accumulator.EventAccumulator(
+        str(tmp_path / "out" / "trackers" / "tensorboard" / "mine")
+    )
+    read.Reload()
+    for name in ("loss", "tip/share_q3", "tip/soft_or_overlap"):
+        found = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in read.Scalars(name)]
+        assert found == list(enumerate(logged(trainer, name), start=1))
 
 
 def test_a_plain_configuration_and_a_missing_teacher_are_refused(tmp_path):

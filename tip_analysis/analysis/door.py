@@ -14,7 +14,7 @@ from tip_analysis.analysis.flat_files import export_run
 from tip_analysis.analysis.masks import write_masks
 from tip_analysis.analysis.measurements import Preference
 from tip_analysis.analysis.taxonomy import DEFAULT_TAXONOMY, CutOptions, Taxonomy
-from tip_analysis.core.names import Scope, SelectionScope
+from tip_analysis.core.names import ExportLayout, Scope, SelectionScope
 from tip_analysis.core.run_folder import RunLike, open_run
 
 
@@ -70,6 +70,7 @@ def export(
     to: str | Path,
     *,
     taxonomy: Taxonomy = DEFAULT_TAXONOMY,
+    layout: ExportLayout | str = ExportLayout.PLAIN,
     overwrite: bool = False,
     **cuts: Unpack[CutOptions],
 ) -> dict[Path, int]:
@@ -79,6 +80,7 @@ def export(
         run: a run folder with scored tokens.
         to: the folder to write.
         taxonomy: cuts and normalization.
+        layout: `plain`, or `verl`: masks also as verl's `response_mask`, by uid.
         overwrite: replace what the folder holds.
         cuts: `entropy_cut`, `divergence_cut`, `cut_scope` in place of the taxonomy's.
 
@@ -88,4 +90,6 @@ def export(
     Example:
         tip.export("runs/mine", "flat", entropy_cut=0.3)
     """
-    return export_run(open_run(run), Path(to), taxonomy.changed(**cuts), overwrite=overwrite)
+    return export_run(
+        open_run(run), Path(to), taxonomy.changed(**cuts), layout=layout, overwrite=overwrite
+    )

@@ -5,7 +5,8 @@ Written: `tokens.parquet` (every token column, the scores, `quadrant`), `rollout
 where they were made `vocabulary.parquet`, `gradients.parquet`, `masks.parquet` (one row per
 selected token) and `labels/RULE-RATIO-SCOPE-SEED.parquet`: one row per rollout with `input_ids` and
 `labels` (−100 where a token is not selected), as most trainers take them, and `selected`, one bool
-per response token. `export.json` says what the files were made from, with their hashes, and
+per response token. For verl also `verl/….parquet` of the same names: `uid` and `response_mask`.
+`export.json` says what the files were made from, with their hashes, and
 `README.md` names the tables for `datasets.load_dataset(FOLDER, "rollouts")` (`tokens` by default).
 
 All files are made whole in a hidden folder first; only then are they put in their places, in the
@@ -38,7 +39,8 @@ from tip_analysis.core.atomic_files import (
     sync,
     write_atomically,
 )
-from tip_analysis.core.errors import OptionError
+from tip_analysis.core.errors import OptionError, RunError
+from tip_analysis.core.names import ExportLayout
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.table_files import scan
@@ -53,7 +55,7 @@ MANIFEST = "export.json"
 CARD, CARD_BEGINS = "README.md", "---\n# made by `tip-analysis export`\nconfigs:\n"
 LONGEST_RULE = 120
 """Characters of a rule's name in that of a file."""
-_FILE = re.compile(r"(?:[a-z_]+|labels/[A-Za-z0-9_.~%-]+)\.parquet")
+_FILE = re.compile(r"(?:[a-z_]+|(?:labels|verl)/[A-Za-z0-9_.~%-]+)\.parquet")
 """How exported files may be called: a manifest may come from anywhere."""
 
 _Files = dict[str, dict[str, Any]]
@@ -61,7 +63,12 @@ _Files = dict[str, dict[str, Any]]
 
 
 def export_run(
-    run: Run, folder: Path, taxonomy: Taxonomy = DEFAULT_TAXONOMY, *, overwrite: bool = False
+    run: Run,
+    folder: Path,
+    taxonomy: Taxonomy = DEFAULT_TAXONOMY,
+    *,
+    layout: ExportLayout | str = ExportLayout.PLAIN,
+    overwrite: bool = False,
 ) -> dict[Path, int]:
     """Write a run's tables as flat Parquet files; tables larger than memory stream.
 
@@ -69,6 +76,7 @@ def export_run(
         run: a run folder with scored tokens.
         folder: where the files go.
         taxonomy: how tokens are scored and put into quadrants.
+        layout: whether masks are written as verl takes them too.
         overwrite: replace files that are there.
 
     Returns:
@@ -80,8 +88,9 @@ def export_run(
         StorageError: it cannot be written; what was there before is intact.
     """
     _refuse_run_folder(run, folder)
-    tables = _tables(run, taxonomy)
-    source = _source(run, taxonomy)
+    layout = ExportLayout(layout)
+    tables = _tables(run, taxonomy, layout)
+    source = _source(run, taxonomy, layout)
     remove_stale_parts(folder)
     before = _manifest(folder)
     files: _Files = before.get("files", {})
@@ -118,7 +127,7 @@ def _table_name(file: str) -> str:
     return file.removesuffix(".parquet").replace("/", "-").replace("%", "_")
 
 
-def _tables(run: Run, taxonomy: Taxonomy) -> dict[str, pl.LazyFrame]:
+def _tables(run: Run, taxonomy: Taxonomy, layout: ExportLayout) -> dict[str, pl.LazyFrame]:
     """What is exported, by file name."""
     tokens = run.tokens()
     scored = add_scores(tokens, normalization=taxonomy.normalization(tokens))
@@ -130,13 +139,21 @@ def _tables(run: Run, taxonomy: Taxonomy) -> dict[str, pl.LazyFrame]:
     if run.has("masks"):
         labels = mask_labels(run.rollouts(), run.masks())
         tables |= {f"labels/{name}": table for name, table in labels.items()}
+        if layout is ExportLayout.VERL:
+            tables |= {f"verl/{name}": response_masks(table) for name, table in labels.items()}
+    elif layout is ExportLayout.VERL:
+        raise RunError(
+            f"{run.path} has no masks to hand to verl: `tip-analysis select {run.path} …` makes"
+            " them"
+        )
     return {f"{name}.parquet": table for name, table in tables.items()}
 
 
-def _source(run: Run, taxonomy: Taxonomy) -> str:
+def _source(run: Run, taxonomy: Taxonomy, layout: ExportLayout) -> str:
     """What the files are made from, as one hash."""
     hashes = {name: run.table_hash(name) for name in ("tokens", "rollouts", *TABLES)}
-    return config_hash([hashes, str(taxonomy)])
+    beside = [] if layout is ExportLayout.PLAIN else [layout.value]
+    return config_hash([hashes, str(taxonomy), *beside])
 
 
 def _refuse_run_folder(run: Run, folder: Path) -> None:
@@ -239,6 +256,13 @@ def mask_labels(rollouts: pl.LazyFrame, masks: pl.LazyFrame) -> dict[str, pl.Laz
         wanted = [pl.col(column) == value for column, value in key.items()]
         named[name] = _labels(rollouts, masks.filter(*wanted))
     return named
+
+
+def response_masks(labels: pl.LazyFrame) -> pl.LazyFrame:
+    """Masks as verl's `response_mask` has them: `uid` (the rollout's id, which of an imported dump
+    is the sample's own) and one 0 or 1 for each response token."""
+    mask = pl.col("selected").list.eval(pl.element().cast(pl.Int64))
+    return labels.select(uid="rollout_id", response_mask=mask)
 
 
 def _label_name(key: dict[str, Any]) -> str:

@@ -479,3 +479,21 @@ class Precision(Name):
     BFLOAT16 = "bfloat16"
     FLOAT64 = "float64"
     """For checks of the arithmetic only: the command line does not offer it."""
+
+
+class TrackerName(Name):
+    """What is told of a training step by step."""
+
+    NONE = "none"
+    TRACKIO = "trackio"
+    WANDB = "wandb"
+    TENSORBOARD = "tensorboard"
+
+
+class ExportLayout(Name):
+    """For whom a run is exported."""
+
+    PLAIN = "plain"
+    """Tables and labels."""
+    VERL = "verl"
+    """The same, and masks as verl's `response_mask`, by the sample's uid."""

@@ -34,6 +34,7 @@ EXTRA_OF = {
     "vllm": "vllm",
     "trl": "trl",
     "verifiers": "verifiers",
+    "verl": "verl",
     "tensorboard": "trackers",
     "trackio": "trackers",
     "wandb": "trackers",

@@ -34,6 +34,7 @@ from tip_analysis.rollouts.engines.hf import HFEngine
 from tip_analysis.rollouts.engines.sampled import sampled_rollout
 from tip_analysis.rollouts.sampling import Sampling, uniforms
 from tip_analysis.training.agents import Playground
+from tip_analysis.training.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class OnPolicyRollouts:
     own sampler."""
     playground: Playground | None = None
     """The environment that the student acts in, where it is to act over several turns."""
+    processes: Processes = ALONE
+    """Each of them writes its part of a step's rollouts."""
 
     def rollouts(self, step: int, student: LanguageModel) -> list[Rollout]:
         """The rollouts of one step: prompts × samples, named `step/prompt_id/sample_index`."""
@@ -94,7 +97,9 @@ class OnPolicyRollouts:
         requests = [
             Request(name, prompt.token_ids) for name, prompt in zip(names, written, strict=True)
         ]
-        generations = engine.generate(requests, self.sampling)
+        generations = self.processes.spread(
+            requests, lambda part: engine.generate(part, self.sampling)
+        )
         return [
             sampled_rollout(prompt, name, generation)
             for prompt, name, generation in zip(written, names, generations, strict=True)

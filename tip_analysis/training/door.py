@@ -15,7 +15,7 @@ import polars as pl
 from tip_analysis.analysis.arms import parse_arms
 from tip_analysis.analysis.benchmarks import MEAN_OVER_BENCHMARKS
 from tip_analysis.core.errors import OptionError
-from tip_analysis.core.names import OnBadRow, OnRewrite, SamplingEngine, TeacherContext
+from tip_analysis.core.names import OnBadRow, OnRewrite, SamplingEngine, TeacherContext, TrackerName
 from tip_analysis.core.run_folder import RunLike, create_run
 from tip_analysis.core.stage_summary import StageSummary
 from tip_analysis.models.named import ModelLike
@@ -236,6 +236,7 @@ def ablate(
     jobs: int = 1,
     threads: int = 1,
     engine: EngineSettings | SamplingEngine | str = SamplingEngine.HF,
+    tracker: TrackerName | str = TrackerName.NONE,
     token_budget: int = 65_536,
     dtype: str = "auto",
     device: str = "auto",
@@ -259,6 +260,8 @@ def ablate(
         threads: of each such process.
         engine: what the student writes with on policy and in evaluations: `hf`, or `vllm`, which is
             given its weights before each step.
+        tracker: what is told of each arm, step by step: `trackio`, `wandb` or `tensorboard`,
+            offline by default; it changes no number.
         token_budget: tokens a batch of the sampler.
         dtype: of the models.
         device: likewise.
@@ -288,6 +291,7 @@ def ablate(
         checkpoint_every=checkpoint_every,
         keep_every=keep_every,
         teacher_context=teacher_context,
+        tracker=tracker,
         engine=settings_of(engine) or EngineSettings(),
         dtype=dtype,
         device=device,

@@ -33,6 +33,7 @@ from tip_analysis.rollouts.prompts import Prompt, usable_prompts
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Generation, Sampling
 from tip_analysis.rollouts.stage import longest_sequence, own_sampler
+from tip_analysis.training.processes import ALONE, Processes
 
 PROBLEMS_PER_SHARD = 32
 
@@ -105,6 +106,7 @@ def sample_problems(
     grader: str,
     benchmarks: Sequence[str] | None = None,
     advance: Advance | None = None,
+    processes: Processes = ALONE,
 ) -> Samples:
     """Sample and grade `num_samples` responses to each problem.
 
@@ -116,6 +118,7 @@ def sample_problems(
         grader: name of a grader.
         benchmarks: the evaluation set of each problem; by default one nameless set.
         advance: told of progress, in samples.
+        processes: each of them writes its part of the samples.
 
     Raises:
         PromptFileError: the grader has no verdict on some response.
@@ -126,7 +129,7 @@ def sample_problems(
     requests = [
         Request(f"evaluation/{problem.id}/{index}", problem.token_ids) for problem, index in jobs
     ]
-    ordered = engine.generate(requests, sampling, advance)
+    ordered = processes.spread(requests, lambda part: engine.generate(part, sampling, advance))
     texts = engine.author.tokenizer.batch_decode(
         [generation.token_ids for generation in ordered], skip_special_tokens=True
     )

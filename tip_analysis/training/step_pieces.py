@@ -1,23 +1,35 @@
 """A step's rollouts and tokens in pieces: micro-batches, their order, and values cut by rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tip_analysis.rollouts.encoded import Rollout
+from tip_analysis.training.processes import Processes
 
 
-def micro_batches_of(rollouts: Sequence[Rollout], size: int | None) -> list[list[int]]:
-    """Indices of the rollouts of each backward pass, those of like length together."""
-    if size is None or size >= len(rollouts):
-        return [list(range(len(rollouts)))] if rollouts else []
-    order = sorted(
-        range(len(rollouts)),
-        key=lambda i: (-len(rollouts[i].prompt) - len(rollouts[i].response), i),
-    )
+def shares_of(rollouts: Sequence[Rollout], processes: Processes) -> list[list[int]]:
+    """Indices of the rollouts of each process, long and short ones evenly."""
+    if processes.size == 1:
+        return [list(range(len(rollouts)))]
+    order = _longest_first(rollouts, range(len(rollouts)))
+    return [sorted(processes.part(order, rank)) for rank in range(processes.size)]
+
+
+def micro_batches_of(
+    rollouts: Sequence[Rollout], size: int | None, share: Sequence[int]
+) -> list[list[int]]:
+    """The rollouts of each backward pass among some (by index), those of like length together."""
+    if size is None or size >= len(share):
+        return [list(share)] if share else []
+    order = _longest_first(rollouts, share)
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _longest_first(rollouts: Sequence[Rollout], indices: Iterable[int]) -> list[int]:
+    return sorted(indices, key=lambda i: (-len(rollouts[i].prompt) - len(rollouts[i].response), i))
 
 
 def token_order(rollouts: Sequence[Rollout], micro_batches: list[list[int]]) -> np.ndarray:

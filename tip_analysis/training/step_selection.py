@@ -8,6 +8,7 @@ table of one step. Only the statistics that the rule reads are computed; a rule 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,7 +22,7 @@ from tip_analysis.analysis.score_functions import SCORE_COLUMNS
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import select_tokens
 from tip_analysis.analysis.taxonomy import CutOptions, Taxonomy
-from tip_analysis.analysis.weightings import weigh_tokens, weighting_of
+from tip_analysis.analysis.weightings import NO_WEIGHTING, weigh_tokens, weighting_of
 from tip_analysis.core.errors import LogitsError, OptionError, SchemaError
 from tip_analysis.core.names import Scope, SelectionScope
 from tip_analysis.core.schema import TokenTable
@@ -241,6 +242,26 @@ def select_rows(
         seed=seed,
     ).select("selected")
     return chosen.collect()["selected"].to_numpy()
+
+
+def select_and_weigh(
+    table: pl.LazyFrame, *, weighting: str, rule: str, **how: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the N written tokens of a step carry loss, [N] bool, and how much each weighs, [N].
+
+    Args:
+        table: as `step_table` gives it.
+        weighting: name of a weighting, or `none`.
+        rule: name of a selection rule.
+        how: as in `select_rows`.
+    """
+    if rule_of(rule).keeps_all:
+        selected = np.ones(table.select(pl.len()).collect().item(), dtype=bool)
+    else:
+        selected = select_rows(table, rule=rule, **how)
+    if weighting == NO_WEIGHTING:
+        return selected, np.ones(len(selected))
+    return selected, weigh_step(table, weighting=weighting, rule=rule, **how)
 
 
 def weigh_step(

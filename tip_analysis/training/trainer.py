@@ -45,20 +45,21 @@ from tip_analysis.training.masked_loss import scaled_weights, weighted_divergenc
 from tip_analysis.training.observing import OBSERVED_COLUMNS, observed
 from tip_analysis.training.optimizers import build_optimizer, descend
 from tip_analysis.training.options import TrainingOptions, learning_rate_at
+from tip_analysis.training.processes import ALONE, Processes
 from tip_analysis.training.step_pieces import (
     micro_batches_of,
     per_rollout,
     restoring_order,
     scatter,
+    shares_of,
     token_order,
     tokens_of,
 )
 from tip_analysis.training.step_selection import (
     needed_statistics,
-    select_rows,
+    select_and_weigh,
     step_statistics,
     step_table,
-    weigh_step,
     weighting_statistics,
 )
 
@@ -103,6 +104,7 @@ class Trainer:
         teacher: LanguageModel,
         source: OnPolicyRollouts | FixedRollouts,
         options: TrainingOptions,
+        processes: Processes = ALONE,
     ) -> None:
         """Begin a training.
 
@@ -111,6 +113,7 @@ class Trainer:
             teacher: frozen.
             source: fresh rollouts, or fixed ones with their masks.
             options: how to train.
+            processes: which share the work of each step; all of them train the same student.
 
         Raises:
             VocabularyMismatchError: the two models do not share a vocabulary.
@@ -120,6 +123,7 @@ class Trainer:
         self.teacher = teacher
         self.source = source
         self.options = options
+        self.processes = processes
         self.vocab_size = shared_vocabulary(student, teacher)
         self.step = 0
         self.history: list[StepRecord] = []
@@ -163,11 +167,15 @@ class Trainer:
     def update_on(self, rollouts: Sequence[Rollout]) -> StepRecord:
         """One optimizer step on given rollouts, each with a token that the student wrote."""
         options = self.options
-        micro_batches = micro_batches_of(rollouts, options.micro_batch_size)
+        shares = [
+            micro_batches_of(rollouts, options.micro_batch_size, share)
+            for share in shares_of(rollouts, self.processes)
+        ]
+        micro_batches = shares[self.processes.rank]
         is_observed = self._is_observed()
         columns = self.columns | (OBSERVED_COLUMNS if is_observed else frozenset())
         kept = (
-            self._score(rollouts, micro_batches, columns)
+            self._score(rollouts, shares, columns)
             if columns and rollouts
             else _Scored({}, [None] * len(micro_batches))
         )
@@ -202,6 +210,8 @@ class Trainer:
             self._backward([rollouts[i] for i in batch], [cut[i] for i in batch], states)
             for batch, states in zip(micro_batches, kept.states, strict=True)
         )
+        loss = self.processes.sum(loss)
+        self.processes.sum_gradients(self.parameters.values())
         if not math.isfinite(loss):
             raise LogitsError(
                 f"the loss of step {self.step} is {loss}: training has diverged, or a model masks"
@@ -260,22 +270,17 @@ class Trainer:
         self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
         options = self.options
-        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
-        everything, evenly = np.ones(num_tokens, dtype=bool), np.ones(num_tokens)
-        keeps_all = rule_of(options.rule).keeps_all
-        if keeps_all and options.weighting == NO_WEIGHTING:
-            return everything, evenly
-        table = self._table(rollouts, statistics)
-        how = {
-            "rule": options.rule,
-            "retention_ratio": options.retention_ratio,
-            "selection_scope": options.selection_scope,
-            "seed": options.seed,
-        }
-        selected = everything if keeps_all else select_rows(table, **how)
-        if options.weighting == NO_WEIGHTING:
-            return selected, evenly
-        return selected, weigh_step(table, weighting=options.weighting, **how)
+        if rule_of(options.rule).keeps_all and options.weighting == NO_WEIGHTING:
+            num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+            return np.ones(num_tokens, dtype=bool), np.ones(num_tokens)
+        return select_and_weigh(
+            self._table(rollouts, statistics),
+            weighting=options.weighting,
+            rule=options.rule,
+            retention_ratio=options.retention_ratio,
+            selection_scope=options.selection_scope,
+            seed=options.seed,
+        )
 
     def _table(
         self, rollouts: Sequence[Rollout], statistics: dict[str, np.ndarray]
@@ -291,13 +296,19 @@ class Trainer:
         )
 
     def _score(
-        self, rollouts: Sequence[Rollout], micro_batches: list[list[int]], columns: frozenset[str]
+        self, rollouts: Sequence[Rollout], shares: list[list[list[int]]], columns: frozenset[str]
     ) -> "_Scored":
         """Statistics of every written token, and the hidden states that the loss can use again.
 
         The teacher's are kept, on the host where there are several micro-batches; the student's,
         with their graph, where there is one.
+
+        Args:
+            rollouts: those of the step.
+            shares: the micro-batches of each process.
+            columns: statistics that are wanted.
         """
+        micro_batches = shares[self.processes.rank]
         single = len(micro_batches) == 1
         kept = _Scored({}, [])
         parts: dict[str, list[np.ndarray]] = {}
@@ -308,10 +319,11 @@ class Trainer:
             kept.states.append((student if single else None, teacher if single else teacher.cpu()))
             for name, values in statistics.items():
                 parts.setdefault(name, []).append(values)
-        order = token_order(rollouts, micro_batches)
-        kept.statistics.update(
-            {name: np.concatenate(values)[order] for name, values in parts.items()}
-        )
+        order = token_order(rollouts, [batch for share in shares for batch in share])
+        found = self.processes.gather({n: np.concatenate(values) for n, values in parts.items()})
+        for name in dict.fromkeys(name for part in found for name in part):
+            together = np.concatenate([part[name] for part in found if name in part])
+            kept.statistics[name] = together[order]
         return kept
 
     def _statistics(

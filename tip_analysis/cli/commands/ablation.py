@@ -50,6 +50,7 @@ from tip_analysis.core.names import (
     TeacherContext,
     TopKSource,
     TopKTail,
+    TrackerName,
     TrainingLoss,
 )
 
@@ -234,6 +235,8 @@ class Ablate:
     """Arms trained at once, each in a process of its own."""
     threads: Processes = 1
     """Threads of each such process."""
+    tracker: TrackerName = TrackerName.NONE
+    """What is told of each arm, step by step; offline by default, with files in the run folder."""
     margin: Part = 0.02
     """How far apart two arms may be and still count as equal (claims with ≈): a share."""
     gpu_kind: str = "h100"
@@ -257,8 +260,11 @@ class Ablate:
             self._show_plan(preset)
             return
         rows = self._train(preset)
-        self._show_results(rows, preset)
-        show_claims(claims_table(rows, margin=self.margin))
+        from tip_analysis.training.processes import launched_processes
+
+        if launched_processes().is_first:
+            self._show_results(rows, preset)
+            show_claims(claims_table(rows, margin=self.margin))
 
     def _train(self, preset: "Preset") -> "pl.DataFrame":
         from tip_analysis.training.door import ablate
@@ -272,6 +278,7 @@ class Ablate:
             evaluate_every=self.evaluate_every,
             checkpoint_every=self.checkpoint_every,
             keep_every=self.keep_every,
+            tracker=self.tracker,
             teacher_context=self.teacher_context,
             jobs=self.jobs,
             threads=self.threads,

@@ -15,6 +15,7 @@ from tip_analysis.cli.option_groups import (
     Taxonomy,
     TaxonomyOptions,
 )
+from tip_analysis.core.names import ExportLayout
 
 if TYPE_CHECKING:
     from tip_analysis.analysis.run_view import ReportOptions
@@ -80,6 +81,8 @@ class Export:
     to: Path
     """Folder to write."""
     taxonomy: Taxonomy = field(default_factory=TaxonomyOptions)
+    for_: Annotated[ExportLayout, arg(name="for")] = ExportLayout.PLAIN
+    """verl: masks also as its response_mask, by the sample's uid."""
     overwrite: Flag = False
     """Replace what the folder holds."""
     common: Common = field(default_factory=CommonOptions)
@@ -90,7 +93,11 @@ class Export:
         from tip_analysis.cli.console import console
 
         written = export(
-            self.run, self.to, taxonomy=self.taxonomy.parsed(), overwrite=self.overwrite
+            self.run,
+            self.to,
+            taxonomy=self.taxonomy.parsed(),
+            layout=self.for_,
+            overwrite=self.overwrite,
         )
         for path, num_rows in written.items():
             console.print(f"{path}: {num_rows:,} rows", soft_wrap=True)

@@ -101,13 +101,15 @@ def _verl_draft(row: Row, options: ImportOptions, report: ImportReport) -> Draft
             " (VERL_CONVERTER in tip_analysis.rollouts.importers.formats)"
         )
     scores = {name: value for name, value in row.values.items() if name not in _VERL_KEYS}
-    truth = row.values.get("gts")
+    truth, uid = row.values.get("gts"), row.values.get("uid")
+    named = {"rollout_id": uid} if isinstance(uid, str) and uid else {}  # newer versions' own name
     return Draft(
         row.where,
         prompt=field_of(row, "input"),
         response=output,
         specials_skipped=True,
         extras={
+            **named,
             "step": integer(row.values.get("step"), f"{row.where}: step"),
             "reward": pick_reward(scores, row, options, report, preferred=("score",)),
             # verl writes null as text where it does so with numbers

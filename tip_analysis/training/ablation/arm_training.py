@@ -27,7 +27,14 @@ from tip_analysis.analysis.repeated_samples import mean_majority, num_correct
 from tip_analysis.core.contract_checks import polars_schema
 from tip_analysis.core.errors import ConfigurationMismatchError, RunError
 from tip_analysis.core.locks import locked
-from tip_analysis.core.names import Mode, SamplingEngine, Scope, TeacherContext, set_names
+from tip_analysis.core.names import (
+    Mode,
+    SamplingEngine,
+    Scope,
+    TeacherContext,
+    TrackerName,
+    set_names,
+)
 from tip_analysis.core.record import config_hash
 from tip_analysis.core.run_folder import Run, Stage
 from tip_analysis.core.schema import AblationTable, DynamicsTable
@@ -48,6 +55,11 @@ from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.rendering import resolve_template
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.rollouts.stage import longest_sequence
+from tip_analysis.training.ablation.arm_figures import (
+    evaluation_figures,
+    open_arm_tracker,
+    step_figures,
+)
 from tip_analysis.training.agents import Playground, sample_tasks
 from tip_analysis.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from tip_analysis.training.data import FixedRollouts, OnPolicyRollouts, fixed_rollouts
@@ -61,8 +73,10 @@ from tip_analysis.training.kept_weights import (
 )
 from tip_analysis.training.options import TrainingOptions
 from tip_analysis.training.peak_memory import peak_memory_bytes, reset_peak_memory
+from tip_analysis.training.processes import ALONE, Processes
 from tip_analysis.training.step_selection import step_statistics
 from tip_analysis.training.students import prepare_student
+from tip_analysis.training.trackers import Tracker, require_tracker
 from tip_analysis.training.trainer import StepRecord, Trainer
 
 logger = logging.getLogger(__name__)
@@ -136,9 +150,12 @@ class StudyOptions:
     """The environment that students act in, which grades; None for single turns."""
     limits: Limits = field(default_factory=Limits)
     """How far a trajectory may go."""
+    tracker: TrackerName | str = TrackerName.NONE
+    """What is told of each arm step by step; it decides no number."""
 
     def __post_init__(self) -> None:
-        set_names(self, mode=Mode, teacher_context=TeacherContext)
+        require_tracker(self.tracker)
+        set_names(self, tracker=TrackerName, mode=Mode, teacher_context=TeacherContext)
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of an arm, beside models, prompts, rule, ratio and seed."""
@@ -176,8 +193,15 @@ class StudyOptions:
 class ArmRunner:
     """Trains arms one after another in one process; the teacher is loaded once."""
 
-    def __init__(self, run: Run, study: StudyOptions, report: Report = lambda event: None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        study: StudyOptions,
+        report: Report = lambda event: None,
+        processes: Processes = ALONE,
+    ) -> None:
         self.run = run
+        self.processes = processes
         self.study = study
         self.report = report
         self._keys: dict[tuple[Arm, int], str] = {}
@@ -297,21 +321,33 @@ class ArmRunner:
     def run_arm(self, arm: Arm, seed: int) -> str:
         """Train and evaluate one arm, unless its file is there; returns `done`, or `kept` where it
         was there."""
+        if not self.processes.is_first:
+            return self._help(arm, seed)
         stage = self._begin(arm, seed)
         work = own_folder(own_folder(self.run.path, "ablations"), ".work") / stage.key
         with locked(work.with_suffix(".lock"), f"{self.run.path}: {arm} under seed {seed}"):
             kept = self._keeping(arm, seed, stage.key)
-            if stage.is_whole(0) and not self._lacks(kept):
-                status, rows = "kept", read(stage.path(0)).rows(named=True)
+            there = stage.is_whole(0) and not self._lacks(kept)
+            status = self.processes.of_first("kept" if there else "done")
+            self.processes.of_first(stage.key)
+            if status == "kept":
+                rows = read(stage.path(0)).rows(named=True)
             else:
                 rows = self._train(arm, seed, stage.key, work, kept)
                 if not stage.is_whole(0):
                     stage.write(0, pl.DataFrame(rows, schema=polars_schema(AblationTable)))
-                status = "done"
             if kept is not None:
                 kept.finish(steps=steps_on_record(kept))
             stage.finish(**_summary(rows))
             shutil.rmtree(work, ignore_errors=True)
+        return status
+
+    def _help(self, arm: Arm, seed: int) -> str:
+        """Do a further process's part of an arm, which writes nothing."""
+        status, key = self.processes.of_first(""), self.processes.of_first("")
+        self._keys[arm, seed] = key
+        if status == "done":
+            self._train(arm, seed, key, self.run.path / "ablations" / ".work" / key)
         return status
 
     def arm_key(self, arm: Arm, seed: int) -> str:
@@ -383,11 +419,26 @@ class ArmRunner:
     def _train(
         self, arm: Arm, seed: int, key: str, work: Path, kept: Stage | None = None
     ) -> list[dict[str, Any]]:
+        names = {"student": self.student_record["name"], "teacher": self.teacher_record["name"]}
+        tracker = open_arm_tracker(
+            self.study.tracker if self.processes.is_first else TrackerName.NONE,
+            self.run,
+            f"{arm}-seed{seed}-{key}",
+            {**self.study.identity(), **asdict(arm), "seed": seed, **names},
+        )
+        try:
+            return self._go_on(arm, seed, key, work, kept, tracker)
+        finally:
+            tracker.close()
+
+    def _go_on(
+        self, arm: Arm, seed: int, key: str, work: Path, kept: Stage | None, tracker: Tracker
+    ) -> list[dict[str, Any]]:
         trainer = self._trainer(arm, seed)
         latest = next(iter(checkpoints(work)), None)
         if latest is not None and self._lacks(kept, int(latest.name.removeprefix("step-"))):
             shutil.rmtree(work, ignore_errors=True)  # weights of earlier steps are wanted too
-        rows = _resume(trainer, work)
+        rows = _resume(trainer, work, self.processes)
         wanted = kept_steps(self.study.keep_every, trainer.options.num_steps) if kept else []
         if kept is not None and trainer.step in wanted:
             keep_weights(kept, trainer)
@@ -410,14 +461,16 @@ class ArmRunner:
                 )
                 if kept is not None and trainer.step in wanted:
                     keep_weights(kept, trainer)
+                tracker.log(step_figures(record), trainer.step)
                 due = trainer.step % self.study.checkpoint_every == 0
                 if due and trainer.step < last:
-                    save_checkpoint(trainer, work, rows)
+                    self._keep(trainer, work, rows)
             begun = rows[-1]["step"] if rows else 0
             since = self._record(trainer, trainer.history[begun:], arm, seed, key, last)
             since["peak_memory_bytes"] = max(peak, peak_memory_bytes(device) if not peak else 0)
             found = [row | since for row in self._evaluate(trainer, seed)]
             rows += found
+            tracker.log(evaluation_figures(found), trainer.step)
             self._say(
                 arm,
                 seed,
@@ -426,9 +479,14 @@ class ArmRunner:
                 accuracies={row["benchmark"]: row["accuracy"] for row in found},
             )
             if trainer.step < last:
-                save_checkpoint(trainer, work, rows)
-        self._write_dynamics(trainer, arm, seed, key)
+                self._keep(trainer, work, rows)
+        if self.processes.is_first:
+            self._write_dynamics(trainer, arm, seed, key)
         return rows
+
+    def _keep(self, trainer: Trainer, work: Path, rows: list[dict[str, Any]]) -> None:
+        if self.processes.is_first:
+            save_checkpoint(trainer, work, rows)
 
     def _trainer(self, arm: Arm, seed: int) -> Trainer:
         study = self.study
@@ -442,6 +500,7 @@ class ArmRunner:
             teacher=self.teacher,
             source=self._source(student, options),
             options=options,
+            processes=self.processes,
         )
 
     def _source(
@@ -473,6 +532,7 @@ class ArmRunner:
             budget,
             self.engine,
             self.playground,
+            self.processes,
         )
 
     def _evaluate(self, trainer: Trainer, seed: int) -> list[dict[str, Any]]:
@@ -490,7 +550,8 @@ class ArmRunner:
                 tasks = [self._asked[problem.id] for problem in self.problems]
                 samples = sample_tasks(engine, playground, tasks, **how)
             else:
-                samples = sample_problems(engine, self.problems, grader=study.grader, **how)
+                how |= {"grader": study.grader, "processes": self.processes}
+                samples = sample_problems(engine, self.problems, **how)
         drift = self._drift(trainer)
         return [self._result(trainer, part) | drift for part in samples.by_benchmark()]
 
@@ -577,17 +638,27 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"accuracy": {row["benchmark"]: row["accuracy"] for row in last}, **counts}
 
 
-def _resume(trainer: Trainer, work: Path) -> list[dict[str, Any]]:
-    """Go on from the last sound checkpoint, if there is any; returns the rows so far."""
+def _resume(trainer: Trainer, work: Path, processes: Processes) -> list[dict[str, Any]]:
+    """Go on from the last sound checkpoint, if there is any; returns the rows so far. Further
+    processes read the one that the first found sound."""
+    if not processes.is_first:
+        found = processes.of_first("")
+        return load_checkpoint(trainer, work / found) if found else []
+    rows, found = _last_sound(trainer, work)
+    processes.of_first(found)
+    return rows
+
+
+def _last_sound(trainer: Trainer, work: Path) -> tuple[list[dict[str, Any]], str]:
     for checkpoint in checkpoints(work):
         try:
-            return load_checkpoint(trainer, checkpoint)
+            return load_checkpoint(trainer, checkpoint), checkpoint.name
         except ConfigurationMismatchError:
             raise
         except RunError as error:
             logger.warning("%s; training goes on from before it", error)
             shutil.rmtree(checkpoint, ignore_errors=True)
-    return []
+    return [], ""
 
 
 @torch.no_grad()

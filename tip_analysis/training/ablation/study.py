@@ -6,6 +6,8 @@ study skips what is done and goes on from the checkpoint of what was interrupted
 Arms of one seed share prompts, steps, rollouts a step and random numbers; `all` is trained once a
 seed whatever the ratios, and the student as it was is evaluated once a seed.
 
+Under `accelerate launch` all processes train one arm after another together (`processes`).
+
 With `jobs` above 1, arms run in spawned processes of `threads` threads each; a process ends by
 itself when the one that started it is gone. Results differ between numbers of threads by rounding,
 which sampling can turn into other tokens.
@@ -21,6 +23,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.ablation.arm_training import ArmRunner, StudyOptions
 from tip_analysis.training.ablation.presets import Preset
+from tip_analysis.training.processes import Processes, launched_processes
 
 Task = tuple[Arm, int]
 
@@ -73,11 +77,14 @@ def run_ablation(
         TipAnalysisError: a process ended abruptly; what was done is kept.
     """
     _check(study, arms, seeds, jobs)
+    processes = launched_processes()
+    if processes.size > 1:
+        study = _in_parallel(study, jobs, processes)
     seeds = list(dict.fromkeys(seeds))
     tasks = [(arm, seed) for seed in seeds for arm in (Arm(UNTRAINED), *dict.fromkeys(arms))]
-    with _board(tasks) as board:
+    with _board(tasks, shown=processes.is_first) as board:
         if jobs == 1:
-            runner = ArmRunner(run, study, board)
+            runner = ArmRunner(run, study, board, processes)
             with contextlib.closing(runner):
                 for arm, seed in tasks:
                     board.begin(arm, seed)
@@ -85,6 +92,7 @@ def run_ablation(
             keys = [runner.arm_key(arm, seed) for arm, seed in tasks]
         else:
             keys = _run_in_processes(run, study, tasks, board, jobs, threads)
+    processes.wait()  # the first one has written the last arm by then
     rows = run.ablations().filter(pl.col("arm_key").is_in(keys)).collect()
     return rows.sort("rule", "retention_ratio", "seed", "step", maintain_order=True)
 
@@ -163,6 +171,32 @@ def _check_weighting(study: StudyOptions, arm: Arm) -> None:
             f"the weighting {name} needs measured gradients: train with --mode offline on a run"
             f" that has them; found the arm {arm}"
         )
+
+
+def _in_parallel(study: StudyOptions, jobs: int, processes: Processes) -> StudyOptions:
+    """The study on the device that this process was given.
+
+    Raises:
+        OptionError: arms are to run beside each other as well, all processes on one device, or
+            with an engine that takes the device for itself.
+    """
+    if study.engine.engine is not SamplingEngine.HF:
+        raise OptionError(
+            f"--engine {study.engine.engine} takes a device for itself: under accelerate launch"
+            " leave it at hf"
+        )
+    if study.environment is not None:
+        raise OptionError("--environment is for one process: leave accelerate launch out")
+    if jobs > 1:
+        raise OptionError(
+            "under accelerate launch all processes train one arm together: leave --jobs at 1"
+        )
+    if study.device not in ("auto", str(processes.device).partition(":")[0]):
+        raise OptionError(
+            f"--device {study.device}: under accelerate launch each process has a device of its"
+            " own; leave it out"
+        )
+    return replace(study, device=str(processes.device))
 
 
 def _run_in_processes(
@@ -349,8 +383,8 @@ def _cell(state: Mapping[str, Any]) -> Text:
 
 
 @contextlib.contextmanager
-def _board(tasks: Sequence[Task]) -> Iterator[_Board]:
-    if not sys.stderr.isatty():
+def _board(tasks: Sequence[Task], *, shown: bool) -> Iterator[_Board]:
+    if not (shown and sys.stderr.isatty()):
         yield _Board(tasks, None)
         return
     with Live(console=stderr_console(), refresh_per_second=4) as live:
