@@ -5,10 +5,12 @@ import polars as pl
 import pytest
 from synthetic import Tables, make_tables, write_run
 
+from tip_analysis.analysis import carried_tokens
 from tip_analysis.analysis.carried_tokens import (
     AFTER,
     BEFORE,
     DRAWN,
+    RANKED_BY,
     STRONGEST,
     carried_ratios,
     carry_tokens,
@@ -51,6 +53,16 @@ def test_a_large_run_gives_its_strongest_tokens_and_their_context(view, tables):
         for near in range(position - BEFORE, position + AFTER + 1):
             found = carried.around.get((rollout, near))
             assert (found and found[1]) == texts.get((rollout, near))
+
+
+def test_chunks_do_not_matter(view, monkeypatch):
+    whole = carry_tokens(view, complete_rows=100)
+    frame = view.tokens.filter(pl.col("quadrant").is_not_null()).collect()
+    names = [*PLACE, "token_id", "quadrant", *RANKED_BY]
+    frame = frame.with_columns(pl.col("quadrant").cast(pl.String)).select(names)
+    pieces = [frame[start : start + 997] for start in range(0, frame.height, 997)]
+    monkeypatch.setattr(carried_tokens, "_batches", lambda _: iter(pieces))
+    assert carry_tokens(view, complete_rows=100).tokens.equals(whole.tokens)
 
 
 def test_the_draw_is_even_and_the_same_each_time(view):

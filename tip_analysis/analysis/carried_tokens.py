@@ -120,7 +120,8 @@ def _strongest(rivals: pl.DataFrame, score: str) -> pl.DataFrame:
     """The largest of each quadrant and kind; ties go to the smaller rollout id, then the earlier
     position."""
     ordered = rivals.drop_nulls(score).sort(score, *PLACE, descending=[True, False, False])
-    return ordered.group_by("quadrant", "kind", maintain_order=True).head(STRONGEST)
+    best = ordered.group_by("quadrant", "kind", maintain_order=True).head(STRONGEST)
+    return best.select(rivals.columns)  # keys of groups come first otherwise
 
 
 def _batches(view: RunView) -> Iterator[pl.DataFrame]:
