@@ -19,8 +19,8 @@ METRICS: Mapping[str, str] = {
     "reverse_kl": "mean reverse KL, nats",
     "share_q3": "share of Q3",
     "divergence_q3": "mean reverse KL in Q3, nats",
-    "soft_or_overlap": "overlap with Soft-OR at the same ρ",
-    "topk_overlap": "overlap of both models’ likeliest tokens",
+    "soft_or_overlap": "overlap with Soft-OR at equal ρ",
+    "topk_overlap": "top-16 overlap of both models",
     "grad_norm": "norm of the gradient",
     "learning_rate": "learning rate",
 }
