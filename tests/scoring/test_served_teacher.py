@@ -292,6 +292,19 @@ def test_a_teacher_of_another_vocabulary_is_refused(run, student, server, teache
         scored(run, student, source)
 
 
+def test_a_server_need_not_tell_texts(run, student, server, teacher):
+    def answer(payload):
+        found = teacher_answer(teacher, payload)
+        for entry in found["choices"][0]["prompt_logprobs"][1:]:
+            for one in entry.values():
+                del one["decoded_token"]
+        return found
+
+    server.answer = answer
+    scored(run, student, served(server, student))
+    assert run.tokens().collect().height
+
+
 def test_the_door_takes_an_address_and_refuses_what_does_not_go_with_it(run, server):
     name = f"{server.url}#stand-in"
     for options in ({"phase": "teacher"}, {"engine": "ray"}):

@@ -145,7 +145,8 @@ class ServedTeacher:
 
     def _check_texts(self, entry: Mapping[str, Any], scorer: Scorer, where: str) -> None:
         """Refuse a server whose tokens have other texts than the student's."""
-        texts = {int(name): str(one.get("decoded_token")) for name, one in entry.items()}
+        told = {int(name): one.get("decoded_token") for name, one in entry.items()}
+        texts = {token_id: text for token_id, text in told.items() if isinstance(text, str)}
         new = {one for one in texts.keys() - self._checked if one < scorer.vocab_size}
         for token_id in new:
             ours = str(scorer.student.tokenizer.decode([token_id])).strip()
