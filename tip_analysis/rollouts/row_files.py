@@ -6,7 +6,7 @@ Pickles are never read.
 
 import json
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,17 @@ def _raise(problem: InputError) -> None:
     raise problem
 
 
-def check_file(path: Path, *, error: type[InputError] = InputError) -> None:
+def check_file(
+    path: Path, *, error: type[InputError] = InputError, also: Sequence[str] = ()
+) -> None:
     """Refuse what cannot be read at all: a missing file, a folder, a pickle, or an unknown
-    extension.
+    extension; `also` names further ones that a format has.
 
     Raises:
         InputError: (as `error`) with the extensions that are read.
     """
-    known = ", ".join(JSONL_SUFFIXES + PARQUET_SUFFIXES)
+    suffixes = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *also)
+    known = ", ".join(suffixes)
     if is_folder(path, error=error):
         raise error(f"{path}: expected a file ({known}), found a folder")
     if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -86,7 +89,7 @@ def check_file(path: Path, *, error: type[InputError] = InputError) -> None:
             f"{path}: a pickle can run any code when it is opened, so it is never read; expected"
             f" {known}"
         )
-    if path.suffix.lower() not in JSONL_SUFFIXES + PARQUET_SUFFIXES:
+    if path.suffix.lower() not in suffixes:
         found = f"the extension {path.suffix!r}" if path.suffix else "no extension"
         raise error(f"{path}: expected one of the extensions {known}, found {found}")
 

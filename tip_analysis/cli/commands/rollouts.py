@@ -105,7 +105,8 @@ class Import:
     run: RunFolder
     """Run folder; made if it does not exist."""
     from_: Annotated[str, arg(name="from", metavar="FORMAT")]
-    """Who wrote them: native, text, chat, verl, trl, lighteval, lm-eval, openai, vllm."""
+    """Who wrote them: native, text, chat, verl, trl, lighteval, lm-eval, openai, vllm,
+    deepplanning."""
     files: Annotated[tuple[Path, ...], arg(metavar="FILE [FILE ...]")]
     """Files to read, or folders of them."""
     student: str

@@ -19,6 +19,7 @@ from tip_analysis.core.contract_checks import polars_schema, validate
 from tip_analysis.core.errors import ImportFormatError, InputError, OptionError, UnknownNameError
 from tip_analysis.core.names import OnBadRow
 from tip_analysis.core.schema import RolloutTable
+from tip_analysis.rollouts.importers.deepplanning_results import read_deepplanning
 from tip_analysis.rollouts.importers.drafts import (
     Draft,
     ImportOptions,
@@ -87,6 +88,11 @@ FORMATS: dict[str, Format] = {
         read_responses, "*.jsonl", "responses of vLLM or of a server with OpenAI's protocol"
     ),
     "vllm": Format(read_responses, "*.jsonl", "the same as openai"),
+    "deepplanning": Format(
+        read_deepplanning,
+        "*.json",
+        "trajectories of DeepPlanning's runner, trajectories/id_N.json and case_N/messages.json",
+    ),
 }
 """The formats by name."""
 
@@ -224,14 +230,19 @@ def _expand(files: Sequence[str | Path], format: Format) -> list[Path]:
                 " it where verl is installed, with the script VERL_CONVERTER of"
                 " tip_analysis.rollouts.importers.formats, and import what that writes as native"
             )
-        check_file(path, error=ImportFormatError)
+        check_file(path, error=ImportFormatError, also=_own_suffixes(format.pattern))
     return paths
+
+
+def _own_suffixes(pattern: str) -> tuple[str, ...]:
+    """Extensions that only this format has: a file of JSON is no rows in any other."""
+    return (".json",) if pattern.endswith(".json") else ()
 
 
 def _files_below(folder: Path, pattern: str) -> list[Path]:
     """Files of a pattern at any depth, in natural order; where the pattern takes any name, those
     that can be read."""
-    known = JSONL_SUFFIXES + PARQUET_SUFFIXES + PICKLE_SUFFIXES
+    known = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *PICKLE_SUFFIXES, *_own_suffixes(pattern))
     found = [
         path
         for path in folder.rglob(pattern)
