@@ -10,7 +10,8 @@ from tip_analysis.core.optional import require
 from tip_analysis.core.resources import data_path
 
 ARITHMETIC_PAIR = ("arithmetic-student", "arithmetic-teacher")
-BUILT_IN = (*ARITHMETIC_PAIR, "smollm2-135m-instruct")
+AGENT_PAIR = ("arithmetic-agent-student", "arithmetic-agent-teacher")
+BUILT_IN = (*ARITHMETIC_PAIR, *AGENT_PAIR, "smollm2-135m-instruct")
 
 SERVED = "served:"
 """How a record's name of a model behind a server begins; its address is no part of it."""
