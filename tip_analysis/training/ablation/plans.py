@@ -80,6 +80,12 @@ _QWEN2 = {"head_dim": 128, "attention_bias": True}
 _LLAMA = {"head_dim": 128, "vocab_size": 128_256, "tied": False}
 
 SHAPES: dict[str, ModelShape] = {
+    "arithmetic-agent-student": ModelShape(
+        3, 64, 128, 4, 4, 16, 47, tied=False, query_key_norm=True
+    ),
+    "arithmetic-agent-teacher": ModelShape(
+        3, 80, 160, 4, 4, 20, 47, tied=False, query_key_norm=True
+    ),
     "arithmetic-student": ModelShape(2, 64, 128, 4, 4, 16, 53, tied=False, query_key_norm=True),
     "arithmetic-teacher": ModelShape(4, 128, 256, 4, 4, 32, 53, tied=False, query_key_norm=True),
     "Qwen/Qwen3-1.7B": ModelShape(28, 2048, 6144, 16, 8, tied=True, **_QWEN3),

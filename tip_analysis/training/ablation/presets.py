@@ -224,10 +224,36 @@ _ARITHMETIC = Preset(
     note="runs on a laptop",
 )
 
+_AGENT = Preset(
+    name="arithmetic-agent",
+    student="arithmetic-agent-student",
+    teacher="arithmetic-agent-teacher",
+    prompts="arithmetic-agent:train:512",
+    evaluation_sets=("arithmetic-agent:held_out:64",),
+    arms=("all", "q3:0.2:0.1", "random:0.2", "entropy:0.2", "soft_or:0.2"),
+    training=TrainingOptions(
+        num_steps=30,
+        prompts_per_step=8,
+        rollouts_per_prompt=2,
+        learning_rate=1e-3,
+        token_budget=8192,
+    ),
+    max_prompt_tokens=40,
+    max_new_tokens=120,
+    num_samples=8,
+    grader="none",
+    template="plain",
+    note="runs on a laptop",
+    environment="arithmetic-agent",
+    max_turns=6,
+)
+"""Table 7's comparison on the embedded agent."""
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         _ARITHMETIC,
+        _AGENT,
         replace(_ARITHMETIC, name="arithmetic-field", arms=_FIELD_ARMS),
         _math_preset(
             "qwen3-8b-4b",
