@@ -45,9 +45,15 @@ _LEVELS = 400
 class Estimate(Protocol):
     """A difference whose interval can be had at any confidence."""
 
-    value: float
-    size: int
-    """Seeds or prompts that it stands on."""
+    @property
+    def value(self) -> float:
+        """The difference."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Seeds or prompts that it stands on."""
+        ...
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """Both ends; NaN where there is none."""

@@ -107,7 +107,7 @@ class _Reader:
         self._only(found, {"claim", "correction", "confidence", "run", "title"}, "")
         listed = found.get("claim")
         if not isinstance(listed, list) or not 1 <= len(listed) <= MOST_CLAIMS:
-            self._wrong("claim", f"1 to {MOST_CLAIMS:,} tables [[claim]]", listed)
+            raise self._error("claim", f"1 to {MOST_CLAIMS:,} tables [[claim]]", listed)
         claims = tuple(self._claim(entry, f"claim[{i}]") for i, entry in enumerate(listed))
         names = [claim.name for claim in claims]
         for index, name in enumerate(names):
@@ -199,5 +199,8 @@ class _Reader:
                 )
 
     def _wrong(self, at: str, expected: str, found: Any) -> Any:
+        raise self._error(at, expected, found)
+
+    def _error(self, at: str, expected: str, found: Any) -> OptionError:
         shown = "nothing" if found is None else one_line(repr(found), 80)
-        raise OptionError(f"{self.path}: {at}: expected {expected}, found {shown}")
+        return OptionError(f"{self.path}: {at}: expected {expected}, found {shown}")

@@ -290,8 +290,12 @@ def _rocks(by_token: pl.DataFrame, num_resamples: int, seed: int) -> dict[str, f
         "high": high,
         "num_rocks": int(by_token["rock"].sum()),
         "num_high": int(by_token["begun"].sum()),
-        "rock_divergence": rocks.sum() / total.sum() if total.sum() else None,
+        "rock_divergence": _ratio(float(rocks.sum()), float(total.sum())),
     }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def realised_falls(

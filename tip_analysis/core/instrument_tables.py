@@ -3,6 +3,8 @@
 Contracts as those of `schema`, which lists all tables by name.
 """
 
+from typing import Any
+
 import dataframely as dy
 
 from tip_analysis.core.names import (
@@ -17,7 +19,7 @@ from tip_analysis.core.names import (
     TokenUse,
 )
 
-_NUMBER = {"nullable": True, "allow_inf": True}
+_NUMBER: dict[str, Any] = {"nullable": True, "allow_inf": True}
 
 
 class RankingTable(dy.Schema):

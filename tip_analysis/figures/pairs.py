@@ -1,6 +1,8 @@
 """Figures of several pairs of models: the mean over pairs (Figure 1), mean@k and Best@k pair by
 pair (Figure 4)."""
 
+from typing import Any
+
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,7 +48,7 @@ def mean_over_pairs(
             axes.plot(single, [place] * len(single), "|", ms=8, color=MUTED)
             axes.plot(means.filter(arm.rows())["accuracy"], [place], "o", ms=6.5, color=OURS)
             theirs = paper.filter(arm.rows(), pl.col("pair") == mean)["accuracy"]
-            hollow = {"marker": "D", "mfc": "none", "mec": MUTED, "ls": ""}
+            hollow: dict[str, Any] = {"marker": "D", "mfc": "none", "mec": MUTED, "ls": ""}
             axes.plot(theirs, [place] * len(theirs), ms=5, **hollow)
         list_down(axes, list(map(str, arms)))
         axes.grid(axis="x", color=GRID)

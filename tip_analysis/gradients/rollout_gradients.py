@@ -271,7 +271,7 @@ class RolloutMeter:
         count = self.settings.num_probes
         sums = {loss: torch.zeros_like(found.closed_form) for loss, found in losses.items()}
         if self.scope.body:
-            weight = self.pair.student.head.linear.weight
+            weight: Any = self.pair.student.head.linear.weight
             looked_up = torch.unique(tokens)
             probes = gaussian_directions(self.settings.seed, rollout_id, count)
             name: Any = self.scope.head_weight

@@ -249,7 +249,7 @@ def _rollout_labels(
     labels: list[tuple[Segment | None, CallPart | None]] = [(None, None)] * len(mask)
     written, before = np.asarray(mask, dtype=bool), prompt_text
     for turn in np.unique(turns):
-        places = np.flatnonzero(written & (turns == turn))
+        places = np.flatnonzero(written & (turns == turn)).tolist()
         found = segment_turn(
             [texts[place] for place in places],
             [special[place] for place in places],
@@ -257,5 +257,7 @@ def _rollout_labels(
         )
         for place, label in zip(places, found, strict=True):
             labels[place] = label
-        before = "".join(texts[place] for place in np.flatnonzero(~written & (turns == turn)))
+        before = "".join(
+            texts[place] for place in np.flatnonzero(~written & (turns == turn)).tolist()
+        )
     return labels

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ def _dense(row_of: dict[Options, int]) -> Tensor:
 def build_model(options: ModelOptions, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised model of the given size."""
     torch.manual_seed(seed)
-    ends = {"eos_token_id": TOKEN_ID[END], "pad_token_id": TOKEN_ID[PAD]}
+    ends: dict[str, Any] = {"eos_token_id": TOKEN_ID[END], "pad_token_id": TOKEN_ID[PAD]}
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=options.hidden_size,

@@ -8,7 +8,7 @@ task's seed.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tip_analysis.core.errors import InputError
 from tip_analysis.core.names import Name
@@ -97,7 +97,7 @@ def checked_reward(found: Any, where: str) -> Reward:
     """
     if isinstance(found, tuple) and len(found) == 2:
         found = Reward(*found)
-    reward = found if isinstance(found, Reward) else Reward(found)
+    reward: Reward = found if isinstance(found, Reward) else Reward(cast(float, found))
     total = _number(reward.total)
     parts = {str(name): _number(value) for name, value in dict(reward.parts).items()}
     if total is None or not 0.0 <= total <= 1.0:

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tip_analysis.core.atomic_files import file_hash
 from tip_analysis.core.errors import OptionError, UnknownNameError
@@ -130,7 +130,7 @@ def _from_file(path: Path, name: str) -> EnvironmentSource:
     if not path.is_file():
         raise OptionError(f"the environment's file {path} does not exist")
     module = load_file(path)
-    made = getattr(module, name, None)
+    made: Any = getattr(module, name, None)
     if not callable(made):
         found = "no such name" if made is None else f"a {type(made).__name__}"
         raise OptionError(f"the environment {path}:{name}: expected a class, found {found}")
@@ -139,9 +139,12 @@ def _from_file(path: Path, name: str) -> EnvironmentSource:
     ]
     if missing:
         raise OptionError(f"the environment {path}:{name} has no function {missing[0]!r}")
-    rows = getattr(made, "tasks", None)
+    rows: Any = getattr(made, "tasks", None)
     facts = {"environment_file": file_hash(path)}
-    return EnvironmentSource(f"{path.name}:{name}", made, rows if callable(rows) else None, facts)
+    own_tasks = cast(Rows, rows) if callable(rows) else None
+    return EnvironmentSource(
+        f"{path.name}:{name}", cast(Callable[[], Environment], made), own_tasks, facts
+    )
 
 
 def load_file(path: Path) -> Any:
