@@ -14,6 +14,8 @@ from tip_analysis.rollouts.environments.registry import resolve_environment
 from tip_analysis.rollouts.environments.stage import sample_trajectories
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.scoring.stage import Scorer, score_rollouts
+from tip_analysis.training.ablation.presets import resolve_preset
+from tip_analysis.training.ablation.study import study_from_preset
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,10 @@ def test_the_teacher_is_worth_more(pair, tmp_path):
         sampled(tmp_path / str(place), model)[1]["mean_reward"] for place, model in enumerate(pair)
     ]
     assert rewards[0] < 0.5 < 0.75 < rewards[1]
+
+
+def test_a_study_of_the_preset_acts_in_its_environment():
+    preset = resolve_preset("arithmetic-agent")
+    study = study_from_preset(preset, prompts=(), evaluation_prompts=())
+    assert (study.environment, study.limits.max_turns) == ("arithmetic-agent", 6)
+    assert study.identity()["environment"] == "arithmetic-agent"

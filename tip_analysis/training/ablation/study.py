@@ -41,6 +41,7 @@ from tip_analysis.core.errors import OptionError, PromptFileError, TipAnalysisEr
 from tip_analysis.core.names import Mode, SamplingEngine
 from tip_analysis.core.run_folder import Run
 from tip_analysis.core.terminal import stderr_console
+from tip_analysis.rollouts.environments.episodes import Limits
 from tip_analysis.rollouts.prompts import Prompt
 from tip_analysis.rollouts.sampling import Sampling
 from tip_analysis.training.ablation.arm_training import ArmRunner, StudyOptions
@@ -114,6 +115,7 @@ def study_from_preset(
     """
     sampling = Sampling(max_new_tokens=preset.max_new_tokens)
     both: dict[str, Any] = {"sampling": sampling, "evaluation_sampling": sampling}
+    both |= {"limits": Limits(preset.max_turns)}
     shared = {name: getattr(preset, name) for name in _SHARED}
     given: dict[str, Any] = {"prompts": tuple(prompts)}
     given |= {"evaluation_prompts": tuple(evaluation_prompts)}
@@ -121,7 +123,7 @@ def study_from_preset(
 
 
 _SHARED = ("student", "teacher", "mode", "training", "num_samples", "grader", "template")
-_SHARED += ("max_prompt_tokens", "chat_template_kwargs")
+_SHARED += ("max_prompt_tokens", "chat_template_kwargs", "environment")
 """Fields that a study has of its preset."""
 
 
