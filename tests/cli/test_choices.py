@@ -75,7 +75,7 @@ def test_every_enumeration_among_the_options_is_found() -> None:
 def test_what_help_shows_is_what_is_taken(
     command: str, group: type, field: str, admitted: list[Enum]
 ) -> None:
-    option = f"--{field.replace('_', '-')}"
+    option = f"--{field.rstrip('_').replace('_', '-')}"
     shown = help_of(command).split(f" {option} ", maxsplit=1)[1].split("}", maxsplit=1)[0]
     values = {str(member.value) for member in admitted}
     assert set(shown.split("{", maxsplit=1)[1].split(",")) - {"None"} == values

@@ -349,6 +349,9 @@ def test_every_option_has_a_sentence_of_help(path):
                 "Models",
                 "Taxonomy",
                 "Common",
+                "Engines",
+                "TrainingEngines",
+                "Environments",
             ):
                 text = (
                     after.value.value

@@ -1,10 +1,13 @@
 """Contracts of result tables: what the analysis makes keeps them, figures refuse what breaks
 them."""
 
+import inspect
+from importlib import import_module
+
 import dataframely as dy
 import polars as pl
 import pytest
-from synthetic import make_ablations, make_tables, write_ablations, write_run
+from synthetic import make_ablations, make_dynamics, make_tables, write_ablations, write_run
 
 from tip_analysis import analysis
 from tip_analysis.analysis.run_view import ReportOptions, RunView
@@ -76,12 +79,40 @@ MADE = {
     "PaperDifferenceTable": lambda view: analysis.paper_differences_from_all(_arms(view)),
     "ClaimEffectTable": lambda view: analysis.claim_effects(analysis.claims_table(_arms(view))),
     "MemoryTable": lambda view: analysis.relative_memory(_arms(view)),
+    "DynamicsCurveTable": lambda _: analysis.dynamics_curves(make_dynamics(make_ablations())),
     "MemoryTable of the paper": lambda _: analysis.paper_memory(),
 }
 
 
+NEEDS_MORE = {
+    "AucTable": "interventions",
+    "DroppedTable": "influences",
+    "EffectTable": "interventions",
+    "FallTable": "trajectories",
+    "FlowTable": "trajectories",
+    "HypothesisTable": "hypotheses",
+    "InfluenceMatrix": "influences",
+    "LeagueTable": "ranking",
+    "PairAccuracyTable": "pair_tables",
+    "QuadrantFlowTable": "moves",
+    "SurvivalTable": "trajectories",
+    "ValidityTable": "rank_validity",
+}
+"""Contracts of what needs more than a run with gradients: the module of the analysis that makes
+each. Figures check them when they are handed one."""
+
+
 def test_every_contract_has_a_function_that_makes_it() -> None:
-    assert {name.split()[0] for name in MADE} == set(SCHEMAS)
+    assert {name.split()[0] for name in MADE} | set(NEEDS_MORE) == set(SCHEMAS)
+
+
+@pytest.mark.parametrize(("name", "module"), NEEDS_MORE.items())
+def test_what_needs_more_than_a_run_is_promised_by_a_function(name: str, module: str) -> None:
+    owner = import_module(f"tip_analysis.analysis.{module}")
+    functions = [value for value in vars(owner).values() if inspect.isfunction(value)]
+    promised = [f.__name__ for f in functions if f"`result_tables.{name}`" in (f.__doc__ or "")]
+    assert promised
+    assert set(promised) & set(analysis.__all__)
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -104,6 +104,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         },
         {"doc_id": 1, "arguments": [["12", {"do_sample": False}]], "resps": ["46"], "acc": 1},
     ],
+    "deepplanning": [{"id": 3, "messages": [USER, CALL, TOOL, ASSISTANT]}],
     "openai": [
         {"messages": [USER], **RESPONSE},
         {"custom_id": "b", "body": {"messages": [USER], "temperature": 1.0, "seed": 1}},
@@ -154,7 +155,8 @@ def import_cases(seed: int, number: int, folder: Path) -> Iterator[Case]:
     for index in range(number):
         rng = random.Random(f"imports {seed} {index}")
         format = list(FORMATS)[index % len(FORMATS)]
-        file = _file(ROWS[format], rng, folder, f"imports-{index}")
+        inside = "/trajectories" if format == "deepplanning" else ""
+        file = _file(ROWS[format], rng, folder, f"imports-{index}{inside}")
         tokenizer = rng.choice(TOKENIZERS)
 
         def check(

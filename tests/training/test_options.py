@@ -18,12 +18,15 @@ NAMED = {
 }
 
 
-def test_seven_options_are_names():
+def test_ten_options_are_names():
     assert sorted(NAMED) == [
         "loss",
         "loss_aggregation",
         "loss_normalizer",
+        "loss_tail",
+        "loss_top_k_of",
         "normalization_scope",
+        "optimizer",
         "precision",
         "schedule",
         "selection_scope",

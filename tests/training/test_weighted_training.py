@@ -58,7 +58,7 @@ def test_an_update_is_that_of_the_weighted_sum_of_token_losses(weighting):
     trainer = make_trainer(options)
     rollouts = trainer.source.rollouts(0, trainer.student)
     written = [r.written for r in rollouts]
-    kept = trainer._score(rollouts, [list(range(len(rollouts)))], trainer.columns)
+    kept = trainer._score(rollouts, [[list(range(len(rollouts)))]], trainer.columns)
     table = step_table(rollouts, kept.statistics, step=0)
     raw = weigh_step(table, weighting=weighting, rule="all", retention_ratio=1.0)
     if weighting != "iw_opd":
@@ -153,7 +153,7 @@ def test_quadrants_of_a_step_are_by_its_own_cuts():
     options = replace(BASE, rule="quadrant:Q3", num_steps=1)
     trainer = make_trainer(options)
     rollouts = trainer.source.rollouts(0, trainer.student)
-    kept = trainer._score(rollouts, [list(range(len(rollouts)))], trainer.columns)
+    kept = trainer._score(rollouts, [[list(range(len(rollouts)))]], trainer.columns)
     selected, _ = trainer.select(rollouts, kept.statistics)
     entropy, delta = kept.statistics["student_entropy"], kept.statistics["reverse_kl"]
     expected = (entropy <= np.median(entropy)) & (delta > delta.mean())

@@ -69,7 +69,7 @@ def quadrant_flow(
     Intervals (95 %) are from resamples of prompts with the quadrants as they are: cuts are held.
 
     Returns:
-        A `QuadrantFlowTable` of 16 rows.
+        A `result_tables.QuadrantFlowTable` of 16 rows.
     """
     pairs = ["quadrant_a", "quadrant_b"]
     counted = aligned.lazy().group_by("prompt_id", *pairs).agg(pl.len().alias("number"))

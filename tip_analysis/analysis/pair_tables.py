@@ -28,7 +28,8 @@ _KEYS = ["rule", "retention_ratio"]
 
 def arms_of_pairs(ablations: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """Accuracy and Best@k of each arm of each pair, means over seeds and benchmarks, and their mean
-    over pairs where there are several: a `PairAccuracyTable`.
+    over pairs where there are several: a
+    `result_tables.PairAccuracyTable`.
 
     Args:
         ablations: rows of the ablation table by the name of their pair.

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Domain:
 
     def prompt(self, variant: str) -> str:
         """The benchmark's system prompt: of a language, or of a level."""
-        from agent import prompts  # type: ignore[import-not-found]
+        prompts = import_module("agent.prompts")
 
         if self.kind == "travel":
             return prompts.get_system_prompt(variant)
@@ -41,13 +42,13 @@ class Domain:
     def set_up(self, sample: str, variant: str, database: str) -> list[str]:
         """Make the benchmark's agent for one sample; returns the names of its tools."""
         if self.kind == "travel":
-            from agent.tools_fn_agent import ToolsFnAgent  # type: ignore[import-not-found]
+            ToolsFnAgent = import_module("agent.tools_fn_agent").ToolsFnAgent
 
             self.agent = ToolsFnAgent(
                 model="none", sample_id=sample, database_base_path=database, language=variant
             )
         else:
-            from agent.shopping_agent import ShoppingFnAgent  # type: ignore[import-not-found]
+            ShoppingFnAgent = import_module("agent.shopping_agent").ShoppingFnAgent
 
             schema = str(self.folder / "tools" / "shopping_tool_schema.json")
             self.agent = ShoppingFnAgent(
@@ -65,7 +66,7 @@ class Domain:
 
     def score_cart(self, case: str) -> dict[str, Any]:
         """The benchmark's verdict on a cart."""
-        from evaluation.evaluation_pipeline import evaluate_single_case  # type: ignore[import-not-found]
+        evaluate_single_case = import_module("evaluation.evaluation_pipeline").evaluate_single_case
 
         return evaluate_single_case(Path(case))
 
@@ -79,8 +80,8 @@ class Domain:
         folder = Path(results)
         (folder / "reports").mkdir(parents=True, exist_ok=True)
         (folder / "reports" / f"id_{sample}.txt").write_text(plan, encoding="utf-8")
-        from evaluation.convert_report import convert_reports  # type: ignore[import-not-found]
-        from evaluation.eval_converted import evaluate_plans  # type: ignore[import-not-found]
+        convert_reports = import_module("evaluation.convert_report").convert_reports
+        evaluate_plans = import_module("evaluation.eval_converted").evaluate_plans
 
         convert_reports(result_dir=folder, language=variant, workers=1)
         evaluate_plans(
