@@ -107,6 +107,7 @@ def _means_block(means: pl.DataFrame, columns: Sequence[str]) -> Table:
         rows,
         "Means within groups of the student’s tokens, of those for which a value is finite.",
         frozenset(range(1, 3 + 2 * len(columns))),
+        folded="Show means of entropy, δ, M and φ within groups",
     )
 
 
@@ -124,6 +125,7 @@ def _groups_picture(view: RunView, groups: pl.DataFrame) -> Block:
     return picture(
         lambda width: figures.group_shares(groups, width=width),
         key=f"effects-{slug_of(view)}",
+        folded="Show the quadrants within each group",
         caption=(
             "Shares of the quadrants within each group; in brackets the number of tokens. Bars that"
             " look alike mean that the grouping does not matter."

@@ -191,7 +191,7 @@ def _coverage_pictures(view: RunView, masks: pl.DataFrame, aligned: pl.LazyFrame
                 table.filter(pl.col("column") == column), label=label, width=width
             ),
             key=f"coverage-{column.replace('_', '-')}-{slug_of(view)}",
-            folded="" if column == next(iter(columns)) else f"Show how much of {label} is kept",
+            folded=f"Show how much of {label} is kept",
             caption=(
                 f"How much of {label} each rule keeps at each ρ, with 95% intervals; dotted: what"
                 f" chance keeps.{_measured_words(view) if column == 'grad_dot_loss' else ''}"
