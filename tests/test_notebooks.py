@@ -22,7 +22,7 @@ MAX_OUTPUT_BYTES = 200_000
 FIGURES = {
     "01_quadrants": 3,
     "02_gradient_norms": 2,
-    "03_selection_and_ablations": 5,
+    "03_selection_and_ablations": 6,
     "04_your_own_models": 1,
 }
 """Pictures that each notebook draws."""
