@@ -16,8 +16,10 @@ from tip_analysis.analysis.hypotheses import (
     judge_hypotheses,
 )
 from tip_analysis.analysis.registrations import Hypothesis, Registration, read_hypotheses
+from tip_analysis.core import result_tables as contracts
 from tip_analysis.core.errors import OptionError, SchemaError
 from tip_analysis.core.names import Correction
+from tip_analysis.core.result_tables import checked
 from tip_analysis.core.run_folder import create_run
 
 GOOD = """
@@ -208,7 +210,10 @@ direction = "≈"
 margin = 0.001
 """
     )
-    table = judge_hypotheses(folder, read_hypotheses(written(tmp_path, text)), num_resamples=400)
+    table = checked(
+        judge_hypotheses(folder, read_hypotheses(written(tmp_path, text)), num_resamples=400),
+        contracts.HypothesisTable,
+    )
     verdicts = dict(table.select("claim", "verdict").iter_rows())
     assert verdicts["a"] == "supported"
     assert verdicts["b"] == "supported"

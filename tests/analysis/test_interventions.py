@@ -14,7 +14,9 @@ from tip_analysis.analysis.interventions import (
     weighted_auc,
 )
 from tip_analysis.analysis.quadrants import assign_quadrants
+from tip_analysis.core import result_tables as contracts
 from tip_analysis.core.errors import OptionError, SchemaError
+from tip_analysis.core.result_tables import checked
 
 TABLES = make_tables(num_prompts=20, rollouts_per_prompt=3, mean_length=40)
 PLACED = assign_quadrants(TABLES.tokens, entropy_cut=0.8, divergence_cut=0.5).collect()
@@ -97,7 +99,7 @@ def test_paired_differences_by_hand() -> None:
     tests = token_outcomes(rows_of(HAND))
     assert tests["teacher_delta"].to_list() == [0.75, 0.75, 0.0, 0.0, 0.0]
     assert tests["fresh_delta"].to_list() == [0.25, -0.25, 0.0, 0.0, 0.25]
-    table = intervention_effects(rows_of(HAND), num_resamples=200)
+    table = checked(intervention_effects(rows_of(HAND), num_resamples=200), contracts.EffectTable)
     row = table.filter(group="Q3", choice="teacher").row(0, named=True)
     assert row["difference"] == pytest.approx(0.5)
     assert (row["num_tokens"], row["num_prompts"], row["differing_share"]) == (3, 2, 1.0)
@@ -172,7 +174,9 @@ def test_the_score_that_decides_success_has_the_area_1() -> None:
             "rollout_id", "position", "reverse_kl"
         ).iter_rows()
     }
-    table = intervention_aucs(rows_of(success), TABLES.tokens, num_resamples=50)
+    table = checked(
+        intervention_aucs(rows_of(success), TABLES.tokens, num_resamples=50), contracts.AucTable
+    )
     found = dict(table.select("score", "auc").iter_rows())
     assert found["reverse_kl"] == 1.0
     assert 0.5 < found["jsd"] <= 1.0

@@ -6,8 +6,10 @@ import pytest
 from synthetic import make_tables
 
 from tip_analysis.analysis.moves import aligned_tokens, moved_share, quadrant_flow, strongest_moves
+from tip_analysis.core import result_tables as contracts
 from tip_analysis.core.errors import SchemaError
 from tip_analysis.core.names import Quadrant
+from tip_analysis.core.result_tables import checked
 
 NAMES = [name.value for name in Quadrant]
 
@@ -32,7 +34,10 @@ def test_the_flow_equals_a_plain_count(runs):
     plain = dict.fromkeys(((one, other) for one in NAMES for other in NAMES), 0)
     for rollout, position, quadrant in a.select("rollout_id", "position", "quadrant").rows():
         plain[quadrant, in_b[rollout, position]] += 1
-    flow = quadrant_flow(aligned_tokens(a.lazy(), b.lazy()), num_resamples=50)
+    flow = checked(
+        quadrant_flow(aligned_tokens(a.lazy(), b.lazy()), num_resamples=50),
+        contracts.QuadrantFlowTable,
+    )
     found = {(row[0], row[1]): row[2] for row in flow.iter_rows()}
     assert found == plain
     assert flow["share"].sum() == pytest.approx(1.0)

@@ -17,8 +17,10 @@ from tip_analysis.analysis.rank_validity import (
 from tip_analysis.analysis.ranking import kept_figures, league_table, selections_of
 from tip_analysis.analysis.scores import add_scores
 from tip_analysis.analysis.selection import select_tokens
+from tip_analysis.core import result_tables as contracts
 from tip_analysis.core.errors import ConfigurationMismatchError, OptionError, RunError, SchemaError
 from tip_analysis.core.names import RankFigure
+from tip_analysis.core.result_tables import checked
 from tip_analysis.core.run_folder import create_run
 
 TABLES = make_tables(num_prompts=24, rollouts_per_prompt=3, mean_length=30)
@@ -80,7 +82,7 @@ def test_a_known_alignment_gives_the_known_order(tmp_path) -> None:
     stage.write(0, gradients)
     stage.finish()
     rows = rank_rules(run, rules=["soft_or_bottom", "random", "divergence"], ratios=[0.2])
-    table = league_table(rows).filter(figure="phi")
+    table = checked(league_table(rows), contracts.LeagueTable).filter(figure="phi")
     assert table["rule"].to_list() == ["divergence", "random", "soft_or_bottom"]
     assert table.select("rank", "rank_low", "rank_high").rows() == [(1, 1, 1), (2, 2, 2), (3, 3, 3)]
     assert (table["low"] <= table["value"]).all()
@@ -209,7 +211,7 @@ def test_correlation_with_accuracy_over_arms(tmp_path) -> None:
         for rule, ratio, accuracy in means.iter_rows()
         for figure, value in (("phi", accuracy), ("snr", -accuracy), ("reward", 0.5))
     )
-    table = ranking_validity(rows, arms)
+    table = checked(ranking_validity(rows, arms), contracts.ValidityTable)
     pooled = {str(row["figure"]): row for row in table.iter_rows(named=True)
               if row["retention_ratio"] is None}  # fmt: skip
     assert pooled["phi"]["spearman"] == pytest.approx(1.0)

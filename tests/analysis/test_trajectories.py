@@ -19,7 +19,9 @@ from tip_analysis.analysis.trajectories import (
     with_facts,
     with_selected,
 )
+from tip_analysis.core import result_tables as contracts
 from tip_analysis.core.errors import SchemaError
+from tip_analysis.core.result_tables import checked
 
 CUTS = Taxonomy(entropy_cut=1.0, divergence_cut=1.0)
 POINTS = {"Q1": (2.0, 2.0), "Q2": (2.0, 0.5), "Q3": (0.5, 2.0), "Q4": (0.5, 0.5)}
@@ -55,7 +57,7 @@ def trajectory(story=STORY, *, rule="q3", ratio=0.5, key="ablate-1") -> pl.DataF
 
 
 def test_a_hand_made_sequence_gives_the_hand_counted_flow() -> None:
-    flow = trajectory_flow(placed_trajectory(trajectory(), CUTS))
+    flow = checked(trajectory_flow(placed_trajectory(trajectory(), CUTS)), contracts.FlowTable)
     counted = {
         (row["step_from"], str(row["quadrant_from"]), str(row["quadrant_to"])): row["num_tokens"]
         for row in flow.iter_rows(named=True)
@@ -92,7 +94,10 @@ def test_cuts_are_those_of_the_first_step() -> None:
 
 def test_survival_and_half_life_of_q3_by_hand() -> None:
     """4 of 4, then 2, then 1 of them are still Q3: half are left at step 10."""
-    table = q3_survival(placed_trajectory(trajectory(), CUTS), num_resamples=50)
+    table = checked(
+        q3_survival(placed_trajectory(trajectory(), CUTS), num_resamples=50),
+        contracts.SurvivalTable,
+    )
     assert table["tokens"].unique().to_list() == ["all"]
     assert table["share"].to_list() == [1.0, 0.5, 0.25]
     assert table["half_life"].unique().to_list() == [10.0]
@@ -178,7 +183,7 @@ def test_falls_are_set_against_scores_before_training() -> None:
     """δ falls by half of itself: the rank correlation with δ is 1, that with others scipy's."""
     tables = make_tables(num_prompts=10, rollouts_per_prompt=3)
     placed = with_facts(placed_trajectory(tracked(tables, pl.col("reverse_kl") / 2)), tables.tokens)
-    table = realised_falls(placed, tables.tokens, num_resamples=40)
+    table = checked(realised_falls(placed, tables.tokens, num_resamples=40), contracts.FallTable)
     every = table.filter(tokens="all")
     found = dict(every.select("score", "spearman").iter_rows())
     assert found["reverse_kl"] == pytest.approx(1.0)

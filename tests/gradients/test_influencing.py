@@ -16,7 +16,9 @@ from tip_analysis.analysis.influences import (
 )
 from tip_analysis.analysis.measurements import run_measurement
 from tip_analysis.analysis.taxonomy import Taxonomy
+from tip_analysis.core import result_tables as contracts
 from tip_analysis.core.errors import OptionError, SchemaError
+from tip_analysis.core.result_tables import checked
 from tip_analysis.gradients.influencing import influence
 from tip_analysis.models.loading import LanguageModel
 from tip_analysis.models.output_head import OutputHead
@@ -38,7 +40,7 @@ def pair() -> dict:
 def test_rows_are_kept_and_summed_up(run) -> None:
     rows = influence(run, taxonomy=CUTS, **pair())
     assert influence(run, taxonomy=CUTS).equals(rows)  # no model is loaded
-    matrix = influence_matrix(rows, num_resamples=50)
+    matrix = checked(influence_matrix(rows, num_resamples=50), contracts.InfluenceMatrix)
     names = sorted(rows["group"].unique())
     assert matrix.height == len(names) ** 2
     wide = influence_columns(rows)
@@ -55,7 +57,7 @@ def test_rows_are_kept_and_summed_up(run) -> None:
         one["influence"] / (one["weight_source"] * one["weight_target"])
     )
     measured = run_measurement(run).rows(run.gradients())
-    table = assumption_2(rows, measured, recorded_norms(run, rows))
+    table = checked(assumption_2(rows, measured, recorded_norms(run, rows)), contracts.DroppedTable)
     assert set(table["group"]) == {*names, "all"}
     assert (table["norm_sq"] > 0).all()
     assert table["kept"].null_count() == 0
